@@ -1,0 +1,447 @@
+"""SparcModel: several streams of frozen features, one sparse code space (SPARC, arXiv 2507.06265)."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from .configuration_sparc import SparcConfig
+from .objectives_sparc import sparc_losses
+from .sparse_ops import (
+    Selection,
+    gather_preactivations,
+    normalize_rows,
+    remove_parallel_component_,
+    select_topk,
+    select_topk_among,
+    sparse_decode,
+    unit_norm,
+)
+
+REINITIALIZED_STD = 0.01
+
+
+@dataclass
+class SparseCodes:
+    """Codes of a batch in one stream: k latents a row and their values, never N wide.
+
+    Attributes:
+        indices: int64 [batch, k], the selected latents.
+        values: [batch, k], non-negative; 0 where a selected pre-activation was negative.
+        num_latents: N.
+    """
+
+    indices: Tensor
+    values: Tensor
+    num_latents: int
+
+    def __len__(self) -> int:
+        return self.indices.shape[0]
+
+    def __getitem__(self, rows: Any) -> "SparseCodes":
+        """Return the codes of some rows, chosen by a slice, a mask or a tensor of row numbers."""
+        rows = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
+        return SparseCodes(self.indices[rows], self.values[rows], self.num_latents)
+
+    def to(self, *args: Any, **kwargs: Any) -> "SparseCodes":
+        """Move to a device or dtype; the indices stay int64."""
+        values = self.values.to(*args, **kwargs)
+        return SparseCodes(self.indices.to(values.device), values, self.num_latents)
+
+    def to_dense(self) -> Tensor:
+        """Return [batch, N] with the values in place and 0 elsewhere."""
+        dense = self.values.new_zeros(len(self), self.num_latents)
+        return dense.scatter(1, self.indices, self.values)
+
+    def to_scipy(self) -> Any:
+        """Return a scipy CSR array [batch, N] of the positive values, on the CPU and without gradient."""
+        try:
+            from scipy.sparse import csr_array
+        except ImportError as error:
+            raise ImportError("SparseCodes.to_scipy needs scipy: `pip install scipy`") from error
+        batch, k = self.indices.shape
+        values = self.values.detach().cpu().float().numpy().reshape(-1)
+        latents = self.indices.cpu().numpy().reshape(-1)
+        csr = csr_array((values, latents, range(0, batch * k + 1, k)), shape=(batch, self.num_latents))
+        csr.eliminate_zeros()
+        csr.sort_indices()
+        return csr
+
+
+@dataclass
+class SparcOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Attributes:
+        loss: scalar.
+        losses: name -> scalar: "self", "cross", "auxk" and one entry per stream and pair ("self/dino",
+            "cross/clip_img<-dino", "auxk/dino").
+        codes: stream -> SparseCodes.
+        reconstructions: target -> source -> [batch, hidden_size of the target], of normalised rows.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    codes: dict[str, SparseCodes] | None = None
+    reconstructions: dict[str, dict[str, Tensor]] | None = None
+
+
+class _StepCounters(nn.Module):
+    """One int64 buffer [N] per stream: training steps since each latent last fired there."""
+
+    def __init__(self, names: list[str], num_latents: int):
+        super().__init__()
+        for name in names:
+            self.register_buffer(name, torch.zeros(num_latents, dtype=torch.int64))
+
+
+class _FeatureStatistics(nn.Module):
+    """Means and standard deviations of the standardised streams, rebuilt from the config and so never saved."""
+
+    def __init__(self, config: SparcConfig):
+        super().__init__()
+        self.records = [record for record in config.streams or [] if record["normalize"] == "standardize"]
+        for record in self.records:
+            for field in ("mean", "std"):
+                buffer = torch.empty_like(self._from_config(record[field]))
+                self.register_buffer(f"{record['name']}_{field}", buffer, persistent=False)
+
+    @staticmethod
+    def _from_config(value: Any) -> Tensor:
+        return torch.tensor(value if isinstance(value, list | tuple) else [value], dtype=torch.float32)
+
+    def fill(self) -> None:
+        for record in self.records:
+            for field in ("mean", "std"):
+                init.copy_(getattr(self, f"{record['name']}_{field}"), self._from_config(record[field]))
+
+    def of(self, name: str) -> tuple[Tensor, Tensor] | None:
+        if not hasattr(self, f"{name}_mean"):
+            return None
+        return getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+
+
+class SparcModel(PreTrainedModel):
+    """Encoders, atoms and biases of every stream over one space of `config.num_latents` latents.
+
+    Parameters per stream: `encoders.<stream>.weight` [N, d] and `.bias` [N], `atoms.<stream>` [N, d] with one unit
+    row per latent, `pre_bias.<stream>` [d]; buffer `steps_since_fired.<stream>` int64 [N].
+
+    Attributes:
+        counter_group: process group over which training steps agree on what fired; None keeps counters local.
+    """
+
+    config_class = SparcConfig
+    base_model_prefix = "sparc"
+    main_input_name = "features"
+
+    def __init__(self, config: SparcConfig):
+        super().__init__(config)
+        config.check()
+        if not config.streams:
+            raise ValueError('a SparcModel needs at least one stream, e.g. `streams={"dino": {"hidden_size": 768}}`')
+        latents, sizes = config.num_latents, config.hidden_sizes
+        self.encoders = nn.ModuleDict({name: nn.Linear(size, latents) for name, size in sizes.items()})
+        self.atoms = nn.ParameterDict([(name, torch.empty(latents, size)) for name, size in sizes.items()])
+        self.pre_bias = nn.ParameterDict([(name, torch.empty(size)) for name, size in sizes.items()])
+        self.steps_since_fired = _StepCounters(config.stream_names, latents)
+        self.feature_statistics = _FeatureStatistics(config)
+        self.counter_group: Any = None
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers calls this for every module that owns tensors, in the order they were made: encoders first,
+        # so that the atoms can start as the encoder rows brought to unit norm.
+        if isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+        elif module is self.atoms:
+            for name, atoms in self.atoms.items():
+                init.copy_(atoms, unit_norm(self.encoders[name].weight))
+        elif module is self.pre_bias:
+            for bias in self.pre_bias.values():
+                init.zeros_(bias)
+        elif isinstance(module, _StepCounters):
+            for counter in module.buffers():
+                init.zeros_(counter)
+        elif isinstance(module, _FeatureStatistics):
+            module.fill()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any):
+        """Load a model; see `PreTrainedModel.from_pretrained` for the arguments.
+
+        Raises:
+            ValueError: where the checkpoint lacks a tensor, has one too many or one of another shape, or was
+                written in a newer format; loading never fills a gap with fresh values.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,  # pyright: ignore[reportArgumentType]
+            *args,
+            output_loading_info=True,
+            **{**kwargs, "ignore_mismatched_sizes": True},
+        )
+        faults = [f"{len(info[key])} {word}: {_listed(info[key])}" for key, word in _LOADING_FAULTS if info[key]]
+        if faults:
+            raise ValueError(
+                f"the weights in `{pretrained_model_name_or_path}` do not fit its config.json ({'; '.join(faults)}); "
+                "the two files must come from one `save_pretrained`"
+            )
+        return (model, info) if wants_info else model
+
+    def forward(
+        self, features: Mapping[str, Tensor], selection: str | None = None, new_step: bool = True
+    ) -> SparcOutput:
+        """Encode all given streams, decode every code to every given stream, and return the losses.
+
+        Args:
+            features: stream -> raw feature rows, float [batch, hidden_size]; in training every stream is needed.
+            selection: "global" or "local" in place of the config's.
+            new_step: in training, whether the dead counters advance; False for all but the first micro-batch of a
+                gradient-accumulation step, in which they only note what fired.
+
+        Raises:
+            ValueError: for unknown or missing streams, wrong widths, an empty batch, rows that hold NaN or infinity,
+                or rows that are all zero after normalisation (their relative error is undefined).
+        """
+        if self.training and (missing := [name for name in self.config.stream_names if name not in features]):
+            raise ValueError(f"training needs every stream of the model, but {missing} are missing from `features`")
+        rows = self._normalized_rows(features, reject_zero_rows=True)
+        preactivations = self._preactivations(rows)
+        selections = self._select(preactivations, selection)
+        codes = self._codes(rows, preactivations, selections)
+        if self.training:
+            self._update_counters(codes, new_step)
+        auxiliary = self._auxiliary(rows, preactivations)
+        del preactivations
+        reconstructions = self._reconstructions(codes, selections)
+        losses = sparc_losses(
+            rows,
+            reconstructions,
+            auxiliary,
+            self.pre_bias,  # pyright: ignore[reportArgumentType]
+            cross_coef=self.config.cross_coef,
+            auxk_coef=self.config.auxk_coef,
+        )
+        return SparcOutput(loss=losses.pop("loss"), losses=losses, codes=codes, reconstructions=reconstructions)
+
+    def encode(self, features: Mapping[str, Tensor], selection: str | None = None) -> dict[str, SparseCodes]:
+        """Encode any subset of the streams.
+
+        With global selection the given streams choose their latents together, so a stream's code depends on which
+        others are given; encode it alone for the code it has when it stands alone.
+
+        Args:
+            features: stream -> raw feature rows, float [batch, hidden_size].
+            selection: "global" or "local" in place of the config's.
+
+        Returns:
+            stream -> SparseCodes with indices and values [batch, k].
+
+        Raises:
+            ValueError: for unknown streams, wrong widths, an empty batch, or rows that hold NaN or infinity.
+        """
+        rows = self._normalized_rows(features)
+        preactivations = self._preactivations(rows)
+        return self._codes(rows, preactivations, self._select(preactivations, selection))
+
+    def decode(self, codes: SparseCodes, to: str) -> Tensor:
+        """Decode codes of any stream to normalised rows [batch, hidden_size] of stream `to`.
+
+        Raises:
+            ValueError: for an unknown stream, or codes of another number of latents.
+        """
+        self.config.stream(to)
+        if codes.num_latents != self.config.num_latents:
+            raise ValueError(f"the codes have {codes.num_latents} latents but the model has {self.config.num_latents}")
+        selection = Selection(codes.indices.to(self.device), codes.num_latents)
+        return sparse_decode(codes.values.to(self.device), self.atoms[to], selection) + self.pre_bias[to]
+
+    def normalize(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the rows the losses are measured on: raw features normalised as the stream records say."""
+        return self._normalized_rows(features)
+
+    def dead_latents(self, stream: str) -> Tensor:
+        """Return bool [N]: which latents have not fired in `stream` for more than `dead_after_steps` steps."""
+        self.config.stream(stream)
+        return getattr(self.steps_since_fired, stream) > self.config.dead_after_steps
+
+    def prepare_atoms_for_step(self) -> None:
+        """Bring atoms to unit norm, then take from their gradients the part along the atom.
+
+        The earlier code does both between backward and the optimizer's step, so that is where the training loop
+        calls this; the gradient was taken at the atoms before the division.
+        """
+        for atoms in self.atoms.values():
+            with torch.no_grad():
+                atoms.copy_(unit_norm(atoms))
+                if atoms.grad is not None:
+                    remove_parallel_component_(atoms.grad, atoms)
+
+    @torch.no_grad()
+    def reinitialize_dead_latents(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Draw the encoder rows of dead latents from N(0, 0.01^2), and set their bias and counter to zero.
+
+        Atoms and the optimizer's moments stay, as in the earlier code.
+
+        Args:
+            generator: CPU generator to draw from; the same draws are made on every device and process.
+
+        Returns:
+            stream -> int64 scalar, the number of latents drawn again.
+        """
+        counts = {}
+        for name in self.config.stream_names:
+            dead = self.dead_latents(name)
+            counts[name] = dead.sum()
+            encoder, counter = self.encoders[name], getattr(self.steps_since_fired, name)
+            latents = dead.nonzero().squeeze(-1)
+            fresh = torch.randn(latents.numel(), encoder.weight.shape[1], generator=generator) * REINITIALIZED_STD
+            encoder.weight[latents] = fresh.to(encoder.weight)
+            encoder.bias[latents] = 0
+            counter[latents] = 0
+        return counts
+
+    def _normalized_rows(self, features: Mapping[str, Tensor], reject_zero_rows: bool = False) -> dict[str, Tensor]:
+        names = self.config.stream_names
+        if not isinstance(features, Mapping) or not features:
+            raise ValueError(f"`features` must map stream names to tensors, for at least one of the streams {names}")
+        if unknown := [name for name in features if name not in names]:
+            raise ValueError(f"unknown streams {unknown}; this model has the streams {names}")
+        rows = {}
+        for name in names:
+            if name in features:
+                rows[name] = self._normalized_stream(name, features[name], reject_zero_rows)
+        sizes = {name: value.shape[0] for name, value in rows.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"all streams must have the same rows, but their batch sizes are {sizes}")
+        return rows
+
+    def _normalized_stream(self, name: str, raw: Tensor, reject_zero_rows: bool) -> Tensor:
+        record = self.config.stream(name)
+        if not isinstance(raw, Tensor) or raw.ndim != 2:
+            found = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+            raise ValueError(f"stream `{name}` needs a tensor [batch, {record['hidden_size']}], but it got {found}")
+        if raw.shape[1] != record["hidden_size"]:
+            raise ValueError(
+                f"stream `{name}` has width {record['hidden_size']}, but its features have {raw.shape[1]}"
+            )
+        if raw.shape[0] == 0:
+            raise ValueError(f"stream `{name}` got an empty batch: 0 rows where at least 1 is needed")
+        raw = raw.to(device=self.device, dtype=self.pre_bias[name].dtype)
+        # Reading a verdict back stalls a GPU, so training there leaves it to the loop, which watches the losses.
+        checked = raw.device.type == "cpu" or not self.training
+        if checked:
+            _reject_rows(~raw.isfinite().all(dim=-1), name, "NaN or infinite values")
+        rows = normalize_rows(raw, record["normalize"], self.feature_statistics.of(name))
+        if checked and reject_zero_rows:
+            _reject_rows(~rows.any(dim=-1), name, "only zeros, so that its relative error is undefined")
+        return rows
+
+    def _preactivations(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return stream -> [batch, N], the one dense product of a step, outside the graph."""
+        with torch.no_grad():
+            return {
+                name: F.linear(value - self.pre_bias[name], self.encoders[name].weight, self.encoders[name].bias)
+                for name, value in rows.items()
+            }
+
+    def _select(self, preactivations: Mapping[str, Tensor], selection: str | None) -> dict[str, Selection]:
+        selection = selection or self.config.selection
+        if selection == "global":
+            first, *others = preactivations.values()
+            total = first
+            for other in others:
+                total = total + other
+            shared = select_topk(total, self.config.k)
+            return dict.fromkeys(preactivations, shared)
+        if selection == "local":
+            return {name: select_topk(value, self.config.k) for name, value in preactivations.items()}
+        raise ValueError(f'`selection` must be "global" or "local", but it is {selection!r}')
+
+    def _codes(
+        self, rows: Mapping[str, Tensor], preactivations: Mapping[str, Tensor], selections: Mapping[str, Selection]
+    ) -> dict[str, SparseCodes]:
+        codes = {}
+        for name, selection in selections.items():
+            gathered = preactivations[name].gather(1, selection.indices)
+            values = self._with_gradient(name, rows[name], selection, gathered).relu()
+            codes[name] = SparseCodes(selection.indices, values, self.config.num_latents)
+        return codes
+
+    def _with_gradient(self, name: str, rows: Tensor, selection: Selection, gathered: Tensor) -> Tensor:
+        encoder = self.encoders[name]
+        return gather_preactivations(rows, encoder.weight, encoder.bias, self.pre_bias[name], selection, gathered)
+
+    def _reconstructions(
+        self, codes: Mapping[str, SparseCodes], selections: Mapping[str, Selection]
+    ) -> dict[str, dict[str, Tensor]]:
+        # A run without the cross term has no use for the other pairs while it trains.
+        only_self = self.training and self.config.cross_coef == 0
+        return {
+            target: {
+                source: sparse_decode(codes[source].values, self.atoms[target], selections[source])
+                + self.pre_bias[target]
+                for source in codes
+                if source == target or not only_self
+            }
+            for target in codes
+        }
+
+    def _auxiliary(self, rows: Mapping[str, Tensor], preactivations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return stream -> [batch, d] decoded from the largest dead pre-activations, where anything is dead."""
+        decoded = {}
+        for name in rows if self.config.auxk > 0 else ():
+            dead = self.dead_latents(name)
+            if not dead.any():
+                continue
+            selection, gathered = select_topk_among(preactivations[name], self.config.auxk, dead)
+            values = self._with_gradient(name, rows[name], selection, gathered).relu()
+            decoded[name] = sparse_decode(values, self.atoms[name], selection) + self.pre_bias[name]
+        return decoded
+
+    @torch.no_grad()
+    def _update_counters(self, codes: Mapping[str, SparseCodes], new_step: bool) -> None:
+        """Advance the counters; a latent that fired restarts at 1, as in the earlier code."""
+        fired = torch.zeros(len(codes), self.config.num_latents, dtype=torch.uint8, device=self.device)
+        for row, code in zip(fired, codes.values(), strict=True):
+            active = (code.values > self.config.dead_threshold).to(torch.uint8).reshape(-1)
+            row.scatter_reduce_(0, code.indices.reshape(-1), active, reduce="amax")
+        if self.counter_group is not None:
+            torch.distributed.all_reduce(fired, op=torch.distributed.ReduceOp.MAX, group=self.counter_group)
+        for row, name in zip(fired, codes, strict=True):
+            counter = getattr(self.steps_since_fired, name)
+            counter.copy_(torch.where(row > 0, 1, counter + int(new_step)))
+
+
+_LOADING_FAULTS = (("missing_keys", "missing"), ("unexpected_keys", "unexpected"), ("mismatched_keys", "mis-shaped"))
+
+
+def _listed(keys: Any, limit: int = 3) -> str:
+    # Mis-shaped keys come as (name, shape in the file, shape in the model).
+    texts = sorted(
+        key if isinstance(key, str) else f"{key[0]} is {list(key[1])} instead of {list(key[2])}" for key in keys
+    )
+    return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
+
+
+def _reject_rows(faulty: Tensor, name: str, fault: str) -> None:
+    if faulty.any():
+        numbers = faulty.nonzero().squeeze(-1).tolist()
+        raise ValueError(
+            f"row {numbers[0]} of stream `{name}` holds {fault} ({len(numbers)} of {faulty.numel()} rows do); "
+            "leave such rows out"
+        )
+
+
+SparcModel.register_for_auto_class("AutoModel")
