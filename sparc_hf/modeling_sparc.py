@@ -69,7 +69,9 @@ class SparseCodes:
         batch, k = self.indices.shape
         values = self.values.detach().cpu().float().numpy().reshape(-1)
         latents = self.indices.cpu().numpy().reshape(-1)
-        csr = csr_array((values, latents, range(0, batch * k + 1, k)), shape=(batch, self.num_latents))
+        starts = range(0, batch * k + 1, k)
+        # Copied, because the arrays share the tensors' memory and the clean-up below works in place.
+        csr = csr_array((values, latents, starts), shape=(batch, self.num_latents), copy=True)
         csr.eliminate_zeros()
         csr.sort_indices()
         return csr
@@ -181,10 +183,13 @@ class SparcModel(PreTrainedModel):
         """Load a model; see `PreTrainedModel.from_pretrained` for the arguments.
 
         Raises:
-            ValueError: where the checkpoint lacks a tensor, has one too many or one of another shape, or was
+            ValueError: where a folder does not exist, or the checkpoint lacks a tensor, has one too many or one of another shape, or was
                 written in a newer format; loading never fills a gap with fresh values.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        path = str(pretrained_model_name_or_path)
+        if path.startswith((".", "~", os.sep)) and not os.path.isdir(path):
+            raise ValueError(f"there is no folder `{path}`; give a folder with a saved model, or a Hub id `owner/name`")
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,  # pyright: ignore[reportArgumentType]
             *args,

@@ -1,0 +1,234 @@
+"""The `sparc` command: parse, build settings, call one library function, print JSON.
+
+Only the chosen command's modules are imported, so that `sparc --help` answers at once.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("sparc")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb of the command line.
+
+    Attributes:
+        summary: its line in `sparc --help`.
+        arguments: "module:Class" of the dataclass whose fields are its flags.
+        run: takes the filled dataclass and returns what to print, as JSON-ready values.
+    """
+
+    summary: str
+    arguments: str
+    run: Callable[[Any], Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 2 for unusable input, 128 + n when stopped by signal n."""
+    chosen, rest = _choose(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    command = COMMANDS[chosen]
+    try:
+        settings = _settings(chosen, command, rest)
+        result = command.run(settings)
+    except KeyboardInterrupt:
+        return _fail(chosen, "interrupted", 130)
+    except _expected_errors() as error:
+        stopped_by = getattr(error, "signal_number", None)
+        return _fail(chosen, str(error), 2 if stopped_by is None else 128 + stopped_by)
+    if result is not None:
+        sys.stdout.write(result if isinstance(result, str) else json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _choose(argv: Sequence[str]) -> tuple[str, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="sparc",
+        description="One sparse concept space for many frozen vision and language encoders.",
+        epilog="`sparc COMMAND --help` lists a command's flags. --config FILE and --preset NAME give any of them "
+        "from YAML or JSON; flags on the command line win.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    verbs = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        verbs.add_parser(name, help=command.summary, add_help=False)
+    given, rest = parser.parse_known_args(argv[:1])
+    if given.version:
+        from sparc_hf.version import __version__
+
+        sys.stdout.write(f"sparc_hf {__version__}\n")
+        parser.exit()
+    if given.command is None:
+        parser.print_help()
+        parser.exit(2)
+    return given.command, [*rest, *argv[1:]]
+
+
+def _settings(name: str, command: Command, argv: Sequence[str]) -> Any:
+    """Fill the command's dataclass from preset, config file and flags, the later ones winning."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", help="YAML or JSON file with any of these flags")
+    files.add_argument("--preset", help="settings that come with the package: " + ", ".join(_presets()))
+    given, flags = files.parse_known_args(argv)
+    module, _, class_name = command.arguments.partition(":")
+    arguments = getattr(importlib.import_module(module), class_name)
+
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(arguments, prog=f"sparc {name}", description=command.summary, parents=[files])
+    # One sentence instead of the usage text, which is longer than a screen.
+    parser.error = lambda message: parser.exit(2, f"sparc {name}: {message}; see `sparc {name} --help`\n")
+    defaults: list[str] = []
+    if given.preset is not None:
+        if given.preset not in _presets():
+            raise ValueError(f"there is no preset `{given.preset}`; the presets are {sorted(_presets())}")
+        defaults += _flags_of(_presets()[given.preset], name)
+    if given.config is not None:
+        defaults += _flags_of(Path(given.config), name)
+    # A second item, the parsed --config and --preset, follows the filled dataclass.
+    return parser.parse_args_into_dataclasses([*defaults, *flags], look_for_args_file=False)[0]
+
+
+def _presets() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
+
+
+def _flags_of(file: Path, command: str) -> list[str]:
+    """Return a settings file as command-line flags; it is flat, or has one section a command."""
+    import yaml
+
+    if not file.is_file():
+        raise ValueError(f"there is no settings file {file}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold settings as `name: value`, but it holds {type(content).__name__}")
+    if content and all(isinstance(value, dict) and key in COMMANDS for key, value in content.items()):
+        content = content.get(command, {})
+    flags: list[str] = []
+    for key, value in content.items():
+        if value is not None:
+            flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return flags
+
+
+def _expected_errors() -> tuple[type[BaseException], ...]:
+    """Errors that tell a user what to change; anything else is a bug and keeps its traceback."""
+    errors: list[type[BaseException]] = [ValueError, OSError, FloatingPointError, ImportError]
+    if "sparc_hf.training" in sys.modules:
+        errors.append(sys.modules["sparc_hf.training"].TrainingInterrupted)
+    return tuple(errors)
+
+
+def _fail(command: str, message: str, status: int) -> int:
+    sys.stderr.write(f"sparc {command}: {' '.join(message.split())}\n")
+    return status
+
+
+def _run_extract(args: Any) -> dict[str, Any]:
+    from sparc_hf.extraction import run_extraction
+
+    features = run_extraction(args)
+    return {"features": args.output, "rows": len(features), "streams": features.streams}
+
+
+def _run_train(args: Any) -> dict[str, Any] | None:
+    from accelerate import PartialState
+
+    from sparc_hf.hub import write_model_card
+    from sparc_hf.training import train
+
+    model = train(args)
+    if not PartialState().is_main_process:
+        return None
+    write_model_card(args.output_dir, settings=args.to_dict())
+    return {"model": args.output_dir, "latents": model.config.num_latents, "streams": model.config.stream_names}
+
+
+def _run_encode(args: Any) -> dict[str, Any]:
+    from sparc_hf.codes import encode_features
+    from sparc_hf.features import FeatureDataset
+    from sparc_hf.modeling_sparc import SparcModel
+
+    model = SparcModel.from_pretrained(args.model)
+    codes = encode_features(
+        model, FeatureDataset.load(args.features), encoding=args.encoding, batch_size=args.batch_size
+    )
+    codes.save(args.output, overwrite=args.overwrite)
+    return {"codes": args.output, "rows": len(codes), "streams": codes.streams, "encoding": codes.encoding}
+
+
+def _run_evaluate(args: Any) -> dict[str, Any]:
+    from sparc_hf.evaluation import evaluate_model, write_results
+    from sparc_hf.features import FeatureDataset
+    from sparc_hf.modeling_sparc import SparcModel
+
+    model = SparcModel.from_pretrained(args.model)
+    results = evaluate_model(model, FeatureDataset.load(args.features), batch_size=args.batch_size)
+    if args.output is not None:
+        write_results(results, args.output)
+    return results
+
+
+def _run_demo(args: Any) -> str:
+    from sparc_hf.demo_run import run_demo
+
+    return run_demo(args)
+
+
+def _run_card(args: Any) -> dict[str, Any]:
+    from sparc_hf.hub import write_model_card
+
+    results = json.loads(Path(args.results).read_text(encoding="utf-8")) if args.results else None
+    settings_file = Path(args.model) / "training_arguments.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else None
+    return {"card": str(write_model_card(args.model, results=results, settings=settings, repo=args.repo))}
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "make scenes, extract features, train and evaluate, all from what ships with the package",
+        "sparc_hf.command_arguments:DemoArguments",
+        _run_demo,
+    ),
+    "extract": Command(
+        "run frozen encoders over images and texts into a feature dataset",
+        "sparc_hf.extraction:ExtractionArguments",
+        _run_extract,
+    ),
+    "train": Command(
+        "train a SparcModel on a feature dataset",
+        "sparc_hf.training_arguments:SparcTrainingArguments",
+        _run_train,
+    ),
+    "encode": Command(
+        "turn a feature dataset into a code table",
+        "sparc_hf.command_arguments:EncodeArguments",
+        _run_encode,
+    ),
+    "evaluate": Command(
+        "measure a model on a feature dataset",
+        "sparc_hf.command_arguments:EvaluateArguments",
+        _run_evaluate,
+    ),
+    "card": Command(
+        "write the model card of a saved model",
+        "sparc_hf.command_arguments:CardArguments",
+        _run_card,
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Flags of the short commands, as dataclasses; extraction and training keep theirs beside their code."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class EncodeArguments:
+    """Flags of `sparc encode`."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of the model."})
+    features: str = field(metadata={"help": "Folder of the feature dataset."})
+    output: str = field(metadata={"help": "Folder for the code table."})
+    encoding: str = field(
+        default="joint",
+        metadata={
+            "help": "joint: all streams of a sample choose latents together; single: each stream alone.",
+            "choices": ["joint", "single"],
+        },
+    )
+    batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the output folder where it exists."})
+
+
+@dataclass
+class EvaluateArguments:
+    """Flags of `sparc evaluate`."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of the model."})
+    features: str = field(metadata={"help": "Folder of the feature dataset, rows the model was not trained on."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results (they are printed too)."})
+    batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+
+
+@dataclass
+class CardArguments:
+    """Flags of `sparc card`."""
+
+    model: str = field(metadata={"help": "Folder of the model; its README.md is replaced."})
+    results: str | None = field(default=None, metadata={"help": "JSON file written by `sparc evaluate --output`."})
+    repo: str | None = field(default=None, metadata={"help": "Hub id readers will load it from."})
+
+
+@dataclass
+class DemoArguments:
+    """Flags of `sparc demo`."""
+
+    output: str = field(default="runs/demo", metadata={"help": "Folder for features, model and results."})
+    train_rows: int = field(default=8000, metadata={"help": "Scenes to train on."})
+    test_rows: int = field(default=1000, metadata={"help": "Held-out scenes to evaluate on."})
+    num_latents: int = field(default=1024, metadata={"help": "Latents in the shared code space (N)."})
+    k: int = field(default=16, metadata={"help": "Active latents per code."})
+    epochs: int = field(default=30, metadata={"help": "Passes over the training scenes."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's learning rate."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes, the weights and the row order."})

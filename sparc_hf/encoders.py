@@ -1,0 +1,324 @@
+"""Frozen encoders: the only place that knows a backbone, its pooled vector, its patch tokens and its grid."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from sparc_hf.pretrained import ImageInputs, LoadedModels, TextInputs, commit_of, frozen_model, load_part
+
+POOLINGS = ("cls", "mean", "pooler", "projection")
+MODALITIES = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What has to be known of the models of one `config.model_type`.
+
+    Args:
+        pooling: the vector of an image or text that the papers use: "cls" (first token of the last hidden state),
+            "mean" (mean of the patch tokens, or of the tokens of a text), "pooler" (the model's own pooling head) or
+            "projection" (the vector of the space that images and texts share).
+        modalities: what the model can encode.
+        class_token: whether a class token precedes the patch tokens (register tokens are read from the config).
+        attention_mask: whether the text tower was trained with padding masked, and not with padding to full length.
+        options: arguments of `from_pretrained`.
+    """
+
+    pooling: str
+    modalities: tuple[str, ...] = ("image",)
+    class_token: bool = True
+    attention_mask: bool = True
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+FAMILIES: Mapping[str, Family] = {
+    "clip": Family("projection", MODALITIES),
+    "metaclip_2": Family("projection", MODALITIES),
+    "siglip": Family("pooler", MODALITIES, class_token=False, attention_mask=False),
+    "clip_vision_model": Family("pooler"),
+    "siglip_vision_model": Family("pooler", class_token=False),
+    "dinov2": Family("cls"),
+    "dinov2_with_registers": Family("cls"),
+    "dinov3_vit": Family("cls"),
+    # Most ViT checkpoints have no pooler; without this option transformers would add one with random weights.
+    "vit": Family("cls", options=(("add_pooling_layer", False),)),
+}
+
+
+class StreamEncoder:
+    """A frozen pretrained model that turns images or texts into the feature rows of one stream.
+
+    Args:
+        name: name of the stream.
+        encoder: Hub id or folder of a transformers checkpoint.
+        modality: what it encodes.
+        pooling: which vector stands for a sample, one of "cls", "mean", "pooler", "projection"; by default the one
+            the papers use for this family of models.
+        revision: branch, tag or commit on the Hub.
+        device: where the model runs.
+        dtype: of its weights; feature rows are float32 whatever it is.
+        normalize: how a SPARC model shall normalise the rows; it is only recorded here.
+        loaded: models that were already loaded, shared between encoders; see `load_encoders`.
+
+    Raises:
+        ValueError: if the checkpoint cannot be loaded, lacks weights or its image processor or tokenizer, or does not
+            have this modality or pooling.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoder: str,
+        modality: Literal["image", "text"] | str,
+        *,
+        pooling: str | None = None,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        normalize: str = "l2",
+        loaded: LoadedModels | None = None,
+    ):
+        if modality not in MODALITIES:
+            raise ValueError(f"`modality` must be one of {list(MODALITIES)}, but it is {modality!r}")
+        self.name, self.encoder, self.modality = name, str(encoder), modality
+        self.revision = commit_of(self.encoder, revision)
+        pinned = self.revision or revision
+        self.config = load_part(AutoConfig, self.encoder, "config", revision=pinned)
+        self.pooling = self._checked_pooling(pooling)
+        if modality == "image":
+            self._prepare: Any = ImageInputs(self.encoder, pinned)
+        else:
+            positions = getattr(self._tower_config, "max_position_embeddings", None)
+            self._prepare = TextInputs(self.encoder, pinned, positions, self.family.attention_mask)
+        options = dict(self.family.options) if self.pooling != "pooler" else {}
+        shared = {} if loaded is None else loaded
+        self.model = frozen_model(self.encoder, pinned, dtype or torch.float32, options, shared)
+        self.to(device or "cpu")
+        self._record = {"name": name, "normalize": normalize} | self._facts()
+
+    @classmethod
+    def from_record(
+        cls,
+        record: Mapping[str, Any],
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        loaded: LoadedModels | None = None,
+    ) -> "StreamEncoder":
+        """Build the encoder that a stream record names, and keep all the record says.
+
+        Raises:
+            ValueError: if the record does not name its encoder and modality, or this encoder gives other rows than
+                the record says.
+        """
+        missing = [key for key in ("name", "encoder", "modality") if not record.get(key)]
+        if missing:
+            raise ValueError(
+                f"the record of stream `{record.get('name')}` does not say which encoder made it ({missing} missing); "
+                "pass its features instead of raw images or text"
+            )
+        made = cls(
+            record["name"],
+            record["encoder"],
+            record["modality"],
+            pooling=record.get("pooling"),
+            revision=record.get("revision"),
+            device=device,
+            dtype=dtype,
+            loaded=loaded,
+        )
+        for key in ("hidden_size", "grid"):
+            if record.get(key) is not None and record[key] != made.record.get(key):
+                raise ValueError(
+                    f"stream `{made.name}` was made with `{key}` {record[key]}, but `{made.encoder}` gives "
+                    f"{made.record.get(key)}; use the checkpoint and revision of the record"
+                )
+        made._record = {**record, **made._record, "normalize": record.get("normalize", "l2")}
+        return made
+
+    @property
+    def family(self) -> Family:
+        """What is known of this kind of model; of an unknown kind, nothing but what its config shows."""
+        both = hasattr(self.config, "vision_config") and hasattr(self.config, "text_config")
+        return FAMILIES.get(self.config.model_type, Family("", MODALITIES if both else (self.modality,)))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The stream record: all that repeats these features."""
+        return dict(self._record)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a pooled row."""
+        return int(self._record["hidden_size"])
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patch tokens: class token and registers."""
+        return int(self.family.class_token) + (getattr(self._tower_config, "num_register_tokens", 0) or 0)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        size = getattr(self._tower_config, "patch_size", None)
+        if size is None:
+            raise ValueError(f"`{self.encoder}` ({self.config.model_type}) has no patches")
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: str | torch.device) -> "StreamEncoder":
+        """Move the model, which encoders of the same checkpoint may share."""
+        self.model.to(device)
+        return self
+
+    def prepare(self, samples: Sequence[Image.Image] | Sequence[str]) -> dict[str, Tensor]:
+        """Turn PIL images of any mode, or texts, into model inputs on the CPU.
+
+        Returns:
+            `pixel_values` [batch, 3, height, width], or `input_ids` and mostly `attention_mask` [batch, tokens].
+
+        Raises:
+            ValueError: for no samples, or samples of another kind than the stream's.
+        """
+        kind = Image.Image if self.modality == "image" else str
+        if isinstance(samples, str) or not len(samples) or not all(isinstance(sample, kind) for sample in samples):
+            found = (
+                sorted({type(sample).__name__ for sample in samples}) if not isinstance(samples, str) else "one text"
+            )
+            raise ValueError(
+                f"stream `{self.name}` takes a non-empty list of {'PIL images' if kind is not str else 'texts'}, "
+                f"but got {found}"
+            )
+        return self._prepare(samples)
+
+    @torch.no_grad()
+    def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the feature rows, float32 [batch, hidden_size], of what `prepare` made."""
+        inputs = {key: value.to(self.device) for key, value in inputs.items()}
+        if self.pooling == "projection":
+            get = self.model.get_image_features if self.modality == "image" else self.model.get_text_features
+            return get(**inputs).pooler_output.float()  # pyright: ignore[reportCallIssue]
+        output = self._tower(**inputs)
+        if self.pooling == "pooler":
+            return output.pooler_output.float()
+        hidden = output.last_hidden_state
+        if self.pooling == "cls":
+            return hidden[:, 0].float()
+        if self.modality == "image":
+            return self._patches(hidden, inputs["pixel_values"]).mean(1)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, :, None].float()
+        return (hidden.float() * mask).sum(1) / mask.sum(1)
+
+    @torch.no_grad()
+    def patch_tokens(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the patch tokens of the last hidden state, float32 [batch, grid height * grid width, hidden].
+
+        Raises:
+            ValueError: for a text stream, or a model whose tokens are not prefix tokens plus one per patch.
+        """
+        if self.modality != "image":
+            raise ValueError(f"stream `{self.name}` encodes text, which has no patches")
+        hidden = self._tower(pixel_values=inputs["pixel_values"].to(self.device)).last_hidden_state
+        return self._patches(hidden, inputs["pixel_values"])
+
+    def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Return rows and columns of the patch grid for `pixel_values` [batch, 3, height, width]."""
+        height, width = self.patch_size
+        return pixel_values.shape[-2] // height, pixel_values.shape[-1] // width
+
+    def encode(self, samples: Sequence[Image.Image] | Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Return the feature rows of images or texts, float32 [samples, hidden_size]."""
+        starts = range(0, max(len(samples), 1), batch_size)
+        rows = [self.pooled(self.prepare(samples[start : start + batch_size])) for start in starts]
+        return torch.cat(rows).cpu().numpy()
+
+    @property
+    def _tower_config(self) -> Any:
+        return getattr(self.config, "vision_config" if self.modality == "image" else "text_config", self.config)
+
+    @property
+    def _tower(self) -> nn.Module:
+        return getattr(self.model, "vision_model" if self.modality == "image" else "text_model", self.model)
+
+    def _patches(self, hidden: Tensor, pixel_values: Tensor) -> Tensor:
+        grid = self.grid_of(pixel_values)
+        if hidden.ndim != 3 or hidden.shape[1] != self.prefix_tokens + grid[0] * grid[1]:
+            raise ValueError(
+                f"`{self.encoder}` gives {list(hidden.shape)} where {self.prefix_tokens} prefix tokens and a grid of "
+                f"{grid[0]} x {grid[1]} patches were expected; its family `{self.config.model_type}` is not known here"
+            )
+        return hidden[:, self.prefix_tokens :].float()
+
+    def _checked_pooling(self, pooling: str | None) -> str:
+        family, kind = self.family, self.config.model_type
+        if self.modality not in family.modalities:
+            raise ValueError(f"`{self.encoder}` ({kind}) encodes {family.modalities[0]}, not {self.modality}")
+        pooling = pooling or family.pooling
+        if not pooling:
+            raise ValueError(
+                f"`{self.encoder}` is of the unknown family `{kind}`; say which vector to take with "
+                f"`pooling`, one of {list(POOLINGS)}"
+            )
+        if pooling not in POOLINGS:
+            raise ValueError(f"`pooling` must be one of {list(POOLINGS)}, but it is {pooling!r}")
+        # A causal text tower's first token has seen nothing of the text, and SigLIP has no class token.
+        without_cls = not family.class_token or (self.modality == "text" and kind in FAMILIES)
+        if (pooling == "cls" and without_cls) or (pooling == "projection" and not hasattr(self.config, "text_config")):
+            raise ValueError(f"`{self.encoder}` ({kind}, {self.modality}) has no `pooling` {pooling!r}; leave it out")
+        return pooling
+
+    def _facts(self) -> dict[str, Any]:
+        """Run one sample through the model, so that the record says what it does and not what its config promises."""
+        sample = Image.new("RGB", (64, 64)) if self.modality == "image" else "a"
+        inputs = self.prepare([sample])  # pyright: ignore[reportArgumentType]
+        try:
+            row = self.pooled(inputs)
+        except AttributeError as error:
+            raise ValueError(
+                f"`{self.encoder}` ({self.config.model_type}) has no `{self.pooling}` vector: {error}"
+            ) from error
+        facts: dict[str, Any] = {
+            "hidden_size": int(row.shape[-1]),
+            "encoder": self.encoder,
+            "revision": self.revision,
+            "modality": self.modality,
+            "pooling": self.pooling,
+        }
+        if self.modality == "image":
+            facts["image_size"] = list(inputs["pixel_values"].shape[-2:])
+            if getattr(self._tower_config, "patch_size", None) is not None:
+                facts["grid"] = list(self.grid_of(inputs["pixel_values"]))
+        return facts
+
+
+def load_encoders(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, StreamEncoder]:
+    """Load the encoders of several streams; streams of one checkpoint and revision share its model.
+
+    Args:
+        records: stream records with `name`, `encoder`, `modality` and, where wanted, `pooling` and `revision`.
+        device: where the models run.
+        dtype: of their weights.
+
+    Raises:
+        ValueError: as `StreamEncoder`.
+    """
+    loaded: LoadedModels = {}
+    return {
+        record["name"]: StreamEncoder.from_record(record, device=device, dtype=dtype, loaded=loaded)
+        for record in records
+    }

@@ -1,0 +1,172 @@
+"""Columns of a feature table: float rows without copies, widths, labels, and the records that fit them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.lib.stride_tricks import as_strided
+from pyarrow.compute import call_function
+
+
+class ColumnRows:
+    """Rows of one Arrow column of float lists as numpy arrays, however many chunks the column has.
+
+    Args:
+        column: Arrow fixed-size lists of float32 or float16.
+
+    Raises:
+        ValueError: for a column of another type, or one with missing rows.
+    """
+
+    def __init__(self, column: pa.ChunkedArray):
+        if not _is_float_lists(column.type) or column.null_count:
+            raise ValueError(f"expected fixed-size lists without missing rows, but got {column.type}")
+        self.width = column.type.list_size
+        chunks = [chunk for chunk in column.chunks if len(chunk)] or [pa.array([], type=column.type)]
+        self.views = [_aligned(np.asarray(chunk.flatten())).reshape(-1, self.width) for chunk in chunks]
+        self._rows = sum(len(view) for view in self.views)
+        self._first_rows = np.cumsum([0, *(len(view) for view in self.views)])[:-1]
+        self._window, self._first_elements = _windows_over(self.views)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Return new float32 memory [len(rows), width] with `rows` (int64, in any order)."""
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self._rows:  # the window has no bounds of its own
+            raise IndexError(f"row numbers must be from 0 to {self._rows - 1}, but they reach {rows.max()}")
+        chunk = np.searchsorted(self._first_rows, rows, side="right") - 1
+        elements = self._first_elements[chunk] + (rows - self._first_rows[chunk]) * self.width
+        values = self._window[elements]
+        if values.dtype == np.float32:
+            return values
+        return torch.from_numpy(values).float().numpy()  # 2.5 times as fast as numpy's conversion
+
+    def all(self) -> np.ndarray:
+        """Return new float32 memory [all rows, width]."""
+        return np.concatenate(self.views, dtype=np.float32)
+
+
+def fixed_size_lists(array: np.ndarray) -> pa.FixedSizeListArray:
+    """Wrap a C-contiguous float array [rows, width] as an Arrow column, without copying."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(array).reshape(-1)), array.shape[1])
+
+
+def with_fixed_widths(table: pa.Table, streams: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return the table with every stream as fixed-size float lists; only columns that are not yet are copied."""
+    for record in streams:
+        name, size = record["name"], record["hidden_size"]
+        if name not in table.column_names:
+            raise ValueError(f"stream `{name}` has no column; the columns are {table.column_names}")
+        column = table.column(name)
+        if _is_float_lists(column.type) and column.type.list_size == size:
+            continue
+        try:
+            column = column.cast(pa.list_(pa.float32(), size))
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"stream `{name}` needs lists of {size} floats in every row, but its column is {column.type}: {error}"
+            ) from error
+        table = _with_column(table, name, column)
+    return table
+
+
+def list_width(table: pa.Table, name: str) -> int:
+    """Return the length of the lists in a column, which its first row tells where the type does not."""
+    if name not in table.column_names:
+        raise ValueError(f"stream `{name}` has no column; the columns are {table.column_names}")
+    kind = table.schema.field(name).type
+    if pa.types.is_fixed_size_list(kind):
+        return kind.list_size
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not table.num_rows:
+        raise ValueError(f"stream `{name}` needs a column of float lists with at least one row, but it is {kind}")
+    return len(table.column(name)[0])
+
+
+def completed_records(streams: Any, widths: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return stream records with the width of their columns filled in.
+
+    Args:
+        streams: records, perhaps without `hidden_size`, as a list or a dict name -> record; or None.
+        widths: stream name -> width of its column.
+
+    Raises:
+        ValueError: if the names or a width disagree.
+    """
+    if isinstance(streams, Mapping):
+        streams = [{**record, "name": name} for name, record in streams.items()]
+    if streams is None:
+        streams = [{"name": name} for name in widths]
+    records: list[dict[str, Any]] = [dict(record) for record in streams]
+    names = [record.get("name") for record in records]
+    if set(names) != set(widths):
+        raise ValueError(f"the stream records are for {names}, but the feature columns are {list(widths)}")
+    for record in records:
+        width = widths[record["name"]]
+        if record.setdefault("hidden_size", width) != width:
+            raise ValueError(
+                f"stream `{record['name']}` has `hidden_size` {record['hidden_size']}, but its rows have {width}"
+            )
+    return records
+
+
+def checked_floats(name: str, values: Any) -> np.ndarray:
+    """Return numbers [rows, hidden_size] as float32, or float16 where they are."""
+    array = np.asarray(values)
+    if array.ndim != 2 or array.dtype.kind not in "fiu":
+        raise ValueError(
+            f"stream `{name}` needs numbers [rows, hidden_size], but got {array.dtype} {list(array.shape)}"
+        )
+    return array if array.dtype in (np.float32, np.float16) else array.astype(np.float32)
+
+
+def class_ids_per_row(labels: Any) -> list[np.ndarray]:
+    """Return class ids per row from lists of ids or a 0/1 matrix [rows, classes]."""
+    if getattr(labels, "ndim", 1) != 2:
+        return [np.asarray(ids, dtype=np.int32) for ids in labels]
+    matrix = np.asarray(labels.toarray() if hasattr(labels, "toarray") else labels)
+    if not np.isin(matrix, (0, 1)).all():
+        raise ValueError("a label matrix [rows, classes] may only hold 0 and 1; pass class ids as a list of lists")
+    return [np.flatnonzero(row).astype(np.int32) for row in matrix]
+
+
+def lengths_and_ids(labels: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many class ids each row has, and all ids; a column of single ids counts as one each."""
+    if pa.types.is_integer(labels.type):
+        return np.ones(len(labels), dtype=np.int64), labels.to_numpy()
+    lengths = call_function("list_value_length", [labels]).fill_null(0).to_numpy()
+    return lengths, call_function("list_flatten", [labels]).to_numpy()
+
+
+def _is_float_lists(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(kind) and kind.value_type in (pa.float32(), pa.float16())
+
+
+def _with_column(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
+    """Replace a column, and what the schema's metadata say of it."""
+    from datasets import Features
+
+    features = Features.from_arrow_schema(table.schema)
+    table = table.set_column(table.column_names.index(name), name, column).replace_schema_metadata(None)
+    features[name] = Features.from_arrow_schema(pa.schema([(name, column.type)]))[name]
+    return table.replace_schema_metadata(features.arrow_schema.metadata)
+
+
+def _windows_over(views: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return one array whose item e is the row that starts e elements after the lowest chunk, and each chunk's start.
+
+    A batch of shuffled rows touches nearly as many chunks as it has rows, so a loop over chunks costs more than the
+    copy itself. Chunks lie anywhere in the address space but on element boundaries, so that one strided view over
+    all of them makes a gather a single numpy call. Only elements inside chunks are ever read.
+    """
+    size, width = views[0].itemsize, views[0].shape[1]
+    addresses = np.array([view.__array_interface__["data"][0] for view in views], dtype=np.int64)
+    lowest = int(addresses.argmin())
+    elements = (addresses - addresses[lowest]) // size
+    span = int(max(elements + np.array([view.size for view in views]))) - width + 1
+    window = as_strided(views[lowest].reshape(-1), (max(span, 0), width), (size, size), writeable=False)
+    return window, elements
+
+
+def _aligned(values: np.ndarray) -> np.ndarray:
+    """Return `values`, copied where they do not start on an element boundary (sliced or foreign Arrow buffers)."""
+    return values.copy() if values.__array_interface__["data"][0] % values.itemsize else values

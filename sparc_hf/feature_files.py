@@ -1,0 +1,185 @@
+"""The files of a feature dataset: stream records, Arrow shards, the manifest, and renames that leave no halves."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "sparc_features.json"
+
+StreamRecords = Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]]
+
+
+def checked_streams(streams: StreamRecords) -> list[dict[str, Any]]:
+    """Return the stream records as a list of plain dicts, in order.
+
+    Raises:
+        ValueError: for no stream, a name that is no identifier or occurs twice, a bad `hidden_size`, or a value that
+            JSON cannot hold.
+    """
+    if isinstance(streams, Mapping):
+        streams = [{**record, "name": name} for name, record in streams.items()]
+    try:
+        records = json.loads(json.dumps([dict(record) for record in streams]))
+    except TypeError as error:
+        raise ValueError(f"stream records must be made of JSON values: {error}") from error
+    for record in records:
+        name, size = record.get("name"), record.get("hidden_size")
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"a stream name must be a Python identifier such as `clip_img`, but it is {name!r}")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"stream `{name}` needs `hidden_size` as a positive integer, but it is {size!r}")
+    names = [record["name"] for record in records]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"at least one stream is needed and each name may occur once, but the names are {names}")
+    return records
+
+
+def write_shard(folder: Path, name: str, batch: pa.RecordBatch) -> dict[str, Any]:
+    """Write one record batch as the file `name`, which appears only when it is whole; return its manifest entry."""
+    temporary = folder / f"{name}.tmp"
+    with open(temporary, "wb") as file:
+        with pa.ipc.new_stream(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / name)
+    _sync_folder(folder)
+    path = folder / name
+    return {"file": name, "rows": batch.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a feature dataset.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or it is not a feature dataset.
+        ValueError: if the manifest is damaged or of a newer format.
+    """
+    file = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder `{folder}`")
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"`{folder}` is not a feature dataset: it has no {MANIFEST_NAME}; make one with `sparc extract`, or wrap "
+            "a table with `FeatureDataset.from_dataset`"
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = int(manifest["format_version"])
+        complete = {"rows", "streams", "shards"} <= set(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"`{file}` is damaged: {error}") from error
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"`{folder}` has format version {version}, but this version of sparc_hf reads up to {FORMAT_VERSION}; "
+            "upgrade with `pip install -U sparc-hf`"
+        )
+    if not complete or not manifest["shards"]:
+        raise ValueError(f"`{file}` is damaged: it must have `rows`, `streams` and at least one of `shards`")
+    return manifest
+
+
+def open_shard(folder: Path, shard: Mapping[str, Any], verify: bool = False) -> pa.Table:
+    """Map one shard into memory after comparing it with its manifest entry, by SHA-256 if `verify` is true.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is not the file that was written.
+    """
+    file = folder / shard["file"]
+    if not file.is_file():
+        raise FileNotFoundError(f"shard `{file}` is missing; copy the dataset again")
+    problem = ""
+    if file.stat().st_size != shard["bytes"]:
+        problem = f"it has {file.stat().st_size} bytes instead of {shard['bytes']}"
+    elif verify and sha256_of(file) != shard["sha256"]:
+        problem = "its SHA-256 is not that of the manifest"
+    else:
+        try:
+            table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+            if table.num_rows == shard["rows"]:
+                return table
+            problem = f"it has {table.num_rows} rows instead of {shard['rows']}"
+        except (pa.ArrowException, OSError) as error:
+            problem = str(error)
+    raise ValueError(f"shard `{file}` is damaged: {problem}; copy the dataset again")
+
+
+def finish_folder(
+    folder: Path, schema: pa.Schema, shards: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
+) -> None:
+    """Write what `datasets.load_from_disk` needs beside the shards, and the manifest."""
+    from datasets import DatasetInfo, Features
+
+    fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()[:16]
+    state = {
+        "_data_files": [{"filename": shard["file"]} for shard in shards],
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    DatasetInfo(features=Features.from_arrow_schema(schema)).write_to_directory(str(folder))
+    write_json(folder / "state.json", state)
+    rows = sum(shard["rows"] for shard in shards)
+    manifest = {"format_version": FORMAT_VERSION, "rows": rows, **facts, "shards": list(shards)}
+    write_json(folder / MANIFEST_NAME, manifest)
+
+
+def check_target(path: Path, overwrite: bool = False) -> None:
+    """Raise ValueError where a folder may not be written to `path`."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / MANIFEST_NAME).is_file():
+        raise ValueError(f"`{path}` exists and is not a feature dataset; choose another path")
+    if not overwrite:
+        raise ValueError(f"`{path}` already holds a feature dataset; choose another path or pass `overwrite=True`")
+
+
+def publish(folder: Path, path: Path, overwrite: bool = False) -> None:
+    """Rename a finished `folder` to `path`, replacing an older feature dataset if `overwrite` says so."""
+    check_target(path, overwrite)
+    retired = path.with_name(path.name + ".retired")
+    if path.exists():
+        os.replace(path, retired)
+    os.replace(folder, path)
+    _sync_folder(path.parent)
+    if retired.exists():
+        shutil.rmtree(retired)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, sync it and rename it, so that readers see all of it or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,124 @@
+"""Model cards: what a model folder says about itself."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparc_hf.configuration_sparc import SparcConfig
+from sparc_hf.version import __version__
+
+# Facts of the run that say nothing about the model.
+UNTOLD_SETTINGS = ("features", "eval_features", "output_dir", "resume", "overwrite", "report_to", "cpu", "streams")
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    results: Mapping[str, Any] | None = None,
+    results_split: str = "held-out",
+    settings: Mapping[str, Any] | None = None,
+    repo: str | None = None,
+) -> Path:
+    """Write the model card README.md of a saved model, from its config and what is known of it.
+
+    Args:
+        folder: a folder written by `SparcModel.save_pretrained`.
+        results: what `evaluate_model` returned.
+        results_split: a word for the rows behind the results.
+        settings: the training arguments.
+        repo: the name under which readers load the model (default: the folder's name).
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: where the folder holds no SparcModel.
+    """
+    from huggingface_hub import ModelCardData
+
+    folder = Path(folder)
+    config = _config_of(folder)
+    streams: list[dict[str, Any]] = list(config.streams or [])
+    encoders = sorted({record["encoder"] for record in streams if _is_hub_id(record.get("encoder"))})
+    card_data = ModelCardData(
+        library_name="sparc-hf",
+        license="apache-2.0",
+        tags=["sparse-autoencoder", "interpretability", "sparc", *config.stream_names],
+        base_model=encoders or None,
+        pipeline_tag="feature-extraction",
+    )
+    width = max(len(streams), 1)
+    example = ", ".join(f'"{record["name"]}": {record["name"]}_rows' for record in streams[:width])
+    text = _environment().get_template("model_card.md").render(
+        card_data=card_data.to_yaml(),
+        title=folder.resolve().name,
+        repo=repo or str(folder),
+        config=config,
+        streams=streams,
+        example="{" + example + "}",
+        results=results,
+        results_split=results_split,
+        settings={name: value for name, value in (settings or {}).items() if name not in UNTOLD_SETTINGS},
+        version=__version__,
+    )
+    path = folder / "README.md"
+    unfinished = path.with_name("README.md.tmp")
+    unfinished.write_text(text.rstrip() + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def _config_of(folder: Path) -> SparcConfig:
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no model (no config.json); save one there with `save_pretrained` first")
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if content.get("model_type") != SparcConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {content.get('model_type')!r}, not a SparcModel")
+    return SparcConfig.from_dict(content)
+
+
+def _is_hub_id(encoder: Any) -> bool:
+    return isinstance(encoder, str) and encoder.count("/") == 1 and not encoder.startswith((".", "/", "~"))
+
+
+def _templates_folder() -> Path:
+    """Return where the card templates lie: inside an installed wheel, or beside the package in a checkout."""
+    here = Path(__file__).parent
+    for folder in (here / "hub_cards", here.parent / "hub_cards"):
+        if (folder / "model_card.md").exists():
+            return folder
+    raise FileNotFoundError("the card templates are missing; install sparc-hf again")
+
+
+def _environment() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_templates_folder()),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "code": lambda text: f"`{text}`",
+        "percent": lambda share: f"{share:.1%}",
+        "number": lambda value: "not measured" if value is None else f"{value:.3f}",
+        "pair": _pair_error,
+        "encoder_link": _encoder_link,
+    }
+    return environment
+
+
+def _pair_error(nmse: Mapping[str, float], target: str, source: str) -> float | None:
+    return nmse.get(f"self/{target}" if source == target else f"cross/{target}<-{source}")
+
+
+def _encoder_link(record: Mapping[str, Any]) -> str:
+    encoder, revision = record.get("encoder"), record.get("revision")
+    if encoder is None:
+        return "not recorded"
+    at = f" @ `{revision[:12]}`" if revision else ""
+    if _is_hub_id(encoder):
+        return f"[{encoder}](https://huggingface.co/{encoder}){at}"
+    return f"`{Path(encoder).name}`{at}"

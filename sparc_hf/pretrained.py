@@ -1,0 +1,114 @@
+"""Parts of a pretrained checkpoint: frozen model, image processor and tokenizer, with one way to fail."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils.hub import cached_file
+
+LoadedModels = dict[tuple[Any, ...], nn.Module]
+
+
+class ImageInputs:
+    """The image processor of a checkpoint: PIL images to `pixel_values` [batch, 3, height, width].
+
+    Raises:
+        ValueError: if the checkpoint has none that works here.
+    """
+
+    def __init__(self, encoder: str, revision: str | None):
+        # The PIL backend gives the same pixels whether or not torchvision is installed.
+        self.processor = load_part(AutoImageProcessor, encoder, "image processor", revision=revision, backend="pil")
+
+    def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        rgb = [image.convert("RGB") for image in images]
+        return {"pixel_values": self.processor(images=rgb, return_tensors="pt")["pixel_values"]}
+
+
+class TextInputs:
+    """The tokenizer of a checkpoint: texts to `input_ids` and `attention_mask` [batch, tokens].
+
+    Args:
+        encoder: Hub id or folder.
+        revision: commit on the Hub.
+        positions: longest text of the model, in tokens, if known.
+        masked: whether padding is masked; if not, every text is padded to full length and there is no mask.
+
+    Raises:
+        ValueError: if the checkpoint has no tokenizer.
+    """
+
+    def __init__(self, encoder: str, revision: str | None, positions: int | None, masked: bool):
+        self.tokenizer = load_part(AutoTokenizer, encoder, "tokenizer", revision=revision)
+        # Where the files are missing, transformers makes a tokenizer that knows its special tokens only.
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
+            raise ValueError(f"`{encoder}` has no tokenizer files; add its tokenizer to encode text")
+        # A tokenizer without a limit says so with a number above any text.
+        limits = [limit for limit in (self.tokenizer.model_max_length, positions) if limit and limit < 1 << 20]
+        self.settings = {
+            "truncation": bool(limits),
+            "max_length": min(limits, default=None),
+            "padding": True if masked else "max_length",
+        }
+        self.masked = masked
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        inputs = dict(self.tokenizer(list(texts), return_tensors="pt", **self.settings))
+        return {key: value for key, value in inputs.items() if self.masked or key != "attention_mask"}
+
+
+def frozen_model(
+    encoder: str, revision: str | None, dtype: torch.dtype, options: Mapping[str, Any], loaded: LoadedModels
+) -> nn.Module:
+    """Load a model in eval mode with frozen weights, or return the one in `loaded` with the same settings.
+
+    Raises:
+        ValueError: if it cannot be loaded, or the checkpoint lacks weights.
+    """
+    key = (encoder, revision, dtype, *options.items())
+    if key not in loaded:
+        settings = {"revision": revision, "dtype": dtype, "output_loading_info": True, **options}
+        model, report = load_part(AutoModel, encoder, "model", **settings)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"the checkpoint `{encoder}` lacks {len(missing)} weights ({missing[0]} among them), which would be "
+                "random; it is not a trained encoder of its model type, or not with this `pooling`"
+            )
+        loaded[key] = model.eval().requires_grad_(False)
+    return loaded[key]
+
+
+def load_part(auto_class: Any, encoder: str, what: str, **options: Any) -> Any:
+    """Call `from_pretrained`, and raise one ValueError for the many ways in which it can fail."""
+    try:
+        return auto_class.from_pretrained(encoder, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ValueError(f"cannot load the {what} of encoder `{encoder}`: {_first_line(error)}") from error
+
+
+def commit_of(encoder: str, revision: str | None) -> str | None:
+    """Return the commit that `revision` of a Hub repository stands for, or None for a folder.
+
+    Raises:
+        ValueError: if `encoder` is neither.
+    """
+    if Path(encoder).is_dir():
+        return None
+    try:
+        file = cached_file(encoder, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"encoder `{encoder}` is neither a folder nor a repository on the Hub that can be reached: "
+            f"{_first_line(error)}"
+        ) from error
+    found = re.search(r"snapshots/([0-9a-f]{40})/", Path(str(file)).as_posix())
+    return found.group(1) if found else revision
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,451 @@
+"""Train a SparcModel on a feature dataset: the Accelerate loop, its checkpoints, its log and its trackers."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed, tqdm
+from torch import Tensor
+from transformers import get_scheduler
+
+from sparc_hf.configuration_sparc import SparcConfig
+from sparc_hf.features import FeatureBatches, FeatureDataset
+from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.training_arguments import SparcTrainingArguments
+from sparc_hf.version import __version__
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+LOG_FILE = "training_log.jsonl"
+SETTINGS_FILE = "training_arguments.json"
+
+
+class TrainingInterrupted(RuntimeError):
+    """The run was told to stop (SIGTERM or Ctrl-C), saved a checkpoint and left.
+
+    Attributes:
+        signal_number: the signal that asked for it.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+def train(args: SparcTrainingArguments) -> SparcModel:
+    """Train on the feature dataset `args.features` and save the model in `args.output_dir`.
+
+    Returns:
+        The trained model, in eval mode on its device.
+
+    Raises:
+        ValueError: for settings, features or an output folder that cannot be used.
+        FloatingPointError: when the loss becomes NaN or infinite; names the step, the terms and the checkpoint to
+            go back to. Nothing saved before is touched.
+        TrainingInterrupted: after SIGTERM or Ctrl-C, once a checkpoint is saved.
+    """
+    features = FeatureDataset.load(args.features)
+    held_out = FeatureDataset.load(args.eval_features) if args.eval_features else None
+    if args.eval_fraction:
+        features, held_out = _random_split(features, args.eval_fraction, args.seed)
+    return SparcTrainer(args, features, held_out).train()
+
+
+class SparcTrainer:
+    """The training loop.
+
+    The result does not depend on how the work is split: `args.batch_size` rows make one optimizer step however many
+    processes and micro-batches share them, and the dead counters agree on all processes.
+
+    Args:
+        args: the settings; `args.features` is not read here.
+        features: training rows.
+        held_out: validation rows, or None.
+    """
+
+    def __init__(self, args: SparcTrainingArguments, features: FeatureDataset, held_out: FeatureDataset | None = None):
+        self.args = args
+        self.output_dir = Path(args.output_dir)
+        _check_output_dir(self.output_dir, args)
+        self.streams = args.streams or features.stream_names
+        records = _records_of(features, self.streams)
+        self.accelerator = Accelerator(
+            cpu=args.cpu,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=str(self.output_dir),
+            # Counters are reduced by the model itself; broadcasting rank 0's would overwrite that.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        features.check_rows(streams=self.streams)
+        self.batches = self._batches(features, shuffle=True)
+        self.eval_batches = self._batches(held_out, shuffle=False) if held_out is not None else None
+        self.rows = len(features)
+        set_seed(args.seed)
+        self.model = SparcModel(SparcConfig(streams=records, **args.model_settings()))
+        self.model.counter_group = torch.distributed.group.WORLD if self.world_size > 1 else None
+        self.wrapped, self.optimizer = self.accelerator.prepare(
+            self.model, torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
+        )
+        self.total_steps = len(self.batches) * args.epochs
+        # Stepped once per optimizer step by hand: a prepared scheduler advances once per process.
+        self.scheduler = get_scheduler(
+            args.lr_schedule, self.optimizer.optimizer, args.warmup_steps, max(self.total_steps, 1)
+        )
+        self.step = 0
+        self._sums = _TermSums(self.accelerator.device)
+        self._stop_signal = 0
+
+    def _batches(self, features: FeatureDataset, shuffle: bool) -> FeatureBatches:
+        return FeatureBatches(
+            features,
+            batch_size=min(self.args.batch_size, len(features)),
+            streams=self.streams,
+            shuffle=shuffle,
+            seed=self.args.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def train(self) -> SparcModel:
+        """Run from the start, or from the newest checkpoint with `args.resume`, to the end; see `train`."""
+        if self.args.resume:
+            self._resume()
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            _write_json(self.output_dir / SETTINGS_FILE, self._settings())
+        self.accelerator.init_trackers("sparc", config=_tracker_settings(self.args))
+        with self._stop_signals(), self._progress_bar() as self._bar:
+            self._clock, self._rows_since = time.perf_counter(), 0
+            for epoch in range(self.step // max(len(self.batches), 1), self.args.epochs):
+                self.batches.set_epoch(epoch)
+                self.batches.load_state_dict({"epoch": epoch, "batch": self.step - epoch * len(self.batches)})
+                for share in self.batches:
+                    self._train_step(share, self.batches.global_batch_rows(self.step - epoch * len(self.batches)))
+                    self._after_step(epoch)
+                self._report(self._evaluate(), epoch)
+        self._save_model()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return self.model.eval()
+
+    def _train_step(self, share: dict[str, Tensor], rows_of_step: int) -> None:
+        """Make one optimizer step from this process's share of the step's rows."""
+        self.wrapped.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        # Processes differ by at most one row, so the smallest share bounds the micro-batches all can make.
+        pieces = min(self.args.gradient_accumulation_steps, rows_of_step // self.world_size)
+        micro_batches = zip(*(value.tensor_split(pieces) for value in share.values()), strict=True)
+        for number, values in enumerate(micro_batches):
+            on_device = [value.to(self.accelerator.device, non_blocking=True) for value in values]
+            features = dict(zip(share, on_device, strict=True))
+            last = number == pieces - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                output = self.wrapped(features, new_step=number == 0)
+                weight = values[0].shape[0] / rows_of_step
+                self._sums.add(output.loss, output.losses, weight)
+                if last:
+                    self._check_signals(at_once=self.accelerator.device.type == "cpu")
+                # Gradients are averaged over processes; this makes the average the mean over the step's rows.
+                self.accelerator.backward(output.loss * (weight * self.world_size))
+        if self.args.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.model.prepare_atoms_for_step()
+        self.optimizer.step()
+        self.scheduler.step()
+        self._sums.count_step()
+        self._rows_since += rows_of_step
+
+    def _after_step(self, epoch: int) -> None:
+        """Do what is due after a step: re-initialise, log, save, stop."""
+        args = self.args
+        # The earlier code counts steps from 0 and looks whenever that number is a multiple, step 0 included.
+        if args.reinitialize_every and self.step % args.reinitialize_every == 0:
+            draws = torch.Generator().manual_seed(args.seed * 1_000_003 + self.step)
+            self.model.reinitialize_dead_latents(draws)
+        self.step += 1
+        self._bar.update(1)
+        if self.step % args.logging_every == 0 or self.step == self.total_steps:
+            self._check_signals(at_once=True)
+            self._log_progress(epoch)
+        if self._stop_signal:
+            folder = self._save_checkpoint()
+            raise TrainingInterrupted(
+                f"stopped by signal {self._stop_signal} after step {self.step}; the state is saved in {folder}; "
+                "continue with --resume",
+                self._stop_signal,
+            )
+        if args.checkpoint_every and self.step % args.checkpoint_every == 0 and self.step < self.total_steps:
+            self._check_signals(at_once=True)
+            self._save_checkpoint()
+
+    def _check_signals(self, at_once: bool) -> None:
+        """Agree over all processes whether to stop and whether a loss is still finite.
+
+        Reading the verdict stalls a GPU, so there it is asked for only when something is logged or saved.
+        """
+        if not at_once:
+            return
+        broken = self._sums.first_broken_term()
+        verdict = torch.tensor([self._asked_to_stop, int(broken is not None)], device=self.accelerator.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(verdict, op=torch.distributed.ReduceOp.MAX)
+        self._stop_signal = int(verdict[0])
+        if verdict[1]:
+            where = f"`{broken}`" if broken else "another process's terms"
+            newest = _newest_checkpoint(self.output_dir)
+            advice = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"the loss became NaN or infinite at step {self.step} (first in {where}); {advice}; "
+                "lower --learning_rate or look for extreme rows in the features"
+            )
+
+    def _log_progress(self, epoch: int) -> None:
+        means = self._sums.means(self.world_size)
+        self._sums = _TermSums(self.accelerator.device)
+        now = time.perf_counter()
+        rate = self._rows_since / max(now - self._clock, 1e-9)
+        self._clock, self._rows_since = now, 0
+        entry = {f"train/{name}": value for name, value in means.items()}
+        entry |= {"dead_share": self._dead_share(), "rows_per_second": rate}
+        entry["learning_rate"] = self.scheduler.get_last_lr()[0]
+        self._bar.set_postfix(
+            {"loss": f"{means['loss']:.4f}", "dead": f"{entry['dead_share']:.1%}", "rows/s": f"{rate:,.0f}"},
+            refresh=False,
+        )
+        self._report(entry, epoch)
+
+    def _report(self, values: dict[str, float], epoch: int) -> None:
+        """Send values to the trackers and append them to the log."""
+        if not values:
+            return
+        self.accelerator.log(values, step=self.step)
+        if self.accelerator.is_main_process:
+            with open(self.output_dir / LOG_FILE, "a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": self.step, "epoch": epoch, **values}) + "\n")
+
+    def _dead_share(self) -> float:
+        shares = [self.model.dead_latents(name).float().mean() for name in self.streams]
+        return torch.stack(shares).mean().item()
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Return the mean losses over the validation rows, leaving the model as it was."""
+        if self.eval_batches is None:
+            return {}
+        self.wrapped.eval()
+        sums = _TermSums(self.accelerator.device)
+        for share in self.eval_batches:
+            features = {name: value.to(self.accelerator.device) for name, value in share.items()}
+            with self.accelerator.autocast():
+                output = self.model(features)
+            rows = next(iter(share.values())).shape[0]
+            sums.add(output.loss, output.losses, rows / len(self.eval_batches.features))
+        sums.count_step()
+        return {f"eval/{name}": value for name, value in sums.means(self.world_size).items()}
+
+    def _settings(self) -> dict[str, Any]:
+        return {**self.args.to_dict(), "sparc_hf": __version__, "torch": torch.__version__, "rows": self.rows}
+
+    def _save_checkpoint(self) -> Path:
+        """Save everything a resumed run needs, under a temporary name first; keep the newest few."""
+        folder = _checkpoints_dir(self.output_dir) / f"step-{self.step:08d}"
+        unfinished = folder.with_name(folder.name + ".tmp")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(unfinished))
+        if self.accelerator.is_main_process:
+            torch.save(self.scheduler.state_dict(), unfinished / "schedule.pt")
+            _write_json(unfinished / STATE_FILE, {"step": self.step, "settings": self._settings()})
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+            for old in _checkpoints(self.output_dir)[: -self.args.checkpoints_kept]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _resume(self) -> None:
+        folder = _newest_checkpoint(self.output_dir)
+        if folder is None:
+            logger.warning("there is no checkpoint in %s, so training starts at the beginning", self.output_dir)
+            return
+        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        changed = self.args.differences(saved["settings"])
+        if saved["settings"]["rows"] != self.rows:
+            changed.append(f"training rows: {saved['settings']['rows']} -> {self.rows}")
+        if changed:
+            raise ValueError(
+                f"cannot resume from {folder} with other settings ({'; '.join(changed)}); "
+                "use the former settings, or another --output_dir"
+            )
+        self.accelerator.load_state(str(folder))
+        self.scheduler.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True))
+        self.step = saved["step"]
+        if self.accelerator.is_main_process:
+            _cut_log(self.output_dir / LOG_FILE, self.step)
+
+    def _save_model(self) -> None:
+        """Write the model's files into the output folder, each complete or not at all."""
+        if not self.accelerator.is_main_process:
+            return
+        self.model.zero_grad(set_to_none=True)
+        # The last optimizer step moved the atoms a little off unit norm.
+        self.model.prepare_atoms_for_step()
+        save_model(self.model, self.output_dir)
+
+    def _progress_bar(self) -> Any:
+        # A log file gets a line now and then instead of ten a second.
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        return tqdm(
+            total=self.total_steps, initial=self.step, desc="training", unit="step", smoothing=0.05, mininterval=interval
+        )
+
+    @contextlib.contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """Turn SIGTERM and Ctrl-C into a wish to stop after the current step."""
+        self._asked_to_stop = 0
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            self._asked_to_stop = number
+
+        former = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+
+class _TermSums:
+    """Row-weighted sums of the loss terms of some steps, kept on the device until they are read."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        self.steps = 0
+
+    def add(self, loss: Tensor, losses: dict[str, Tensor], weight: float) -> None:
+        # Single terms come before their means, so that the first broken one names a stream.
+        self.names = [*sorted(losses, key=lambda name: "/" not in name), "loss"]
+        values = torch.stack([*(losses[name] for name in self.names[:-1]), loss]).detach().float() * weight
+        self.sums = values if self.sums is None else self.sums + values
+
+    def count_step(self) -> None:
+        self.steps += 1
+
+    def first_broken_term(self) -> str | None:
+        if self.sums is None or self.sums[-1].isfinite():
+            return None
+        return self.names[int((~self.sums.isfinite()).nonzero()[0])]
+
+    def means(self, world_size: int) -> dict[str, float]:
+        """Return name -> mean per step, over all processes (each step's weights sum to 1 over them)."""
+        if self.sums is None:
+            return {}
+        sums = self.sums.clone()
+        if world_size > 1:
+            torch.distributed.all_reduce(sums)
+        return dict(zip(self.names, (sums / max(self.steps, 1)).tolist(), strict=True))
+
+
+def save_model(model: SparcModel, folder: str | Path) -> None:
+    """Save a model's files into a folder that may hold others; each file appears complete or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as unfinished:
+        model.save_pretrained(unfinished)
+        # The weights go last: a folder with new weights then always has their config.
+        for file in sorted(Path(unfinished).iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            os.replace(file, folder / file.name)
+
+
+def _records_of(features: FeatureDataset, streams: list[str]) -> list[dict[str, Any]]:
+    if unknown := [name for name in streams if name not in features.stream_names]:
+        raise ValueError(f"`streams` names {unknown}, but the feature dataset has {features.stream_names}")
+    records = {record["name"]: record for record in features.streams}
+    return [records[name] for name in streams]
+
+
+def _random_split(features: FeatureDataset, fraction: float, seed: int) -> tuple[FeatureDataset, FeatureDataset]:
+    """Return all other rows and a random `fraction` of them, both in stored order."""
+    count = round(fraction * len(features))
+    if not 0 < count < len(features):
+        raise ValueError(f"`eval_fraction` {fraction} of {len(features)} rows leaves no rows on one side")
+    order = np.random.default_rng(seed).permutation(len(features))
+    return features.select(np.sort(order[count:])), features.select(np.sort(order[:count]))
+
+
+def _check_output_dir(folder: Path, args: SparcTrainingArguments) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output_dir` must be a folder, but {folder} is a file")
+    used = (folder / "model.safetensors").exists() or _newest_checkpoint(folder) is not None
+    if used and not args.resume and not args.overwrite:
+        raise ValueError(
+            f"{folder} already holds a run; continue it with --resume, replace it with --overwrite, "
+            "or choose another --output_dir"
+        )
+    if used and args.overwrite and not args.resume and int(os.environ.get("RANK", "0")) == 0:
+        shutil.rmtree(_checkpoints_dir(folder), ignore_errors=True)
+        (folder / LOG_FILE).unlink(missing_ok=True)
+
+
+def _checkpoints_dir(folder: Path) -> Path:
+    return folder / "checkpoints"
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    found = _checkpoints_dir(folder).glob("step-*")
+    return sorted(path for path in found if path.suffix != ".tmp" and (path / STATE_FILE).exists())
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    return next(reversed(_checkpoints(folder)), None)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the log entries past `step`, which the resumed run will write again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        # A killed process may have left half a line.
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _tracker_settings(args: SparcTrainingArguments) -> dict[str, Any]:
+    # Trackers take scalars and text only.
+    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in vars(args).items()}

@@ -1,0 +1,124 @@
+"""What one training run is told, as a dataclass whose fields are the flags of `sparc train` and `train.py`."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+MODEL_FIELDS = (
+    "num_latents",
+    "k",
+    "auxk",
+    "auxk_coef",
+    "cross_coef",
+    "dead_after_steps",
+    "dead_threshold",
+    "selection",
+)
+# A resumed run repeats the uninterrupted one only if these are as they were.
+TRAJECTORY_FIELDS = (
+    *MODEL_FIELDS,
+    "eval_fraction",
+    "streams",
+    "batch_size",
+    "epochs",
+    "learning_rate",
+    "lr_schedule",
+    "warmup_steps",
+    "max_grad_norm",
+    "mixed_precision",
+    "reinitialize_every",
+    "seed",
+)
+CHOICES = {
+    "selection": ("global", "local"),
+    "lr_schedule": ("constant", "cosine", "linear"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "report_to": ("none", "tensorboard", "wandb", "trackio"),
+}
+
+
+def flag(help_text: str, default: Any, **metadata: Any) -> Any:
+    """Declare a dataclass field together with the help its command-line flag shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help_text, **metadata})
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass
+class SparcTrainingArguments:
+    """Settings of a training run; the defaults are the SPARC paper's.
+
+    Raises:
+        ValueError: for an impossible value, naming the field.
+    """
+
+    features: str = field(metadata={"help": "Folder of the feature dataset to train on."})
+    output_dir: str = field(metadata={"help": "Folder for the model, its log and its checkpoints."})
+    eval_features: str | None = flag("Folder of a feature dataset to validate on after each epoch.", None)
+    eval_fraction: float = flag("Share of the rows kept for validation where there is no --eval_features.", 0.0)
+    streams: list[str] | None = field(
+        default=None, metadata={"help": "Streams to train on (default: all in the dataset)."}
+    )
+
+    num_latents: int = flag("Latents in the shared code space (N).", 8192)
+    k: int = flag("Active latents per code.", 64)
+    auxk: int = flag("Dead latents decoded by the auxiliary term; 0 turns it off.", 64)
+    auxk_coef: float = flag("Weight of the auxiliary term.", 1 / 32)
+    cross_coef: float = flag("Weight of the cross-reconstruction term.", 1.0)
+    dead_after_steps: int = flag("Steps without firing after which a latent counts as dead.", 1000)
+    dead_threshold: float = flag("Value above which a latent fires.", 1e-3)
+    selection: str = flag("Top-k selection: one for all streams (global) or one per stream (local).", "global")
+
+    batch_size: int = flag("Rows per optimizer step, over all processes and micro-batches together.", 256)
+    epochs: int = flag("Passes over the training rows.", 50)
+    learning_rate: float = flag("Adam's learning rate (peak, where the schedule changes it).", 1e-4)
+    lr_schedule: str = flag("Learning-rate schedule: constant, cosine or linear decay.", "constant")
+    warmup_steps: int = flag("Steps over which the learning rate rises from 0.", 0)
+    max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Clip the gradient's norm to this (default: no clipping)."}
+    )
+    gradient_accumulation_steps: int = flag("Micro-batches a process splits its share of a step into.", 1)
+    mixed_precision: str = flag("Precision of the encoder product: no (float32), bf16 or fp16.", "no")
+    reinitialize_every: int = flag("Steps between re-initialisations of dead latents; 0 turns them off.", 100)
+    seed: int = flag("Seed of the initial weights, the row order and the re-initialisations.", 0)
+
+    checkpoint_every: int = flag("Steps between checkpoints; 0 saves one only when the run is stopped.", 1000)
+    checkpoints_kept: int = flag("Newest checkpoints to keep.", 2)
+    resume: bool = flag("Continue from the newest checkpoint in the output folder.", False)
+    overwrite: bool = flag("Replace a finished run in the output folder.", False)
+    logging_every: int = flag("Steps between entries of the log, the trackers and the progress bar.", 50)
+    report_to: str = flag("Tracker: none, tensorboard, wandb or trackio (the JSON-lines log is always kept).", "none")
+    cpu: bool = flag("Train on the CPU even where there is a GPU.", False)
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {list(allowed)}, but it is {getattr(self, name)!r}")
+        for name in ("batch_size", "epochs", "gradient_accumulation_steps", "logging_every", "checkpoints_kept"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}")
+        for name in ("warmup_steps", "checkpoint_every", "reinitialize_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, but it is {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"`learning_rate` must be positive, but it is {self.learning_rate}")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"`eval_fraction` must be at least 0 and below 1, but it is {self.eval_fraction}")
+        if self.eval_fraction and self.eval_features:
+            raise ValueError("`eval_fraction` and `eval_features` both choose validation rows; give only one of them")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON-ready values."""
+        return asdict(self)
+
+    def model_settings(self) -> dict[str, Any]:
+        """Return the fields that SparcConfig has too."""
+        return {name: getattr(self, name) for name in MODEL_FIELDS}
+
+    def differences(self, saved: dict[str, Any]) -> list[str]:
+        """Return "field: saved -> now" for each setting that would change the course of a resumed run."""
+        known = {f.name for f in fields(self)} & set(saved)
+        return [
+            f"`{name}`: {saved[name]!r} -> {getattr(self, name)!r}"
+            for name in TRAJECTORY_FIELDS
+            if name in known and saved[name] != getattr(self, name)
+        ]

@@ -1,0 +1,84 @@
+"""Shared fixtures: tiny models, planted features and the reference data beside the repository."""
+
+import os
+from pathlib import Path
+
+# Read when the libraries are imported: no test may wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+
+from sparc_hf import SparcConfig, SparcModel
+from sparc_hf.features import FeatureDataset
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+WIDTHS = {"dino": 24, "clip_img": 16, "clip_txt": 12}
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference numbers made by the two earlier projects."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip("the reference numbers (shared/golden beside the repository) are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real photographs, captions and features."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("the real data (shared/data beside the repository) are not here")
+    return folder
+
+
+def tiny_model(streams: int = 3, seed: int = 0, **settings) -> SparcModel:
+    """A model of one to three (or five) small streams, in eval mode."""
+    widths = dict(list((WIDTHS | {"siglip": 10, "vit": 14}).items())[:streams])
+    torch.manual_seed(seed)
+    settings = {"num_latents": 64, "k": 8, "auxk": 8, "dead_after_steps": 5} | settings
+    model = SparcModel(SparcConfig(streams={name: {"hidden_size": d} for name, d in widths.items()}, **settings))
+    # Biases away from zero, so that a term with the wrong bias shows.
+    with torch.no_grad():
+        for name in widths:
+            model.pre_bias[name].normal_(std=0.1)
+            model.encoders[name].bias.normal_(std=0.1)
+    return model.eval()
+
+
+def random_features(model: SparcModel, rows: int = 6, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Feature rows for a model."""
+    draws = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(rows, width, generator=draws) for name, width in model.config.hidden_sizes.items()}
+
+
+def planted_features(rows: int = 600, seed: int = 0, normalize: str = "l2") -> FeatureDataset:
+    """Three streams that are linear views of the same sparse causes, with the causes as labels."""
+    draws = np.random.default_rng(seed)
+    causes = (draws.random((rows, 20)) < 0.15) * draws.uniform(0.5, 1.5, (rows, 20))
+    causes[causes.sum(axis=1) == 0, 0] = 1.0
+    arrays = {
+        name: (causes @ draws.normal(size=(20, width)) + 0.05 * draws.normal(size=(rows, width))).astype(np.float32)
+        for name, width in WIDTHS.items()
+    }
+    return FeatureDataset.from_arrays(
+        arrays,
+        streams={name: {"normalize": normalize} for name in WIDTHS},
+        ids=[f"sample-{row}" for row in range(rows)],
+        labels=(causes > 0).astype(np.uint8),
+        label_names=[f"cause {number}" for number in range(20)],
+    )
+
+
+@pytest.fixture(scope="session")
+def planted_folder(tmp_path_factory) -> Path:
+    """A saved planted dataset of 600 rows."""
+    folder = tmp_path_factory.mktemp("planted") / "features"
+    planted_features().save(folder)
+    return folder

@@ -1,0 +1,108 @@
+"""The sparse operations against their plain dense forms."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparc_hf.sparse_ops import (
+    Selection,
+    gather_preactivations,
+    normalize_rows,
+    remove_parallel_component_,
+    select_topk,
+    select_topk_among,
+    sparse_decode,
+    unit_norm,
+)
+
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 40), st.integers(0, 2**31 - 1))
+
+
+def _draws(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=SHAPES, data=st.data())
+def test_encode_and_decode_have_the_dense_gradients(shape, data):
+    batch, width, latents, seed = shape
+    k = data.draw(st.integers(1, latents))
+    draws = _draws(seed)
+    tensors = [
+        torch.randn(*size, generator=draws)
+        for size in ((batch, width), (latents, width), (latents,), (width,), (latents, width))
+    ]
+    target = torch.randn(batch, width, generator=draws)
+
+    def gradients(sparse: bool) -> list[torch.Tensor]:
+        rows, weight, bias, pre_bias, atoms = (tensor.clone().requires_grad_() for tensor in tensors)
+        dense = (rows - pre_bias) @ weight.T + bias
+        selection = select_topk(dense.detach(), k)
+        if sparse:
+            gathered = dense.detach().gather(1, selection.indices)
+            values = gather_preactivations(rows, weight, bias, pre_bias, selection, gathered).relu()
+            decoded = sparse_decode(values, atoms, selection)
+        else:
+            mask = torch.zeros_like(dense).scatter(1, selection.indices, 1.0)
+            decoded = (dense.relu() * mask) @ atoms
+        loss = (decoded - target).pow(2).mean()
+        return [loss, *torch.autograd.grad(loss, [rows, weight, bias, pre_bias, atoms])]
+
+    for mine, reference in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_sum_rows_by_hand():
+    selection = Selection(torch.tensor([[2, 0], [2, 3]]), num_latents=5)
+    rows = torch.tensor([[1.0, 10.0], [2.0, 20.0]])
+    summed = selection.sum_rows(rows, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    expected = [[2.0, 20.0], [0.0, 0.0], [7.0, 70.0], [8.0, 80.0], [0.0, 0.0]]
+    assert summed.tolist() == expected
+    assert selection.sum_values(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [2.0, 0.0, 4.0, 4.0, 0.0]
+
+
+def test_topk_is_in_descending_order():
+    assert select_topk(torch.tensor([[0.1, 3.0, -1.0, 2.0]]), 3).indices.tolist() == [[1, 3, 0]]
+
+
+def test_topk_among_never_leaves_the_candidates():
+    preactivations = torch.tensor([[5.0, 1.0, 4.0, 2.0]])
+    selection, gathered = select_topk_among(preactivations, 3, torch.tensor([False, True, False, True]))
+    assert selection.indices.tolist() == [[3, 1]]
+    assert gathered.tolist() == [[2.0, 1.0]]
+    assert selection.num_latents == 4
+
+
+@settings(deadline=None, max_examples=40)
+@given(shape=SHAPES)
+def test_projected_gradients_are_orthogonal_to_unit_atoms(shape):
+    _, width, latents, seed = shape
+    draws = _draws(seed)
+    raw = torch.randn(latents, width, generator=draws)
+    atoms = unit_norm(raw)
+    norms = raw.norm(dim=1)
+    # The 1e-8 under the division shortens an atom that was almost zero.
+    torch.testing.assert_close(atoms.norm(dim=1), norms / (norms + 1e-8))
+    gradient = torch.randn(latents, width, generator=draws)
+    along = (gradient * atoms).sum(dim=1)
+    remove_parallel_component_(gradient, atoms)
+    left = along * (1 - atoms.pow(2).sum(dim=1))
+    torch.testing.assert_close((gradient * atoms).sum(dim=1), left, rtol=0, atol=1e-5)
+
+
+def test_normalisation_by_hand():
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    assert torch.equal(normalize_rows(rows, "none"), rows)
+    torch.testing.assert_close(normalize_rows(rows, "l2"), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+    statistics = (torch.tensor([1.0, 2.0]), torch.tensor([2.0]))
+    torch.testing.assert_close(
+        normalize_rows(rows, "standardize", statistics), torch.tensor([[1.0, 1.0], [-0.5, -1.0]]), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_values_decode_with_float32_atoms(dtype):
+    selection = Selection(torch.tensor([[1, 0]]), 2)
+    decoded = sparse_decode(torch.tensor([[2.0, 1.0]], dtype=dtype), torch.eye(2), selection)
+    assert decoded.tolist() == [[1.0, 2.0]]
