@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger("sparc")
-
 
 @dataclass(frozen=True)
 class Command:
@@ -34,8 +32,8 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 2 for unusable input, 128 + n when stopped by signal n."""
     chosen, rest = _choose(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("sparc_hf").setLevel(logging.INFO)
     command = COMMANDS[chosen]
     try:
         settings = _settings(chosen, command, rest)
@@ -83,7 +81,9 @@ def _settings(name: str, command: Command, argv: Sequence[str]) -> Any:
     arguments = getattr(importlib.import_module(module), class_name)
 
     from transformers import HfArgumentParser
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a second's loading needs no bar
     parser = HfArgumentParser(arguments, prog=f"sparc {name}", description=command.summary, parents=[files])
     # One sentence instead of the usage text, which is longer than a screen.
     parser.error = lambda message: parser.exit(2, f"sparc {name}: {message}; see `sparc {name} --help`\n")

@@ -56,7 +56,7 @@ class StreamEncoder:
 
     Args:
         name: name of the stream.
-        encoder: Hub id or folder of a transformers checkpoint.
+        encoder: Hub id or folder of a transformers checkpoint, or "demo:clip" or "demo:dino" for those shipped here.
         modality: what it encodes.
         pooling: which vector stands for a sample, one of "cls", "mean", "pooler", "projection"; by default the one
             the papers use for this family of models.
@@ -204,7 +204,7 @@ class StreamEncoder:
     @torch.no_grad()
     def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the feature rows, float32 [batch, hidden_size], of what `prepare` made."""
-        inputs = {key: value.to(self.device) for key, value in inputs.items()}
+        inputs = self._placed(inputs)
         if self.pooling == "projection":
             get = self.model.get_image_features if self.modality == "image" else self.model.get_text_features
             return get(**inputs).pooler_output.float()  # pyright: ignore[reportCallIssue]
@@ -228,7 +228,7 @@ class StreamEncoder:
         """
         if self.modality != "image":
             raise ValueError(f"stream `{self.name}` encodes text, which has no patches")
-        hidden = self._tower(pixel_values=inputs["pixel_values"].to(self.device)).last_hidden_state
+        hidden = self._tower(**self._placed(inputs)).last_hidden_state
         return self._patches(hidden, inputs["pixel_values"])
 
     def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
@@ -249,6 +249,14 @@ class StreamEncoder:
     @property
     def _tower(self) -> nn.Module:
         return getattr(self.model, "vision_model" if self.modality == "image" else "text_model", self.model)
+
+    def _placed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return inputs where the model is, floating ones in its dtype."""
+        weight = next(self.model.parameters())
+        return {
+            key: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+            for key, value in inputs.items()
+        }
 
     def _patches(self, hidden: Tensor, pixel_values: Tensor) -> Tensor:
         grid = self.grid_of(pixel_values)
@@ -287,6 +295,8 @@ class StreamEncoder:
             raise ValueError(
                 f"`{self.encoder}` ({self.config.model_type}) has no `{self.pooling}` vector: {error}"
             ) from error
+        if row.ndim != 2:
+            raise ValueError(f"`{self.encoder}` has no `{self.pooling}` vector; a sample gives {list(row.shape[1:])}")
         facts: dict[str, Any] = {
             "hidden_size": int(row.shape[-1]),
             "encoder": self.encoder,

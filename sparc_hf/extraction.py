@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PRESETS = {"demo": ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")}
 WORKERS = 2
 BATCHES_AHEAD = 4
 
@@ -156,7 +157,7 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     """
     if (args.encoders is None) == (args.preset is None):
         raise ValueError("give the streams either with `encoders` or with `preset`")
-    records = _demo_streams() if args.encoders is None else parse_streams(args.encoders)
+    records = parse_streams(PRESETS[args.preset] if args.preset else args.encoders or ())
     dataset = open_source(args.source, args.split)
     if args.limit is not None:
         if args.limit < 1:
@@ -268,7 +269,7 @@ class _Samples:
             raise ValueError(f"{name} has no image; remove it from the dataset")
         try:
             return self._image.decode_example(value).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # a damaged file can raise anything, from OSError to struct.error
             raise ValueError(f"the image of {name} cannot be read ({error}); repair or remove it") from error
 
     def _embedded(self, rows: Mapping[str, list[Any]], column: str, first: int, number: int) -> dict[str, Any] | None:
@@ -331,14 +332,3 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[..., Any], jobs: Iterator[tu
         result = waiting.popleft().result()
         waiting.extend(pool.submit(work, *job) for job in islice(jobs, 1))
         yield result
-
-
-def _demo_streams() -> list[dict[str, Any]]:
-    """Return the streams of the embedded encoders."""
-    from sparc_hf.demo import ENCODERS_PATH
-
-    return [
-        {"name": "dino", "encoder": str(ENCODERS_PATH / "dino"), "modality": "image"},
-        {"name": "clip_img", "encoder": str(ENCODERS_PATH / "clip"), "modality": "image"},
-        {"name": "clip_txt", "encoder": str(ENCODERS_PATH / "clip"), "modality": "text"},
-    ]

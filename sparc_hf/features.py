@@ -171,6 +171,8 @@ class FeatureDataset:
             for record in streams:
                 widths.setdefault(record["name"], list_width(table, record["name"]))
             widths = {record["name"]: widths[record["name"]] for record in streams}
+        if not widths:
+            raise ValueError("there is no column of fixed-length float lists; name the columns with `streams`")
         indices = dataset._indices  # select() and shuffle() of a datasets.Dataset keep the table and set these
         rows = None if indices is None else indices.column(0).to_numpy().astype(np.int64)
         records = completed_records(streams, widths)

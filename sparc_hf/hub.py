@@ -40,8 +40,9 @@ def write_model_card(
 
     folder = Path(folder)
     config = _config_of(folder)
-    streams: list[dict[str, Any]] = list(config.streams or [])
-    encoders = sorted({record["encoder"] for record in streams if _is_hub_id(record.get("encoder"))})
+    unknown = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
+    streams: list[dict[str, Any]] = [unknown | record for record in config.streams or []]
+    encoders = sorted({record["encoder"] for record in streams if _is_hub_id(record["encoder"])})
     card_data = ModelCardData(
         library_name="sparc-hf",
         license="apache-2.0",
@@ -49,8 +50,7 @@ def write_model_card(
         base_model=encoders or None,
         pipeline_tag="feature-extraction",
     )
-    width = max(len(streams), 1)
-    example = ", ".join(f'"{record["name"]}": {record["name"]}_rows' for record in streams[:width])
+    example = ", ".join(f'"{record["name"]}": {record["name"]}_rows' for record in streams)
     text = _environment().get_template("model_card.md").render(
         card_data=card_data.to_yaml(),
         title=folder.resolve().name,

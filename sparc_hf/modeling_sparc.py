@@ -183,13 +183,13 @@ class SparcModel(PreTrainedModel):
         """Load a model; see `PreTrainedModel.from_pretrained` for the arguments.
 
         Raises:
-            ValueError: where a folder does not exist, or the checkpoint lacks a tensor, has one too many or one of another shape, or was
-                written in a newer format; loading never fills a gap with fresh values.
+            ValueError: where a folder does not exist, the checkpoint lacks a tensor, has one too many or one of
+                another shape, or was written in a newer format; loading never fills a gap with fresh values.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         path = str(pretrained_model_name_or_path)
         if path.startswith((".", "~", os.sep)) and not os.path.isdir(path):
-            raise ValueError(f"there is no folder `{path}`; give a folder with a saved model, or a Hub id `owner/name`")
+            raise ValueError(f"there is no folder `{path}`; give the folder of a saved model, or a Hub id `owner/name`")
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,  # pyright: ignore[reportArgumentType]
             *args,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
+DEMO_PREFIX = "demo:"
 LoadedModels = dict[tuple[Any, ...], nn.Module]
 
 
@@ -86,9 +87,20 @@ def frozen_model(
 def load_part(auto_class: Any, encoder: str, what: str, **options: Any) -> Any:
     """Call `from_pretrained`, and raise one ValueError for the many ways in which it can fail."""
     try:
-        return auto_class.from_pretrained(encoder, **options)
+        return auto_class.from_pretrained(checkpoint_of(encoder), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ValueError(f"cannot load the {what} of encoder `{encoder}`: {_first_line(error)}") from error
+
+
+def checkpoint_of(encoder: str) -> str:
+    """Return the Hub id or folder of an encoder.
+
+    Those shipped with the package are called "demo:clip" and "demo:dino", because stream records travel with features
+    and models to machines where the package lies elsewhere.
+    """
+    if encoder.startswith(DEMO_PREFIX):
+        return str(Path(__file__).parent / "demo" / "encoders" / encoder.removeprefix(DEMO_PREFIX))
+    return encoder
 
 
 def commit_of(encoder: str, revision: str | None) -> str | None:
@@ -97,10 +109,10 @@ def commit_of(encoder: str, revision: str | None) -> str | None:
     Raises:
         ValueError: if `encoder` is neither.
     """
-    if Path(encoder).is_dir():
+    if Path(checkpoint_of(encoder)).is_dir():
         return None
     try:
-        file = cached_file(encoder, "config.json", revision=revision)
+        file = cached_file(checkpoint_of(encoder), "config.json", revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"encoder `{encoder}` is neither a folder nor a repository on the Hub that can be reached: "

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed, tqdm
 from torch import Tensor
 from transformers import get_scheduler
@@ -83,6 +84,9 @@ class SparcTrainer:
         _check_output_dir(self.output_dir, args)
         self.streams = args.streams or features.stream_names
         records = _records_of(features, self.streams)
+        # The state is shared by the whole process, which refuses a second run in another precision otherwise.
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != args.mixed_precision:
+            AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             cpu=args.cpu,
             mixed_precision=args.mixed_precision,
@@ -314,9 +318,7 @@ class SparcTrainer:
     def _progress_bar(self) -> Any:
         # A log file gets a line now and then instead of ten a second.
         interval = 0.1 if sys.stderr.isatty() else 10.0
-        return tqdm(
-            total=self.total_steps, initial=self.step, desc="training", unit="step", smoothing=0.05, mininterval=interval
-        )
+        return tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", mininterval=interval)
 
     @contextlib.contextmanager
     def _stop_signals(self) -> Iterator[None]:

@@ -141,6 +141,26 @@ def test_streams_of_one_checkpoint_share_its_model(folders):
         load_encoders([{"name": "x", "hidden_size": 3}])
 
 
+def test_half_precision(folders):
+    full = StreamEncoder("img", str(folders["clip"]), "image")
+    half = StreamEncoder("img", str(folders["clip"]), "image", dtype=torch.bfloat16)
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+    rows = half.encode([picture()])
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, full.encode([picture()]), rtol=0.1, atol=0.1)
+    assert half.patch_tokens(half.prepare([picture()])).dtype == torch.float32
+
+
+def test_shipped_encoders_are_named_without_their_folder(folders, monkeypatch, tmp_path):
+    monkeypatch.setattr("sparc_hf.pretrained.__file__", str(tmp_path / "pretrained.py"))
+    shutil.copytree(folders["clip"], tmp_path / "demo" / "encoders" / "clip")
+    encoder = StreamEncoder("txt", "demo:clip", "text")
+    assert (encoder.record["encoder"], encoder.record["revision"]) == ("demo:clip", None)
+    assert encoder.encode(TEXTS).shape == (4, 12)
+    with pytest.raises(ValueError, match="`demo:cat` is neither"):
+        StreamEncoder("txt", "demo:cat", "text")
+
+
 def test_revision_of_a_hub_repository(folders, tmp_path, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--me--tiny"

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_encoders import save_clip, save_dinov2
 
 from sparc_hf.encoders import load_encoders
-from sparc_hf.extraction import ExtractionArguments, extract_features, run_extraction
+from sparc_hf.extraction import PRESETS, ExtractionArguments, extract_features, run_extraction
 from sparc_hf.features import FeatureDataset
 from sparc_hf.sources import find_column, open_source, parse_streams
 
@@ -210,6 +210,7 @@ def test_stream_strings():
     for text in ("a", "a=b", "a=b:audio", "=b:image", "a-b=c:image", "a=:image"):
         with pytest.raises(ValueError, match="cannot read the stream"):
             parse_streams([text])
+    assert [record["encoder"] for record in parse_streams(PRESETS["demo"])] == ["demo:dino", "demo:clip", "demo:clip"]
     with pytest.raises(ValueError, match="its own name"):
         parse_streams(["a=b:image", "a=c:text"])
 

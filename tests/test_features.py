@@ -9,41 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.sparse import csr_array
+from tiny_features import RECORDS, arrays, assert_same, features
 
-from sparc_hf.feature_writer import FeatureWriter
 from sparc_hf.features import FeatureDataset
-
-WIDTHS = {"zeta": 6, "alpha": 4}  # not in alphabetical order, which must survive
-RECORDS = [
-    {"name": "zeta", "hidden_size": 6, "normalize": "l2", "encoder": "some/encoder"},
-    {"name": "alpha", "hidden_size": 4, "normalize": "standardize", "mean": 0.5, "std": 2.0},
-]
-
-
-def arrays(rows: int = 25, dtype: str = "float32") -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {name: rng.standard_normal((rows, width)).astype(dtype) for name, width in WIDTHS.items()}
-
-
-def features(rows: int = 25, dtype: str = "float32") -> FeatureDataset:
-    return FeatureDataset.from_arrays(
-        arrays(rows, dtype),
-        streams=RECORDS,
-        ids=[f"id{i}" for i in range(rows)],
-        text=[f"text {i}" for i in range(rows)],
-        labels=[[i % 3, 2] if i % 2 else [] for i in range(rows)],
-        label_names=["a", "b", "c"],
-        taxonomy={"LabelName": "/m/0", "Subcategory": [{"LabelName": "a"}]},
-        source={"made": "by a test"},
-    )
-
-
-def assert_same(left: FeatureDataset, right: FeatureDataset) -> None:
-    assert left.streams == right.streams
-    for name in left.stream_names:
-        np.testing.assert_array_equal(left.array(name), right.array(name))
-    for attribute in ("ids", "text", "label_names", "taxonomy", "source", "column_names"):
-        assert getattr(left, attribute) == getattr(right, attribute)
 
 
 @pytest.fixture
@@ -128,6 +96,8 @@ def test_parquet_and_variable_lists_become_fixed(tmp_path):
     np.testing.assert_array_equal(made.array("zeta"), rows["zeta"])
     made.save(tmp_path / "set")
     assert datasets.load_from_disk(str(tmp_path / "set")).features["zeta"].length == 6
+    with pytest.raises(ValueError, match="name the columns with `streams`"):
+        FeatureDataset.from_dataset(table)
     ragged = datasets.Dataset.from_dict({"x": [[1.0, 2.0], [1.0]]})
     with pytest.raises(ValueError, match="lists of 2 floats in every row"):
         FeatureDataset.from_dataset(ragged, streams=["x"])
@@ -232,91 +202,13 @@ def test_overwriting_needs_permission_and_spares_other_folders(saved, tmp_path):
         loaded.save(tmp_path / "home", overwrite=True)
 
 
-def batch(start: int, stop: int, rows: int = 25) -> dict:
-    made = features(rows)
-    numbers = slice(start, stop)
-    return {
-        **{name: made.array(name, numbers) for name in WIDTHS},
-        "id": made.column("id", numbers),
-        "labels": made.column("labels", numbers),
-    }
-
-
-def writer(path: Path, **changes) -> FeatureWriter:
-    return FeatureWriter(path, RECORDS, rows_per_shard=6, extra_columns=["id", "labels"], **changes)
-
-
-def test_writer_equals_from_arrays(tmp_path):
-    with writer(tmp_path / "set", label_names=["a", "b", "c"], source={"x": 1}) as out:
-        for start in range(0, 25, 4):
-            out.append(batch(start, min(start + 4, 25)))
-        assert (out.rows_done, len(out)) == (24, 25)
-    loaded = FeatureDataset.load(tmp_path / "set", verify=True)
-    assert sorted(p.name for p in (tmp_path / "set").glob("*.arrow")) == [f"data-0000{i}.arrow" for i in range(5)]
-    np.testing.assert_array_equal(loaded.array("alpha"), arrays()["alpha"])
-    assert loaded.column("labels") == features().column("labels")
-    assert (loaded.label_names, loaded.source) == (["a", "b", "c"], {"x": 1})
-    assert [p.name for p in tmp_path.iterdir()] == ["set"]
-    assert datasets.load_from_disk(str(tmp_path / "set")).num_rows == 25
-
-
-def test_interrupted_writer_resumes(tmp_path):
-    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "set") as out:  # noqa: PT012
-        out.append(batch(0, 14))
-        raise KeyboardInterrupt
-    assert not (tmp_path / "set").exists()
-    with pytest.raises(ValueError, match=r"`source` differ.*delete"):
-        writer(tmp_path / "set", source={"other": 1})
-    # A killed process leaves half a shard under a temporary name, and a shard may be lost.
-    (tmp_path / "set.partial" / "data-00003.arrow.tmp").write_bytes(b"half")
-    last = tmp_path / "set.partial" / "data-00002.arrow"
-    last.write_bytes(last.read_bytes()[:-9])
-    with writer(tmp_path / "set") as out:
-        assert out.rows_done == 12
-        out.append(batch(12, 25))
-    with writer(tmp_path / "straight") as out:
-        out.append(batch(0, 25))
-    resumed, straight = (FeatureDataset.load(tmp_path / name, verify=True) for name in ("set", "straight"))
-    assert_same(resumed, straight)
-
-
-def test_writer_refuses_bad_batches_and_keeps_the_rest(tmp_path):
-    out = writer(tmp_path / "set")
-    out.append(batch(0, 3))
-    good = batch(3, 6)
-    nan = good["zeta"].copy()
-    nan[1, 2] = np.nan
-    for change, words in [
-        ({"zeta": good["zeta"][:, :5]}, r"\[rows, 6\]"),
-        ({"zeta": nan}, "NaN or infinite number in row 4"),
-        ({"zeta": good["zeta"][:2]}, "same number of rows"),
-        ({"labels": [["x"], [], []]}, "column `labels`"),
-        ({"extra": [1, 2, 3]}, r"not expected are \['extra'\]"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            out.append({**good, **change})
-    assert len(out) == 3
-    out.append(good)
-    out.close()
-    np.testing.assert_array_equal(FeatureDataset.load(tmp_path / "set").array("zeta"), arrays()["zeta"][:6])
-    with pytest.raises(ValueError, match="already holds"):
-        writer(tmp_path / "set")
-
-
-def test_writer_settings(tmp_path):
-    with pytest.raises(ValueError, match="need a type"):
-        FeatureWriter(tmp_path / "set", RECORDS, extra_columns=["colour"])
-    with pytest.raises(ValueError, match="name of a stream"):
-        FeatureWriter(tmp_path / "set", RECORDS, extra_columns={"zeta": datasets.Value("int32")})
-    half = FeatureWriter(tmp_path / "half", {"a": {"hidden_size": 2}}, dtype="float16")
-    with pytest.raises(ValueError, match="float16 ends at 65504"):
-        half.append({"a": np.full((1, 2), 1e6)})
-    with pytest.raises(ValueError, match="no rows"):
-        half.close()
-    (tmp_path / "x.partial").mkdir()
-    (tmp_path / "x.partial" / "foreign.txt").write_text("x")
-    with pytest.raises(ValueError, match="in the way"):
-        FeatureWriter(tmp_path / "x", RECORDS)
+def test_buffers_off_their_boundary_are_read(tmp_path):
+    values = arrays()["zeta"]
+    shifted = pa.py_buffer(b"x" + values.tobytes()).slice(1)
+    flat = pa.Array.from_buffers(pa.float32(), values.size, [None, shifted])
+    column = pa.chunked_array([pa.FixedSizeListArray.from_arrays(flat, 6), pa.FixedSizeListArray.from_arrays(flat, 6)])
+    made = FeatureDataset(pa.table({"zeta": column}), RECORDS[:1])
+    np.testing.assert_array_equal(made.array("zeta", [30, 2]), values[[5, 2]])
 
 
 def test_import_is_light():

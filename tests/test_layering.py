@@ -1,0 +1,117 @@
+"""Imports point to lower floors only, the package registers itself, and importing it stays light."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "sparc_hf"
+FLOORS = {
+    "version": 0,
+    "configuration_sparc": 0,
+    "sparse_ops": 0,
+    "training_arguments": 0,
+    "command_arguments": 0,
+    "feature_columns": 0,
+    "feature_files": 0,
+    "objectives_sparc": 1,
+    "encoders": 1,
+    "pretrained": 0,
+    "batches": 0,
+    "feature_writer": 1,
+    "features": 1,
+    "demo": 1,
+    "sources": 1,
+    "modeling_sparc": 2,
+    "extraction": 2,
+    "codes": 3,
+    "training": 3,
+    "retrieval": 4,
+    "evaluation": 5,
+    "hub": 6,
+    "demo_run": 7,
+    "cli": 8,
+}
+REMOTE_CODE = {"configuration_sparc", "sparse_ops", "objectives_sparc", "modeling_sparc"}
+
+
+def modules() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """First-party rooms a module imports at import time; imports inside functions wait for the call."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            inside = "demo." if room_of(path) == "demo" else ""
+            names = [f"sparc_hf.{inside}{node.module}"] if node.level else [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("sparc_hf.")}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    room = room_of(path)
+    assert room in FLOORS, f"give {room} a floor"
+    for other in imported(path) - {room}:
+        # The two faces of one floor may not know each other either.
+        assert FLOORS[other] < FLOORS[room], f"{room} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
+
+
+def test_modules_are_small_and_named_for_what_they_do():
+    for path in modules():
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 460, path
+        assert path.stem not in {"utils", "common", "misc", "helpers", "manager"}
+
+
+@pytest.mark.parametrize("room", sorted(REMOTE_CODE))
+def test_remote_code_needs_torch_and_transformers_only(room):
+    tree = ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1
+            assert node.module in REMOTE_CODE
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            tops = {name.split(".")[0] for name in names}
+            # huggingface_hub comes with transformers; scipy is imported on call, inside a try.
+            assert tops <= {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub", "scipy"}, names
+
+
+def run(code: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_package_pulls_in_nothing_heavy():
+    code = """
+import sys
+from transformers import AutoModel, AutoConfig
+before = set(sys.modules)
+import sparc_hf
+added = {name.split(".")[0] for name in set(sys.modules) - before}
+heavy = added & {"datasets", "matplotlib", "evaluate", "gradio", "sklearn", "scipy", "pandas", "pyarrow", "accelerate"}
+print(sorted(heavy), "sparc" in AutoConfig.for_model("sparc").model_type)
+"""
+    assert run(code).split("\n")[0] == "[] True"
+
+
+def test_help_answers_without_torch(tmp_path):
+    code = "import sys; sys.argv = ['sparc', '--help']\ntry:\n    from sparc_hf.cli import main; main()\nexcept SystemExit:\n    print('torch' in sys.modules)"
+    assert run(code).endswith("False\n")
+    start = time.monotonic()
+    run(code)
+    assert time.monotonic() - start < 10  # a hang, not a speed: benchmarks measure that

@@ -1,0 +1,104 @@
+"""A saved model loads through `trust_remote_code=True` where sparc_hf cannot be imported."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import random_features, tiny_model
+from safetensors.torch import load_file, save_file
+
+from sparc_hf import SparcModel
+
+CODE = """
+import sys
+import torch
+from transformers import AutoConfig, AutoModel
+try:
+    import sparc_hf
+    sys.exit("sparc_hf must not be importable here")
+except ImportError:
+    pass
+folder, inputs, outputs = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+features = torch.load(inputs)
+out = model(features)
+codes = model.encode({"dino": features["dino"]})["dino"]
+torch.save(
+    {
+        "loss": out.loss.detach(),
+        "alone": codes.to_dense().detach(),
+        "decoded": model.decode(codes, to="clip_img").detach(),
+        "streams": config.stream_names,
+    },
+    outputs,
+)
+model.save_pretrained(folder + "-again")
+fresh = type(model)(config)
+assert fresh.atoms["dino"].norm(dim=1).allclose(torch.ones(64)), "a fresh model must be initialised"
+"""
+
+
+def test_remote_code_gives_the_packages_numbers(tmp_path):
+    model = tiny_model(3)
+    model.save_pretrained(tmp_path / "model")
+    features = random_features(model)
+    torch.save(features, tmp_path / "inputs.pt")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    for folder in ("model", "model-again"):  # what remote code saves must load as well
+        # -S -E would hide the libraries too, so the package is hidden by name.
+        hidden = "import sys; sys.modules['sparc_hf'] = None\n" + CODE
+        command = [sys.executable, "-c", hidden, *(str(tmp_path / name) for name in (folder, "inputs.pt", "outputs.pt"))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        theirs = torch.load(tmp_path / "outputs.pt")
+        mine = model.encode({"dino": features["dino"]})["dino"]
+        assert theirs["streams"] == ["dino", "clip_img", "clip_txt"]
+        torch.testing.assert_close(theirs["loss"], model(features).loss.detach())
+        torch.testing.assert_close(theirs["alone"], mine.to_dense().detach())
+        torch.testing.assert_close(theirs["decoded"], model.decode(mine, to="clip_img").detach())
+
+
+def _spoil(folder, change) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("atoms.dino"), ["missing", "atoms.dino"]),
+        (lambda state: state.update(extra=torch.zeros(2)), ["unexpected", "extra"]),
+        (lambda state: state.update({"pre_bias.dino": torch.zeros(7)}), ["mis-shaped", "pre_bias.dino", "[7]", "[24]"]),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_an_error(tmp_path, change, words):
+    tiny_model(2).save_pretrained(tmp_path)
+    _spoil(tmp_path, change)
+    with pytest.raises(ValueError, match="do not fit its config") as error:
+        SparcModel.from_pretrained(tmp_path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_newer_format_is_refused_and_an_unknown_key_is_not(tmp_path):
+    tiny_model(1).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"a_later_field": 3}))
+    assert SparcModel.from_pretrained(tmp_path).config.a_later_field == 3
+    (tmp_path / "config.json").write_text(json.dumps(content | {"format_version": 2}))
+    with pytest.raises(ValueError, match="`format_version` 2"):
+        SparcModel.from_pretrained(tmp_path)
+
+
+def test_loading_info_can_still_be_asked_for(tmp_path):
+    tiny_model(1).save_pretrained(tmp_path)
+    model, info = SparcModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, SparcModel)
+    assert not info["missing_keys"]
+    assert SparcModel.from_pretrained(tmp_path, dtype=torch.bfloat16).atoms["dino"].dtype == torch.bfloat16

@@ -1,0 +1,257 @@
+"""The training loop: what it reaches, what it survives, and that splitting the work changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, planted_features
+
+from sparc_hf import SparcModel
+from sparc_hf.training import SparcTrainer, TrainingInterrupted, train
+from sparc_hf.training_arguments import SparcTrainingArguments
+
+SMALL = {
+    "num_latents": 48,
+    "k": 4,
+    "auxk": 8,
+    "dead_after_steps": 10,
+    "batch_size": 64,
+    "epochs": 3,
+    "learning_rate": 5e-3,
+    "reinitialize_every": 5,
+    "logging_every": 5,
+    "checkpoint_every": 0,
+    "cpu": True,
+}
+
+
+def arguments(folder: Path, features: Path, **settings) -> SparcTrainingArguments:
+    return SparcTrainingArguments(features=str(features), output_dir=str(folder), **(SMALL | settings))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return SparcModel.from_pretrained(folder).state_dict()
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_training_lowers_the_loss_and_saves_a_model(tmp_path, planted_folder, selection):
+    model = train(arguments(tmp_path / "run", planted_folder, epochs=10, eval_fraction=0.2, selection=selection))
+    entries = log_of(tmp_path / "run")
+    losses = [entry["train/loss"] for entry in entries if "train/loss" in entry]
+    validations = [entry["eval/loss"] for entry in entries if "eval/loss" in entry]
+    assert losses[-1] < 0.6 * losses[0]
+    assert len(validations) == 10
+    assert validations[-1] < 0.8 * validations[0]
+    assert not model.training
+    loaded = SparcModel.from_pretrained(tmp_path / "run")
+    assert loaded.config.stream("dino")["normalize"] == "l2"
+    for atoms in loaded.atoms.values():
+        torch.testing.assert_close(atoms.norm(dim=1), torch.ones(48), rtol=0, atol=1e-6)
+    settings = json.loads((tmp_path / "run" / "training_arguments.json").read_text())
+    assert settings["num_latents"] == 48
+    assert settings["rows"] == 480
+
+
+def test_same_seed_same_bits_other_seed_other_bits(tmp_path, planted_folder):
+    for name, seed in (("one", 3), ("two", 3), ("three", 4)):
+        train(arguments(tmp_path / name, planted_folder, seed=seed))
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "one", tmp_path / "three")
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_accumulation_equals_the_whole_batch(tmp_path, planted_folder, pieces):
+    """600 rows at 64 leave a last batch of 24, so uneven pieces are in it."""
+    train(arguments(tmp_path / "whole", planted_folder, auxk=0, reinitialize_every=0))
+    train(
+        arguments(
+            tmp_path / "pieces", planted_folder, auxk=0, reinitialize_every=0, gradient_accumulation_steps=pieces
+        )
+    )
+    mine, theirs = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
+    for key in mine:
+        torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_stop_signal_saves_and_resume_gives_the_same_bits(tmp_path, planted_folder, schedule, monkeypatch):
+    settings = {"lr_schedule": schedule, "warmup_steps": 4, "eval_fraction": 0.1, "max_grad_norm": 1.0}
+    train(arguments(tmp_path / "whole", planted_folder, **settings))
+    original = SparcTrainer._train_step
+
+    def stop_in_step_11(trainer, share, rows):
+        original(trainer, share, rows)
+        if trainer.step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SparcTrainer, "_train_step", stop_in_step_11)
+    with pytest.raises(TrainingInterrupted, match="--resume") as stopped:
+        train(arguments(tmp_path / "stopped", planted_folder, **settings))
+    assert stopped.value.signal_number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    assert not (tmp_path / "stopped" / "model.safetensors").exists()
+    train(arguments(tmp_path / "stopped", planted_folder, resume=True, **settings))
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+    steps = [(entry["step"], "eval/loss" in entry) for entry in log_of(tmp_path / "stopped")]
+    assert steps == [(entry["step"], "eval/loss" in entry) for entry in log_of(tmp_path / "whole")]
+
+
+COMMAND = [sys.executable, "-m", "sparc_hf.cli", "train"]
+
+
+def flags(folder: Path, features: Path, **settings) -> list[str]:
+    given = {"features": features, "output_dir": folder} | SMALL | settings
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, planted_folder):
+    """SIGKILL in the middle of an epoch, then the same command with --resume."""
+    settings = {"epochs": 200, "checkpoint_every": 7, "auxk": 8}
+    whole = subprocess.run(
+        [*COMMAND, *flags(tmp_path / "whole", planted_folder, **settings)], env=environment(), capture_output=True
+    )
+    assert whole.returncode == 0, whole.stderr.decode()[-2000:]
+    command = [*COMMAND, *flags(tmp_path / "killed", planted_folder, **settings)]
+    killed = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed" / "checkpoints").glob("step-*[0-9]")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    resumed = subprocess.run([*command, "--resume"], env=environment(), capture_output=True)
+    assert resumed.returncode == 0, resumed.stderr.decode()[-2000:]
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["accelerate", "torchrun"])
+def test_two_processes_equal_one(tmp_path, planted_folder, script):
+    """Two gloo processes, at the same rows per step, with auxiliary term, re-initialisation and accumulation."""
+    train(arguments(tmp_path / "one", planted_folder, epochs=4))
+    launch = {
+        "accelerate": ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"],
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }[script]
+    port = ["--main_process_port", "0"] if script == "accelerate" else []
+    result = subprocess.run(
+        [
+            *[sys.executable, "-m", *launch, *port, str(ROOT / "train.py")],
+            *flags(tmp_path / "two", planted_folder, epochs=4, gradient_accumulation_steps=1),
+        ],
+        env=environment(ACCELERATE_USE_CPU="true"),
+        capture_output=True,
+    )
+    # Some launchers abort after all work is done (a gloo teardown), so the written model is the verdict.
+    assert (tmp_path / "two" / "model.safetensors").exists(), result.stderr.decode()[-3000:]
+    mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key in mine:
+        torch.testing.assert_close(mine[key], theirs[key], rtol=1e-3, atol=1e-4)
+    last, other = log_of(tmp_path / "one")[-1], log_of(tmp_path / "two")[-1]
+    assert other["train/loss"] == pytest.approx(last["train/loss"], abs=1e-4)
+    assert other["dead_share"] == last["dead_share"]
+
+
+def test_nan_loss_stops_with_step_stream_and_checkpoint(tmp_path, planted_folder, monkeypatch):
+    original = SparcTrainer._train_step
+
+    def poison(trainer, share, rows):
+        if trainer.step == 12:
+            with torch.no_grad():
+                trainer.model.atoms["clip_img"][:] = float("inf")
+        original(trainer, share, rows)
+
+    monkeypatch.setattr(SparcTrainer, "_train_step", poison)
+    with pytest.raises(FloatingPointError, match=r"step 12 .*clip_img.*step-00000010"):
+        train(arguments(tmp_path / "run", planted_folder, checkpoint_every=5))
+    monkeypatch.undo()
+    train(arguments(tmp_path / "run", planted_folder, checkpoint_every=5, resume=True))
+    train(arguments(tmp_path / "clean", planted_folder, checkpoint_every=5))
+    assert_same_weights(tmp_path / "run", tmp_path / "clean")
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tmp_path, planted_folder):
+    train(arguments(tmp_path / "run", planted_folder, epochs=1))
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="--resume.*--overwrite"):
+        train(arguments(tmp_path / "run", planted_folder, epochs=1))
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    train(arguments(tmp_path / "run", planted_folder, epochs=1, seed=9, overwrite=True))
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
+    assert {entry["epoch"] for entry in log_of(tmp_path / "run")} == {0}
+
+
+def test_resume_refuses_other_settings(tmp_path, planted_folder):
+    train(arguments(tmp_path / "run", planted_folder, checkpoint_every=5))
+    with pytest.raises(ValueError, match="`learning_rate`: 0.005 -> 0.1"):
+        train(arguments(tmp_path / "run", planted_folder, learning_rate=0.1, resume=True))
+
+
+def test_zero_or_nan_rows_are_found_before_training(tmp_path):
+    from sparc_hf.features import FeatureDataset
+
+    good = planted_features(100)
+    arrays = {name: good.array(name) for name in good.stream_names}
+    arrays["dino"][17] = 0
+    FeatureDataset.from_arrays(arrays, ids=good.ids).save(tmp_path / "features")
+    with pytest.raises(ValueError, match=r"dino.*zeros.*row 17.*sample-17"):
+        train(arguments(tmp_path / "run", tmp_path / "features"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_some_streams_only_and_trackers(tmp_path, planted_folder):
+    model = train(
+        arguments(tmp_path / "run", planted_folder, epochs=1, streams=["clip_txt"], report_to="tensorboard")
+    )
+    assert model.config.stream_names == ["clip_txt"]
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    with pytest.raises(ValueError, match=r"`streams` names \['audio'\]"):
+        train(arguments(tmp_path / "other", planted_folder, streams=["audio"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"selection": "some"}, "`selection` must be one of"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, but it is 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be positive"),
+        ({"eval_fraction": 1.0}, "`eval_fraction` must be"),
+        ({"eval_fraction": 0.5, "eval_features": "x"}, "give only one"),
+        ({"warmup_steps": -1}, "`warmup_steps` must not be negative"),
+    ],
+)
+def test_impossible_settings(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path, tmp_path, **settings)
+
+
+def test_mixed_precision_trains(tmp_path, planted_folder):
+    train(arguments(tmp_path / "bf16", planted_folder, epochs=2, mixed_precision="bf16"))
+    train(arguments(tmp_path / "fp32", planted_folder, epochs=2))
+    low, full = log_of(tmp_path / "bf16")[-1], log_of(tmp_path / "fp32")[-1]
+    assert low["train/loss"] == pytest.approx(full["train/loss"], rel=0.05)
+    assert weights(tmp_path / "bf16")["atoms.dino"].dtype == torch.float32
