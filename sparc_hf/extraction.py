@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PRESETS = {"demo": ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")}
 WORKERS = 2
 BATCHES_AHEAD = 4
 
@@ -115,16 +114,12 @@ class ExtractionArguments:
         }
     )
     output: str = field(metadata={"help": "Folder of the feature dataset to make; a stopped run goes on in it."})
-    encoders: list[str] | None = field(
-        default=None,
+    encoders: list[str] = field(
         metadata={
-            "help": "Streams, each as name=encoder:modality[:pooling], where encoder is a Hub id or folder, modality "
-            "is image or text, and pooling is cls, mean, pooler or projection (default: as in the papers)."
-        },
-    )
-    preset: Literal["demo"] | None = field(
-        default=None,
-        metadata={"help": "Streams by name instead of --encoders: `demo`, the two small encoders inside."},
+            "help": "Streams, each as name=encoder:modality[:pooling], where encoder is a Hub id, a folder, or demo:clip "
+            "or demo:dino for the small ones inside; modality is image or text; and pooling is cls, mean, pooler or "
+            "projection (default: as in the papers)."
+        }
     )
     split: str | None = field(default=None, metadata={"help": "Split of the source; needed where it has several."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images (default: found by its type)."})
@@ -155,9 +150,7 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     Raises:
         ValueError: for unusable arguments, and as `extract_features`.
     """
-    if (args.encoders is None) == (args.preset is None):
-        raise ValueError("give the streams either with `encoders` or with `preset`")
-    records = parse_streams(PRESETS[args.preset] if args.preset else args.encoders or ())
+    records = parse_streams(args.encoders)
     dataset = open_source(args.source, args.split)
     if args.limit is not None:
         if args.limit < 1:

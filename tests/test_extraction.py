@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_encoders import save_clip, save_dinov2
 
 from sparc_hf.encoders import load_encoders
-from sparc_hf.extraction import PRESETS, ExtractionArguments, extract_features, run_extraction
+from sparc_hf.extraction import ExtractionArguments, extract_features, run_extraction
 from sparc_hf.features import FeatureDataset
 from sparc_hf.sources import find_column, open_source, parse_streams
 
@@ -210,7 +210,7 @@ def test_stream_strings():
     for text in ("a", "a=b", "a=b:audio", "=b:image", "a-b=c:image", "a=:image"):
         with pytest.raises(ValueError, match="cannot read the stream"):
             parse_streams([text])
-    assert [record["encoder"] for record in parse_streams(PRESETS["demo"])] == ["demo:dino", "demo:clip", "demo:clip"]
+    assert parse_streams(["dino=demo:dino:image"])[0]["encoder"] == "demo:dino"
     with pytest.raises(ValueError, match="its own name"):
         parse_streams(["a=b:image", "a=c:text"])
 
@@ -228,8 +228,6 @@ def test_arguments(folder, streams, tmp_path):
     assert len(made) == 5
     assert made.table.schema.field("dino").type.value_type == "halffloat"
     assert made.streams[2]["pooling"] == "mean"
-    with pytest.raises(ValueError, match="either with `encoders` or with `preset`"):
-        run_extraction(parse("--source", str(folder), "--output", "x"))
     with pytest.raises(ValueError, match="`limit`"):
         run_extraction(parse("--source", str(folder), "--output", "x", "--limit", "0", "--encoders", *streams))
 
