@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +98,27 @@ def _environment() -> Any:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_templates_folder()),
         undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "code": lambda text: f"`{text}`",
         "percent": lambda share: f"{share:.1%}",
-        "number": lambda value: "not measured" if value is None else f"{value:.3f}",
-        "pair": _pair_error,
+        "number": _number,
+        "error_row": _error_row,
         "encoder_link": _encoder_link,
     }
     return environment
 
 
-def _pair_error(nmse: Mapping[str, float], target: str, source: str) -> float | None:
-    return nmse.get(f"self/{target}" if source == target else f"cross/{target}<-{source}")
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _error_row(nmse: Mapping[str, float], target: str, streams: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the error of one target from every source, as text."""
+    sources = [record["name"] for record in streams]
+    return [_number(nmse.get(f"self/{target}" if name == target else f"cross/{target}<-{name}")) for name in sources]
 
 
 def _encoder_link(record: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +168,7 @@ class SparcModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif module is self.atoms:
             for name, atoms in self.atoms.items():
-                init.copy_(atoms, unit_norm(self.encoders[name].weight))
+                init.copy_(atoms, unit_norm(self._encoder(name).weight))
         elif module is self.pre_bias:
             for bias in self.pre_bias.values():
                 init.zeros_(bias)
@@ -179,7 +179,9 @@ class SparcModel(PreTrainedModel):
             module.fill()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> "SparcModel":
         """Load a model; see `PreTrainedModel.from_pretrained` for the arguments.
 
         Raises:
@@ -190,7 +192,7 @@ class SparcModel(PreTrainedModel):
         path = str(pretrained_model_name_or_path)
         if path.startswith((".", "~", os.sep)) and not os.path.isdir(path):
             raise ValueError(f"there is no folder `{path}`; give the folder of a saved model, or a Hub id `owner/name`")
-        model, info = super().from_pretrained(
+        model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             pretrained_model_name_or_path,  # pyright: ignore[reportArgumentType]
             *args,
             output_loading_info=True,
@@ -202,7 +204,7 @@ class SparcModel(PreTrainedModel):
                 f"the weights in `{pretrained_model_name_or_path}` do not fit its config.json ({'; '.join(faults)}); "
                 "the two files must come from one `save_pretrained`"
             )
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # pyright: ignore[reportReturnType]
 
     def forward(
         self, features: Mapping[str, Tensor], selection: str | None = None, new_step: bool = True
@@ -309,7 +311,7 @@ class SparcModel(PreTrainedModel):
         for name in self.config.stream_names:
             dead = self.dead_latents(name)
             counts[name] = dead.sum()
-            encoder, counter = self.encoders[name], getattr(self.steps_since_fired, name)
+            encoder, counter = self._encoder(name), getattr(self.steps_since_fired, name)
             latents = dead.nonzero().squeeze(-1)
             fresh = torch.randn(latents.numel(), encoder.weight.shape[1], generator=generator) * REINITIALIZED_STD
             encoder.weight[latents] = fresh.to(encoder.weight)
@@ -353,11 +355,14 @@ class SparcModel(PreTrainedModel):
             _reject_rows(~rows.any(dim=-1), name, "only zeros, so that its relative error is undefined")
         return rows
 
+    def _encoder(self, name: str) -> nn.Linear:
+        return cast(nn.Linear, self.encoders[name])
+
     def _preactivations(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return stream -> [batch, N], the one dense product of a step, outside the graph."""
         with torch.no_grad():
             return {
-                name: F.linear(value - self.pre_bias[name], self.encoders[name].weight, self.encoders[name].bias)
+                name: F.linear(value - self.pre_bias[name], self._encoder(name).weight, self._encoder(name).bias)
                 for name, value in rows.items()
             }
 
@@ -385,7 +390,7 @@ class SparcModel(PreTrainedModel):
         return codes
 
     def _with_gradient(self, name: str, rows: Tensor, selection: Selection, gathered: Tensor) -> Tensor:
-        encoder = self.encoders[name]
+        encoder = self._encoder(name)
         return gather_preactivations(rows, encoder.weight, encoder.bias, self.pre_bias[name], selection, gathered)
 
     def _reconstructions(

@@ -28,8 +28,9 @@ def counterpart_ranks(queries: "csr_array", references: "csr_array", *, block: i
         )
     queries, references = _unit_rows(queries), _unit_rows(references)
     columns = references.T.tocsr()
-    ranks = np.empty(queries.shape[0], np.int64)
-    for start in range(0, queries.shape[0], block):
+    total = len(queries.indptr) - 1
+    ranks = np.empty(total, np.int64)
+    for start in range(0, total, block):
         similarity = (queries[start : start + block] @ columns).toarray()
         rows = np.arange(similarity.shape[0])
         own = similarity[rows, start + rows]

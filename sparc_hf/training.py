@@ -228,7 +228,7 @@ class SparcTrainer:
         self._clock, self._rows_since = now, 0
         entry = {f"train/{name}": value for name, value in means.items()}
         entry |= {"dead_share": self._dead_share(), "rows_per_second": rate}
-        entry["learning_rate"] = self.scheduler.get_last_lr()[0]
+        entry["learning_rate"] = float(self.scheduler.get_last_lr()[0])
         self._bar.set_postfix(
             {"loss": f"{means['loss']:.4f}", "dead": f"{entry['dead_share']:.1%}", "rows/s": f"{rate:,.0f}"},
             refresh=False,

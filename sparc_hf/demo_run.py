@@ -1,0 +1,125 @@
+"""The main job on the embedded world: make scenes, extract three streams, train, evaluate, save, report."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from sparc_hf.command_arguments import DemoArguments
+from sparc_hf.demo.scenes import CLASS_NAMES, TAXONOMY, make_scenes_dataset
+from sparc_hf.encoders import load_encoders
+from sparc_hf.evaluation import evaluate_model, write_results
+from sparc_hf.extraction import extract_features
+from sparc_hf.features import FeatureDataset
+from sparc_hf.hub import write_model_card
+from sparc_hf.sources import parse_streams
+from sparc_hf.training import SparcTrainer
+from sparc_hf.training_arguments import SparcTrainingArguments
+
+STREAMS = ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")
+
+
+def run_demo(args: DemoArguments) -> str:
+    """Run the whole way from scenes to an evaluated model and return the report that is printed.
+
+    Features of an earlier run with the same number of scenes are used again; the model is made anew.
+
+    Raises:
+        ValueError: for impossible sizes.
+    """
+    if not args.num_latents >= args.k >= 1:
+        raise ValueError(f"`k` is {args.k} but `num_latents` is {args.num_latents}; choose 1 <= `k` <= `num_latents`")
+    started = time.monotonic()
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    train_rows = _features(output, "train", args.train_rows, args.seed)
+    test_rows = _features(output, "test", args.test_rows, args.seed)
+    extracted = time.monotonic()
+    settings = SparcTrainingArguments(
+        features=str(output / "features" / "train"),
+        output_dir=str(output / "model"),
+        num_latents=args.num_latents,
+        k=args.k,
+        auxk=min(32, args.num_latents),
+        dead_after_steps=200,
+        batch_size=min(256, args.train_rows),
+        epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        checkpoint_every=0,
+        seed=args.seed,
+        overwrite=True,
+    )
+    model = SparcTrainer(settings, train_rows).train()
+    trained = time.monotonic()
+    results = evaluate_model(model, test_rows)
+    write_results(results, output / "results.json")
+    card = write_model_card(output / "model", results=results, settings=settings.to_dict())
+    seconds = {
+        "scenes and features": extracted - started,
+        "training": trained - extracted,
+        "evaluation": time.monotonic() - trained,
+    }
+    return _report(args, output, card, results, seconds)
+
+
+def _features(output: Path, split: str, rows: int, seed: int) -> FeatureDataset:
+    folder = output / "features" / split
+    wanted = {"world": "sparc_hf.demo", "split": split, "seed": seed, "scenes": rows}
+    if folder.exists():
+        features = FeatureDataset.load(folder)
+        if {key: (features.source or {}).get(key) for key in wanted} == wanted:
+            return features
+        shutil.rmtree(folder)
+    # What a run with other sizes left half-way is no use to this one.
+    shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+    return extract_features(
+        make_scenes_dataset(split, rows, seed),
+        load_encoders(parse_streams(STREAMS)),
+        folder,
+        image_column="image",
+        text_column="text",
+        labels_column="labels",
+        keep_columns=("image",),
+        label_names=CLASS_NAMES,
+        taxonomy=TAXONOMY,
+        source=wanted,
+    )
+
+
+def _report(
+    args: DemoArguments, output: Path, card: Path, results: dict[str, Any], seconds: dict[str, float]
+) -> str:
+    joint, single, nmse = results["joint"], results["single"], results["nmse"]
+    lines = [
+        "",
+        f"SPARC on {args.train_rows:,} scenes, measured on {args.test_rows:,} held-out scenes",
+        f"three streams, {args.num_latents:,} latents, {args.k} active",
+        "",
+        f"{'':44}{'joint':>10}{'single':>10}",
+        f"{'dead latents, mean over streams':44}{joint['dead_share']:>10.1%}{single['dead_share']:>10.1%}",
+        f"{'label Jaccard between streams':44}{joint['jaccard']:>10.3f}{single['jaccard']:>10.3f}",
+        f"{'counterpart retrieval by codes, R@1':44}{joint['latent_r_at_1']:>10.3f}{single['latent_r_at_1']:>10.3f}",
+        f"{'  clip_txt -> clip_img':44}{_pair(joint)}{_pair(single)}",
+        f"{'self-reconstruction, nmse':44}{nmse['self']:>10.3f}",
+        f"{'cross-reconstruction, nmse':44}{nmse['cross']:>10.3f}",
+        "",
+        "joint: all streams of a sample choose its latents together, which gives the counterpart partly away;",
+        "single: each stream alone.",
+        "",
+        "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
+        f"model:    {output / 'model'}",
+        f"card:     {card}",
+        f"results:  {output / 'results.json'}",
+        f"features: {output / 'features'}",
+        "",
+        "load it:  from sparc_hf import SparcModel",
+        f"          model = SparcModel.from_pretrained({json.dumps(os.fspath(output / 'model'))})",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _pair(figures: dict[str, Any]) -> str:
+    return f"{figures['retrieval']['clip_txt->clip_img']:>10.3f}"

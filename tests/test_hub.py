@@ -1,0 +1,73 @@
+"""Model cards."""
+
+import json
+
+import pytest
+from conftest import planted_features, tiny_model
+from huggingface_hub import ModelCard
+
+from sparc_hf import SparcConfig, SparcModel
+from sparc_hf.evaluation import evaluate_model
+from sparc_hf.hub import write_model_card
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model(3).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_card_says_what_is_known(folder):
+    results = evaluate_model(tiny_model(3), planted_features(60))
+    path = write_model_card(folder, results=results, settings={"learning_rate": 0.001, "output_dir": "/home/me/secret"})
+    text = path.read_text()
+    for words in ("8 active", "64", "`dino`", "`clip_txt`", "arXiv preprint arXiv:2507.06265", "trust_remote_code=True"):
+        assert words in text
+    assert f"{results['single']['jaccard']:.3f}" in text
+    assert f"{results['nmse']['cross/dino<-clip_txt']:.3f}" in text
+    assert "| `learning_rate` | 0.001 |" in text
+    assert "secret" not in text
+    assert "\n\n\n" not in text
+    assert "None" not in text
+    card = ModelCard.load(path)
+    assert card.data.library_name == "sparc-hf"
+    assert {"sparse-autoencoder", "interpretability", "dino"} <= set(card.data.tags)
+
+
+def test_tables_have_no_gaps(folder):
+    text = write_model_card(folder, results=evaluate_model(tiny_model(3), planted_features(60))).read_text()
+    lines = text.splitlines()
+    for line, following in zip(lines, lines[1:], strict=False):
+        assert not line.startswith("|") or not following or following.startswith("|"), line
+    for number, line in enumerate(lines):
+        if line.startswith("|--"):
+            assert lines[number - 1].count("|") == line.count("|")
+            assert lines[number + 1].startswith("|")
+            assert lines[number + 1].count("|") == line.count("|")
+
+
+def test_a_card_without_results_or_settings(folder):
+    text = write_model_card(folder).read_text()
+    assert "## Results" not in text
+    assert "## Training" not in text
+    assert "\n\n\n" not in text
+
+
+def test_one_stream_with_a_hub_encoder(tmp_path):
+    record = {"hidden_size": 4, "encoder": "facebook/dinov2-base", "revision": "a" * 40, "modality": "image"}
+    model = SparcModel(SparcConfig(streams={"dino": record}, num_latents=8, k=2, auxk=2))
+    model.save_pretrained(tmp_path)
+    features = planted_features(30)
+    one = type(features).from_arrays({"dino": features.array("dino")[:, :4]}, streams={"dino": record | {"name": "dino"}})
+    text = write_model_card(tmp_path, results=evaluate_model(model, one)).read_text()
+    assert "[facebook/dinov2-base](https://huggingface.co/facebook/dinov2-base) @ `aaaaaaaaaaaa`" in text
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == ["facebook/dinov2-base"]
+
+
+@pytest.mark.parametrize("content", [None, {"model_type": "clip"}])
+def test_a_folder_without_a_model(tmp_path, content):
+    if content:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="holds"):
+        write_model_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()
