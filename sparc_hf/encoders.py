@@ -64,6 +64,7 @@ class StreamEncoder:
         device: where the model runs.
         dtype: of its weights; feature rows are float32 whatever it is.
         normalize: how a SPARC model shall normalise the rows; it is only recorded here.
+        image_backend: what resizes images, "pil" or "torchvision"; see `ImageInputs`.
         loaded: models that were already loaded, shared between encoders; see `load_encoders`.
 
     Raises:
@@ -82,6 +83,7 @@ class StreamEncoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         normalize: str = "l2",
+        image_backend: str = "pil",
         loaded: LoadedModels | None = None,
     ):
         if modality not in MODALITIES:
@@ -91,8 +93,9 @@ class StreamEncoder:
         pinned = self.revision or revision
         self.config = load_part(AutoConfig, self.encoder, "config", revision=pinned)
         self.pooling = self._checked_pooling(pooling)
+        self.image_backend = image_backend
         if modality == "image":
-            self._prepare: Any = ImageInputs(self.encoder, pinned)
+            self._prepare: Any = ImageInputs(self.encoder, pinned, image_backend)
         else:
             positions = getattr(self._tower_config, "max_position_embeddings", None)
             self._prepare = TextInputs(self.encoder, pinned, positions, self.family.attention_mask)
@@ -129,6 +132,7 @@ class StreamEncoder:
             record["modality"],
             pooling=record.get("pooling"),
             revision=record.get("revision"),
+            image_backend=record.get("image_backend", "pil"),
             device=device,
             dtype=dtype,
             loaded=loaded,
@@ -305,6 +309,7 @@ class StreamEncoder:
             "pooling": self.pooling,
         }
         if self.modality == "image":
+            facts["image_backend"] = self.image_backend
             facts["image_size"] = list(inputs["pixel_values"].shape[-2:])
             if getattr(self._tower_config, "patch_size", None) is not None:
                 facts["grid"] = list(self.grid_of(inputs["pixel_values"]))

@@ -140,6 +140,10 @@ class ExtractionArguments:
         default=None,
         metadata={"help": "Where the encoders run, such as cpu or cuda:0 (default: CUDA if there is one)."},
     )
+    image_backend: Literal["pil", "torchvision"] = field(
+        default="pil",
+        metadata={"help": "What resizes images: pil (the same pixels on every machine) or torchvision (faster)."},
+    )
     autocast: bool = field(default=False, metadata={"help": "Run the encoders in bfloat16 on a CUDA device."})
     limit: int | None = field(default=None, metadata={"help": "Rows to encode, from the first (default: all)."})
 
@@ -150,7 +154,7 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     Raises:
         ValueError: for unusable arguments, and as `extract_features`.
     """
-    records = parse_streams(args.encoders)
+    records = [record | {"image_backend": args.image_backend} for record in parse_streams(args.encoders)]
     dataset = open_source(args.source, args.split)
     if args.limit is not None:
         if args.limit < 1:

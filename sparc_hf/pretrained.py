@@ -9,22 +9,34 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils import is_torchvision_available
 from transformers.utils.hub import cached_file
 
 DEMO_PREFIX = "demo:"
+IMAGE_BACKENDS = ("pil", "torchvision")
 LoadedModels = dict[tuple[Any, ...], nn.Module]
 
 
 class ImageInputs:
     """The image processor of a checkpoint: PIL images to `pixel_values` [batch, 3, height, width].
 
+    Args:
+        encoder: Hub id or folder.
+        revision: commit on the Hub.
+        backend: "pil", which gives the same pixels on every machine, or "torchvision", which is faster where it is
+            installed and resizes a little differently.
+
     Raises:
-        ValueError: if the checkpoint has none that works here.
+        ValueError: if the checkpoint has none that works here, or torchvision is asked for and not installed.
     """
 
-    def __init__(self, encoder: str, revision: str | None):
-        # The PIL backend gives the same pixels whether or not torchvision is installed.
-        self.processor = load_part(AutoImageProcessor, encoder, "image processor", revision=revision, backend="pil")
+    def __init__(self, encoder: str, revision: str | None, backend: str):
+        if backend not in IMAGE_BACKENDS:
+            raise ValueError(f"`image_backend` must be one of {list(IMAGE_BACKENDS)}, but it is {backend!r}")
+        # transformers would fall back to PIL without a word, and the record would be wrong.
+        if backend == "torchvision" and not is_torchvision_available():
+            raise ValueError("`image_backend` torchvision needs torchvision: `pip install torchvision`")
+        self.processor = load_part(AutoImageProcessor, encoder, "image processor", revision=revision, backend=backend)
 
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         rgb = [image.convert("RGB") for image in images]

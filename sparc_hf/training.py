@@ -1,6 +1,7 @@
 """Train a SparcModel on a feature dataset: the Accelerate loop, its checkpoints, its log and its trackers."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -82,6 +83,8 @@ class SparcTrainer:
         self.args = args
         self.output_dir = Path(args.output_dir)
         _check_output_dir(self.output_dir, args)
+        if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+            raise ImportError(f'`report_to` {args.report_to} is not installed: `pip install "sparc-hf[trackers]"`')
         self.streams = args.streams or features.stream_names
         records = _records_of(features, self.streams)
         # The state is shared by the whole process, which refuses a second run in another precision otherwise.

@@ -60,6 +60,7 @@ def test_images(folders, family, width, pooling, prefix):
         "revision": None,
         "modality": "image",
         "pooling": pooling,
+        "image_backend": "pil",
         "image_size": [32, 32],
         "grid": [4, 4],
     }
@@ -227,3 +228,13 @@ def test_wrong_samples(folders):
             encoder.encode(samples)
     with pytest.raises(ValueError, match="non-empty list of texts"):
         StreamEncoder("txt", str(folders["clip"]), "text").encode("one text")
+
+
+def test_the_image_backend_is_recorded_and_torchvision_must_be_there(folders, monkeypatch):
+    encoder = StreamEncoder("x", str(folders["clip"]), "image")
+    assert encoder.record["image_backend"] == "pil"
+    monkeypatch.setattr("sparc_hf.pretrained.is_torchvision_available", lambda: False)
+    with pytest.raises(ValueError, match="pip install torchvision"):
+        StreamEncoder("x", str(folders["clip"]), "image", image_backend="torchvision")
+    with pytest.raises(ValueError, match="'opencv'"):
+        StreamEncoder("x", str(folders["clip"]), "image", image_backend="opencv")

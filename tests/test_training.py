@@ -229,6 +229,8 @@ def test_some_streams_only_and_trackers(tmp_path, planted_folder):
     )
     assert model.config.stream_names == ["clip_txt"]
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    with pytest.raises(ImportError, match=r'pip install "sparc-hf\[trackers\]"'):
+        train(arguments(tmp_path / "other", planted_folder, report_to="trackio"))
     with pytest.raises(ValueError, match=r"`streams` names \['audio'\]"):
         train(arguments(tmp_path / "other", planted_folder, streams=["audio"]))
 
