@@ -88,9 +88,7 @@ def _features(output: Path, split: str, rows: int, seed: int) -> FeatureDataset:
     )
 
 
-def _report(
-    args: DemoArguments, output: Path, card: Path, results: dict[str, Any], seconds: dict[str, float]
-) -> str:
+def _report(args: DemoArguments, output: Path, card: Path, results: dict[str, Any], seconds: dict[str, float]) -> str:
     joint, single, nmse = results["joint"], results["single"], results["nmse"]
     lines = [
         "",

@@ -116,9 +116,9 @@ class ExtractionArguments:
     output: str = field(metadata={"help": "Folder of the feature dataset to make; a stopped run goes on in it."})
     encoders: list[str] = field(
         metadata={
-            "help": "Streams, each as name=encoder:modality[:pooling], where encoder is a Hub id, a folder, or demo:clip "
-            "or demo:dino for the small ones inside; modality is image or text; and pooling is cls, mean, pooler or "
-            "projection (default: as in the papers)."
+            "help": "Streams, each as name=encoder:modality[:pooling], where encoder is a Hub id, a folder, or "
+            "demo:clip or demo:dino for the small ones inside; modality is image or text; and pooling is cls, mean, "
+            "pooler or projection (default: as in the papers)."
         }
     )
     split: str | None = field(default=None, metadata={"help": "Split of the source; needed where it has several."})

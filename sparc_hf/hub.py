@@ -51,17 +51,21 @@ def write_model_card(
         pipeline_tag="feature-extraction",
     )
     example = ", ".join(f'"{record["name"]}": {record["name"]}_rows' for record in streams)
-    text = _environment().get_template("model_card.md").render(
-        card_data=card_data.to_yaml(),
-        title=folder.resolve().name,
-        repo=repo or str(folder),
-        config=config,
-        streams=streams,
-        example="{" + example + "}",
-        results=results,
-        results_split=results_split,
-        settings={name: value for name, value in (settings or {}).items() if name not in UNTOLD_SETTINGS},
-        version=__version__,
+    text = (
+        _environment()
+        .get_template("model_card.md")
+        .render(
+            card_data=card_data.to_yaml(),
+            title=folder.resolve().name,
+            repo=repo or str(folder),
+            config=config,
+            streams=streams,
+            example="{" + example + "}",
+            results=results,
+            results_split=results_split,
+            settings={name: value for name, value in (settings or {}).items() if name not in UNTOLD_SETTINGS},
+            version=__version__,
+        )
     )
     path = folder / "README.md"
     unfinished = path.with_name("README.md.tmp")

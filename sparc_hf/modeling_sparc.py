@@ -18,11 +18,12 @@ from .sparse_ops import (
     Selection,
     gather_preactivations,
     normalize_rows,
-    remove_parallel_component_,
     select_topk,
     select_topk_among,
     sparse_decode,
+    sum_of,
     unit_norm,
+    unit_norm_,
 )
 
 REINITIALIZED_STD = 0.01
@@ -191,7 +192,9 @@ class SparcModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         path = str(pretrained_model_name_or_path)
         if path.startswith((".", "~", os.sep)) and not os.path.isdir(path):
-            raise ValueError(f"there is no folder `{path}`; give the folder of a saved model, or a Hub id `owner/name`")
+            raise ValueError(
+                f"there is no folder `{path}`; give the folder of a saved model, or a Hub id `owner/name`"
+            )
         model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             pretrained_model_name_or_path,  # pyright: ignore[reportArgumentType]
             *args,
@@ -231,15 +234,19 @@ class SparcModel(PreTrainedModel):
             self._update_counters(codes, new_step)
         auxiliary = self._auxiliary(rows, preactivations)
         del preactivations
-        reconstructions = self._reconstructions(codes, selections)
+        stacked = self._reconstructions(codes, selections)
         losses = sparc_losses(
             rows,
-            reconstructions,
+            stacked,
             auxiliary,
             self.pre_bias,  # pyright: ignore[reportArgumentType]
             cross_coef=self.config.cross_coef,
             auxk_coef=self.config.auxk_coef,
         )
+        reconstructions = {
+            target: dict(zip(codes if len(value) > 1 else [target], value.unbind(), strict=True))
+            for target, value in stacked.items()
+        }
         return SparcOutput(loss=losses.pop("loss"), losses=losses, codes=codes, reconstructions=reconstructions)
 
     def encode(self, features: Mapping[str, Tensor], selection: str | None = None) -> dict[str, SparseCodes]:
@@ -289,11 +296,9 @@ class SparcModel(PreTrainedModel):
         The earlier code does both between backward and the optimizer's step, so that is where the training loop
         calls this; the gradient was taken at the atoms before the division.
         """
-        for atoms in self.atoms.values():
-            with torch.no_grad():
-                atoms.copy_(unit_norm(atoms))
-                if atoms.grad is not None:
-                    remove_parallel_component_(atoms.grad, atoms)
+        with torch.no_grad():
+            for atoms in self.atoms.values():
+                unit_norm_(atoms, atoms.grad)
 
     @torch.no_grad()
     def reinitialize_dead_latents(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -369,11 +374,7 @@ class SparcModel(PreTrainedModel):
     def _select(self, preactivations: Mapping[str, Tensor], selection: str | None) -> dict[str, Selection]:
         selection = selection or self.config.selection
         if selection == "global":
-            first, *others = preactivations.values()
-            total = first
-            for other in others:
-                total = total + other
-            shared = select_topk(total, self.config.k)
+            shared = select_topk(sum_of(list(preactivations.values())), self.config.k)
             return dict.fromkeys(preactivations, shared)
         if selection == "local":
             return {name: select_topk(value, self.config.k) for name, value in preactivations.items()}
@@ -395,17 +396,20 @@ class SparcModel(PreTrainedModel):
 
     def _reconstructions(
         self, codes: Mapping[str, SparseCodes], selections: Mapping[str, Selection]
-    ) -> dict[str, dict[str, Tensor]]:
+    ) -> dict[str, Tensor]:
+        """Return target -> [sources, batch, hidden_size], all sources of a target decoded at once."""
+        batch = len(next(iter(codes.values())))
         # A run without the cross term has no use for the other pairs while it trains.
-        only_self = self.training and self.config.cross_coef == 0
+        if self.training and self.config.cross_coef == 0:
+            stacks = {target: (codes[target].values, selections[target]) for target in codes}
+        else:
+            shared = torch.cat([code.values for code in codes.values()]), Selection.stack(list(selections.values()))
+            stacks = dict.fromkeys(codes, shared)
         return {
-            target: {
-                source: sparse_decode(codes[source].values, self.atoms[target], selections[source])
-                + self.pre_bias[target]
-                for source in codes
-                if source == target or not only_self
-            }
-            for target in codes
+            target: (sparse_decode(values, self.atoms[target], selection) + self.pre_bias[target]).unflatten(
+                0, (-1, batch)
+            )
+            for target, (values, selection) in stacks.items()
         }
 
     def _auxiliary(self, rows: Mapping[str, Tensor], preactivations: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,16 +15,16 @@ def nmse(reconstruction: Tensor, rows: Tensor, energy: Tensor | None = None) -> 
     """Return the normalised mean squared error, mean over rows of mean_d (a - x)^2 / mean_d x^2.
 
     Args:
-        reconstruction: a, [batch, d].
+        reconstruction: a, [..., batch, d]; leading dimensions are kept.
         rows: x, [batch, d].
         energy: [batch], mean_d x^2, where it is at hand already.
     """
-    return (mean_square(reconstruction - rows) / (mean_square(rows) if energy is None else energy)).mean()
+    return (mean_square(reconstruction - rows) / (mean_square(rows) if energy is None else energy)).mean(dim=-1)
 
 
 def sparc_losses(
     rows: Mapping[str, Tensor],
-    reconstructions: Mapping[str, Mapping[str, Tensor]],
+    reconstructions: Mapping[str, Tensor],
     auxiliary: Mapping[str, Tensor],
     pre_biases: Mapping[str, Tensor],
     *,
@@ -36,32 +36,34 @@ def sparc_losses(
     loss = mean_s nmse(x^(s<-s), x_s) + cross_coef * mean_{s != t} nmse(x^(t<-s), x_t)
          + auxk_coef * mean_s nmse(aux_s, stop(x_s - x^(s<-s) + b_s))
 
+    A row that is reconstructed exactly has no residual and adds 0 to the auxiliary term.
+
     Args:
         rows: stream -> normalised features [batch, d].
-        reconstructions: target -> source -> [batch, d of the target].
+        reconstructions: target -> [sources, batch, d of the target], the sources in the order of `rows`; or of the
+            target itself alone, [1, batch, d].
         auxiliary: stream -> decoded dead latents [batch, d]; a stream in which nothing is dead is left out, and its
             term is 0.
         pre_biases: stream -> [d].
         cross_coef: weight of the cross term.
         auxk_coef: weight of the auxiliary term.
 
-    A row that is reconstructed exactly has no residual and adds 0 to the auxiliary term.
-
     Returns:
         name -> scalar: "loss", "self", "cross", "auxk", "self/<stream>", "cross/<target><-<source>" and
         "auxk/<stream>".
     """
-    energy = {name: mean_square(value) for name, value in rows.items()}
     zero = next(iter(rows.values())).new_zeros(())
     terms: dict[str, Tensor] = {}
-    for target, by_source in reconstructions.items():
-        for source, reconstruction in by_source.items():
-            key = f"self/{target}" if source == target else f"cross/{target}<-{source}"
-            terms[key] = nmse(reconstruction, rows[target], energy[target])
-    for name in rows:
+    for target, stacked in reconstructions.items():
+        sources = list(rows) if len(stacked) > 1 else [target]
+        for source, term in zip(sources, nmse(stacked, rows[target]).unbind(), strict=True):
+            terms[f"self/{target}" if source == target else f"cross/{target}<-{source}"] = term
+    for name, value in rows.items():
         terms[f"auxk/{name}"] = zero
         if name in auxiliary:
-            residual = (rows[name] - reconstructions[name][name] + pre_biases[name]).detach()
+            stacked = reconstructions[name]
+            own = stacked[list(rows).index(name) if len(stacked) > 1 else 0]
+            residual = (value - own + pre_biases[name]).detach()
             terms[f"auxk/{name}"] = _residual_nmse(auxiliary[name], residual)
     means = {kind: _mean_of(terms, f"{kind}/", zero) for kind in ("self", "cross", "auxk")}
     loss = means["self"] + cross_coef * means["cross"] + auxk_coef * means["auxk"]

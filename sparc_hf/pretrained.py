@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-from transformers.utils import is_torchvision_available
 from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_torchvision_available
 
 DEMO_PREFIX = "demo:"
 IMAGE_BACKENDS = ("pil", "torchvision")

@@ -5,6 +5,7 @@ A code has k of N latents active, so everything after the pre-activations works 
 rows that chose a latent are summed as one bag (`embedding_bag` over the transposed selection).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-8
+ROWS_IN_CACHE = 256
 STD_EPS = 1e-5
 
 
@@ -27,6 +29,7 @@ class Selection:
         self.indices = indices
         self.num_latents = num_latents
         self._transposed: tuple[Tensor, Tensor, Tensor] | None = None
+        self._parts: list[Selection] = []
 
     @property
     def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,8 +41,24 @@ class Selection:
             self._transposed = (order, order // self.indices.shape[1], counts.cumsum(0) - counts)
         return self._transposed
 
+    @classmethod
+    def stack(cls, parts: Sequence["Selection"]) -> "Selection":
+        """Return the selection of all rows of several, [sum of batches, k], one after the other."""
+        stacked = cls(torch.cat([part.indices for part in parts]), parts[0].num_latents)
+        stacked._parts = list(parts)
+        return stacked
+
     def sum_rows(self, rows: Tensor, values: Tensor) -> Tensor:
         """Return [N, d]: for each latent, the rows [batch, d] that chose it, weighted by values [batch, k]."""
+        if self._parts:
+            # Part by part: a part's rows stay in the processor's cache, and parts may share their transpose.
+            sizes = [part.indices.shape[0] for part in self._parts]
+            pieces = zip(self._parts, rows.split(sizes), values.split(sizes), strict=True)
+            part, piece, weights = next(pieces)
+            total = part.sum_rows(piece, weights)
+            for part, piece, weights in pieces:
+                total += part.sum_rows(piece, weights)
+            return total
         order, row_of_entry, offsets = self.transposed
         weights = values.reshape(-1)[order]
         return F.embedding_bag(
@@ -52,6 +71,16 @@ class Selection:
         return torch.zeros(self.num_latents, dtype=flat.dtype, device=flat.device).index_add_(
             0, self.indices.reshape(-1), flat
         )
+
+
+def sum_of(preactivations: Sequence[Tensor]) -> Tensor:
+    """Return the sum of several [batch, N], in their order, in one new array at most."""
+    if len(preactivations) == 1:
+        return preactivations[0]
+    total = preactivations[0] + preactivations[1]
+    for other in preactivations[2:]:
+        total += other
+    return total
 
 
 def select_topk(preactivations: Tensor, k: int) -> Selection:
@@ -153,10 +182,19 @@ def unit_norm(rows: Tensor) -> Tensor:
     return rows / (rows.norm(dim=-1, keepdim=True) + NORM_EPS)
 
 
-def remove_parallel_component_(gradient: Tensor, atoms: Tensor) -> None:
-    """Take from each gradient row [N, d], in place, its part along the atom, so that a step keeps the atom's norm."""
-    along = (gradient * atoms).sum(dim=-1, keepdim=True)
-    gradient.addcmul_(atoms, along, value=-1)
+def unit_norm_(rows: Tensor, gradient: Tensor | None = None) -> None:
+    """Bring the rows of [N, d] to unit norm in place, then take from each gradient row its part along the row.
+
+    Works through blocks that stay in the processor's cache, so that memory is passed once.
+    """
+    block = ROWS_IN_CACHE if rows.device.type == "cpu" else rows.shape[0]
+    for start in range(0, rows.shape[0], block):
+        atoms = rows[start : start + block]
+        atoms.div_(atoms.norm(dim=-1, keepdim=True).add_(NORM_EPS))
+        if gradient is not None:
+            part = gradient[start : start + block]
+            along = torch.linalg.vecdot(part, atoms).unsqueeze(-1)
+            part.addcmul_(atoms, along, value=-1)
 
 
 def normalize_rows(rows: Tensor, kind: str, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:

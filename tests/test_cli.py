@@ -1,6 +1,7 @@
 """The command line: one sentence on bad input, JSON on success."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -52,7 +53,15 @@ def test_train_encode_evaluate_card(capsys, tmp_path, planted_folder):
     settings = tmp_path / "settings.yaml"
     settings.write_text(
         yaml.safe_dump(
-            {"num_latents": 48, "k": 4, "auxk": 4, "epochs": 1, "cpu": True, "learning_rate": 1e-4, "max_grad_norm": None}
+            {
+                "num_latents": 48,
+                "k": 4,
+                "auxk": 4,
+                "epochs": 1,
+                "cpu": True,
+                "learning_rate": 1e-4,
+                "max_grad_norm": None,
+            }
         )
         + "batch_size: 1e2\n".replace("1e2", "100")
     )
@@ -69,7 +78,16 @@ def test_train_encode_evaluate_card(capsys, tmp_path, planted_folder):
     assert "`clip_txt`" in card
     assert "48" in card
     status, out, err = run(
-        capsys, "encode", "--model", model, "--features", str(planted_folder), "--output", codes, "--encoding", "single"
+        capsys,
+        "encode",
+        "--model",
+        model,
+        "--features",
+        str(planted_folder),
+        "--output",
+        codes,
+        "--encoding",
+        "single",
     )
     assert status == 0, err
     assert json.loads(out) == {
@@ -79,14 +97,16 @@ def test_train_encode_evaluate_card(capsys, tmp_path, planted_folder):
         "encoding": "single",
     }
     results = str(tmp_path / "results.json")
-    status, out, err = run(capsys, "evaluate", "--model", model, "--features", str(planted_folder), "--output", results)
+    status, out, err = run(
+        capsys, "evaluate", "--model", model, "--features", str(planted_folder), "--output", results
+    )
     assert status == 0, err
     assert json.loads(out) == json.loads((tmp_path / "results.json").read_text())
     status, out, err = run(capsys, "card", "--model", model, "--results", results, "--repo", "me/planted")
     assert status == 0, err
     card = (tmp_path / "model" / "README.md").read_text()
     assert 'from_pretrained("me/planted")' in card
-    assert f"{json.loads(open(results).read())['single']['jaccard']:.3f}" in card
+    assert f"{json.loads(Path(results).read_text())['single']['jaccard']:.3f}" in card
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The embedded world: the same everywhere, and true to its captions, labels and masks."""
 
 import hashlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_captions_leave_something_out():
 
 def test_splits_are_disjoint():
     ranges = sorted(SPLITS.values(), key=lambda split: split.start)
-    assert all(one.stop <= other.start for one, other in zip(ranges, ranges[1:], strict=False))
+    assert all(one.stop <= other.start for one, other in pairwise(ranges))
 
 
 def test_taxonomy_has_three_levels_over_all_classes():

@@ -1,6 +1,7 @@
 """Model cards."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from conftest import planted_features, tiny_model
@@ -19,9 +20,18 @@ def folder(tmp_path):
 
 def test_a_card_says_what_is_known(folder):
     results = evaluate_model(tiny_model(3), planted_features(60))
-    path = write_model_card(folder, results=results, settings={"learning_rate": 0.001, "output_dir": "/home/me/secret"})
+    path = write_model_card(
+        folder, results=results, settings={"learning_rate": 0.001, "output_dir": "/home/me/secret"}
+    )
     text = path.read_text()
-    for words in ("8 active", "64", "`dino`", "`clip_txt`", "arXiv preprint arXiv:2507.06265", "trust_remote_code=True"):
+    for words in (
+        "8 active",
+        "64",
+        "`dino`",
+        "`clip_txt`",
+        "arXiv preprint arXiv:2507.06265",
+        "trust_remote_code=True",
+    ):
         assert words in text
     assert f"{results['single']['jaccard']:.3f}" in text
     assert f"{results['nmse']['cross/dino<-clip_txt']:.3f}" in text
@@ -37,7 +47,7 @@ def test_a_card_says_what_is_known(folder):
 def test_tables_have_no_gaps(folder):
     text = write_model_card(folder, results=evaluate_model(tiny_model(3), planted_features(60))).read_text()
     lines = text.splitlines()
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in pairwise(lines):
         assert not line.startswith("|") or not following or following.startswith("|"), line
     for number, line in enumerate(lines):
         if line.startswith("|--"):
@@ -58,7 +68,9 @@ def test_one_stream_with_a_hub_encoder(tmp_path):
     model = SparcModel(SparcConfig(streams={"dino": record}, num_latents=8, k=2, auxk=2))
     model.save_pretrained(tmp_path)
     features = planted_features(30)
-    one = type(features).from_arrays({"dino": features.array("dino")[:, :4]}, streams={"dino": record | {"name": "dino"}})
+    one = type(features).from_arrays(
+        {"dino": features.array("dino")[:, :4]}, streams={"dino": record | {"name": "dino"}}
+    )
     text = write_model_card(tmp_path, results=evaluate_model(model, one)).read_text()
     assert "[facebook/dinov2-base](https://huggingface.co/facebook/dinov2-base) @ `aaaaaaaaaaaa`" in text
     assert ModelCard.load(tmp_path / "README.md").data.base_model == ["facebook/dinov2-base"]

@@ -186,7 +186,9 @@ def test_nothing_keeps_the_preactivations_for_backward():
     model = tiny_model(2, num_latents=4096).train()
     model.steps_since_fired.dino[:100] = 100
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda t: t
+    ):
         model(random_features(model, rows=4)).loss.backward()
     assert kept
     assert not [shape for shape in kept if shape[:1] == (4,) and shape[-1] == 4096]

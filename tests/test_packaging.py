@@ -18,7 +18,9 @@ def wheel(tmp_path_factory):
     )
     if "setuptools" in done.stderr + done.stdout and done.returncode != 0:
         done = subprocess.run(
-            [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)], capture_output=True, text=True
+            [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)],
+            capture_output=True,
+            text=True,
         )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return next(folder.glob("*.whl"))

@@ -245,7 +245,9 @@ def _find(tree: dict, key: str) -> float:
 
 def test_quirk_5_an_exactly_reconstructed_row_keeps_the_other_rows_term():
     """0/0 in one row made their auxiliary term NaN, which was dropped without a word; ours counts that row as 0."""
-    model = SparcModel(SparcConfig(streams={"dino": {"hidden_size": 2}}, num_latents=4, k=1, auxk=1, dead_after_steps=1))
+    model = SparcModel(
+        SparcConfig(streams={"dino": {"hidden_size": 2}}, num_latents=4, k=1, auxk=1, dead_after_steps=1)
+    )
     with torch.no_grad():
         model.atoms["dino"].copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]]))
         model.encoders["dino"].weight.copy_(model.atoms["dino"])

@@ -52,7 +52,12 @@ def test_remote_code_gives_the_packages_numbers(tmp_path):
     for folder in ("model", "model-again"):  # what remote code saves must load as well
         # -S -E would hide the libraries too, so the package is hidden by name.
         hidden = "import sys; sys.modules['sparc_hf'] = None\n" + CODE
-        command = [sys.executable, "-c", hidden, *(str(tmp_path / name) for name in (folder, "inputs.pt", "outputs.pt"))]
+        command = [
+            sys.executable,
+            "-c",
+            hidden,
+            *(str(tmp_path / name) for name in (folder, "inputs.pt", "outputs.pt")),
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         theirs = torch.load(tmp_path / "outputs.pt")
@@ -74,7 +79,10 @@ def _spoil(folder, change) -> None:
     [
         (lambda state: state.pop("atoms.dino"), ["missing", "atoms.dino"]),
         (lambda state: state.update(extra=torch.zeros(2)), ["unexpected", "extra"]),
-        (lambda state: state.update({"pre_bias.dino": torch.zeros(7)}), ["mis-shaped", "pre_bias.dino", "[7]", "[24]"]),
+        (
+            lambda state: state.update({"pre_bias.dino": torch.zeros(7)}),
+            ["mis-shaped", "pre_bias.dino", "[7]", "[24]"],
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_an_error(tmp_path, change, words):

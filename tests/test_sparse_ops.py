@@ -6,14 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparc_hf.sparse_ops import (
+    ROWS_IN_CACHE,
     Selection,
     gather_preactivations,
     normalize_rows,
-    remove_parallel_component_,
     select_topk,
     select_topk_among,
     sparse_decode,
     unit_norm,
+    unit_norm_,
 )
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 40), st.integers(0, 2**31 - 1))
@@ -80,15 +81,48 @@ def test_projected_gradients_are_orthogonal_to_unit_atoms(shape):
     _, width, latents, seed = shape
     draws = _draws(seed)
     raw = torch.randn(latents, width, generator=draws)
-    atoms = unit_norm(raw)
     norms = raw.norm(dim=1)
+    gradient = torch.randn(latents, width, generator=draws)
+    atoms, projected = raw.clone(), gradient.clone()
+    unit_norm_(atoms, projected)
+    torch.testing.assert_close(atoms, unit_norm(raw))
     # The 1e-8 under the division shortens an atom that was almost zero.
     torch.testing.assert_close(atoms.norm(dim=1), norms / (norms + 1e-8))
-    gradient = torch.randn(latents, width, generator=draws)
     along = (gradient * atoms).sum(dim=1)
-    remove_parallel_component_(gradient, atoms)
     left = along * (1 - atoms.pow(2).sum(dim=1))
-    torch.testing.assert_close((gradient * atoms).sum(dim=1), left, rtol=0, atol=1e-5)
+    torch.testing.assert_close((projected * atoms).sum(dim=1), left, rtol=0, atol=1e-5)
+
+
+def test_blocks_of_atoms_cover_all_rows():
+    """More rows than one block holds, and a last block that is not full."""
+    atoms, gradient = torch.randn(2 * ROWS_IN_CACHE + 3, 4), torch.randn(2 * ROWS_IN_CACHE + 3, 4)
+    expected = unit_norm(atoms)
+    along = (gradient * expected).sum(dim=1, keepdim=True)
+    expected_gradient = gradient - along * expected
+    unit_norm_(atoms, gradient)
+    torch.testing.assert_close(atoms, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shape=SHAPES, times=st.integers(1, 4), shared=st.booleans())
+def test_a_stack_of_selections_is_their_rows_one_after_the_other(shape, times, shared):
+    batch, width, latents, seed = shape
+    draws = _draws(seed)
+    k = 1 + seed % latents
+    made = [select_topk(torch.randn(batch, latents, generator=draws), k) for _ in range(times)]
+    selections = [made[0]] * times if shared else made
+    stacked = Selection.stack(selections)
+    rows = torch.randn(times * batch, width, generator=draws)
+    values = torch.randn(times * batch, k, generator=draws)
+    expected = sum(
+        selection.sum_rows(row, value)
+        for selection, row, value in zip(selections, rows.split(batch), values.split(batch), strict=True)
+    )
+    torch.testing.assert_close(stacked.sum_rows(rows, values), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        stacked.sum_values(values), torch.zeros(latents).index_add(0, stacked.indices.reshape(-1), values.reshape(-1))
+    )
 
 
 def test_normalisation_by_hand():

@@ -197,7 +197,7 @@ def test_nan_loss_stops_with_step_stream_and_checkpoint(tmp_path, planted_folder
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path, planted_folder):
     train(arguments(tmp_path / "run", planted_folder, epochs=1))
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="--resume.*--overwrite"):
+    with pytest.raises(ValueError, match=r"--resume.*--overwrite"):
         train(arguments(tmp_path / "run", planted_folder, epochs=1))
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     train(arguments(tmp_path / "run", planted_folder, epochs=1, seed=9, overwrite=True))
@@ -207,7 +207,7 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path, planted_folder):
 
 def test_resume_refuses_other_settings(tmp_path, planted_folder):
     train(arguments(tmp_path / "run", planted_folder, checkpoint_every=5))
-    with pytest.raises(ValueError, match="`learning_rate`: 0.005 -> 0.1"):
+    with pytest.raises(ValueError, match=r"`learning_rate`: 0\.005 -> 0\.1"):
         train(arguments(tmp_path / "run", planted_folder, learning_rate=0.1, resume=True))
 
 
@@ -224,9 +224,7 @@ def test_zero_or_nan_rows_are_found_before_training(tmp_path):
 
 
 def test_some_streams_only_and_trackers(tmp_path, planted_folder):
-    model = train(
-        arguments(tmp_path / "run", planted_folder, epochs=1, streams=["clip_txt"], report_to="tensorboard")
-    )
+    model = train(arguments(tmp_path / "run", planted_folder, epochs=1, streams=["clip_txt"], report_to="tensorboard"))
     assert model.config.stream_names == ["clip_txt"]
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
     with pytest.raises(ImportError, match=r'pip install "sparc-hf\[trackers\]"'):

@@ -132,9 +132,7 @@ def _several_objects(objects: Sequence[ObjectFacts], writer: _Writer) -> str:
     return f"{phrases[0]}, {phrases[1]} and {phrases[2]}"
 
 
-def write_caption(
-    objects: Sequence[ObjectFacts], background: int, tone: int, rng: np.random.Generator
-) -> str:
+def write_caption(objects: Sequence[ObjectFacts], background: int, tone: int, rng: np.random.Generator) -> str:
     """One lower-case sentence that mentions about two to five facts of the scene.
 
     Args:

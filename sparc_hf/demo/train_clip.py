@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def build_tokenizer(captions: Iterable[str], vocabulary_size: int = 1200) -> CLI
     trained.train_from_iterator(captions, trainer)
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=CONTEXT_LENGTH)
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=CONTEXT_LENGTH)  # pyright: ignore[reportArgumentType]
 
 
 def build_clip(tokenizer: CLIPTokenizer, recipe: ClipRecipe) -> CLIPModel:
@@ -169,7 +170,7 @@ def index_batches(rows: int, batch_size: int, steps: int, rng: np.random.Generat
         yield batch
 
 
-def _clip_step(model: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor, pad_from: int) -> torch.Tensor:
+def _clip_step(model: Any, pixels: torch.Tensor, ids: torch.Tensor, pad_from: int) -> torch.Tensor:
     """Loss of images [batch, 3, 64, 64] against captions [batch, captions, tokens]."""
     batch, captions, _ = ids.shape
     flat = ids.flatten(0, 1)
@@ -207,7 +208,9 @@ def train_clip(
     rng = np.random.default_rng(recipe.seed)
     tokenizer = build_tokenizer(caption for of_scene in captions for caption in of_scene)
     token_ids = encode_captions(tokenizer, captions)
-    model = build_clip(tokenizer, recipe).to(device).train()
+    end = int(tokenizer.convert_tokens_to_ids(_SPECIAL_TOKENS[1]))  # pyright: ignore[reportArgumentType]
+    model: Any = build_clip(tokenizer, recipe)
+    model.to(device).train()
     optimizer = adamw(model, recipe.learning_rate, recipe.weight_decay)
     progress = tqdm(
         index_batches(len(images), recipe.batch_size, recipe.steps, rng), total=recipe.steps, desc="clip", unit="step"
@@ -218,7 +221,7 @@ def train_clip(
         chosen = rng.permuted(np.tile(np.arange(token_ids.shape[1]), (len(rows), 1)), axis=1)
         chosen = chosen[:, : recipe.captions_per_image]
         ids = torch.from_numpy(token_ids[rows[:, None], chosen]).to(device)
-        loss = _clip_step(model, to_pixels(images[rows], device), ids, int(tokenizer.eos_token_id))
+        loss = _clip_step(model, to_pixels(images[rows], device), ids, end)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -9,6 +9,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,7 +186,9 @@ def train_dino(
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     draws = torch.Generator(device=device).manual_seed(recipe.seed)
-    model, heads = build_dino(recipe).to(device).train(), _Heads(recipe).to(device)
+    model: Any = build_dino(recipe)
+    model.to(device).train()
+    heads = _Heads(recipe).to(device)
     optimizer = adamw(nn.ModuleList([model, heads]), recipe.learning_rate, recipe.weight_decay)
     progress = tqdm(
         index_batches(len(images), recipe.batch_size, recipe.steps, rng), total=recipe.steps, desc="dino", unit="step"

@@ -1,0 +1,67 @@
+"""`sparc demo` and the README's examples, on a small world."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from sparc_hf.cli import main
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A finished small demo, in the folder in which the README's examples would find it."""
+    folder = tmp_path_factory.mktemp("demo")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert main(["demo", "--train_rows", "1500", "--test_rows", "300", "--epochs", "15"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_what_it_should(demo):
+    results = json.loads((demo / "runs/demo/results.json").read_text())
+    assert results["rows"] == 300
+    assert results["nmse"]["self"] < 0.8
+    assert results["joint"]["jaccard"] > results["single"]["jaccard"] > 0.05
+    pair = results["single"]["retrieval"]["clip_txt->clip_img"]
+    assert pair > 5 / 300
+    card = (demo / "runs/demo/model/README.md").read_text()
+    assert "demo:clip" in card or "clip" in card
+    assert f"{results['single']['jaccard']:.3f}" in card
+
+
+@pytest.mark.slow
+def test_a_second_demo_uses_the_features_again(demo, capsys, monkeypatch):
+    monkeypatch.chdir(demo)
+    stamp = (demo / "runs/demo/features/train/sparc_features.json").stat().st_mtime_ns
+    assert main(["demo", "--train_rows", "1500", "--test_rows", "300", "--epochs", "1", "--k", "8"]) == 0
+    assert (demo / "runs/demo/features/train/sparc_features.json").stat().st_mtime_ns == stamp
+    out = capsys.readouterr().out
+    assert "8 active" in out
+    assert "SparcModel.from_pretrained" in out
+
+
+@pytest.mark.slow
+def test_readme_python_examples_run(demo):
+    """Word for word, one after the other, in the folder of the demo."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) >= 2
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)], cwd=demo, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (demo / "features/mine/sparc_features.json").exists()
+
+
+def test_impossible_demo_settings(capsys):
+    assert main(["demo", "--num_latents", "8", "--k", "16"]) == 2
+    assert "`k` is 16 but `num_latents` is 8" in capsys.readouterr().err
