@@ -11,17 +11,8 @@ from conftest import ROOT
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)],
-        capture_output=True,
-        text=True,
-    )
-    if "setuptools" in done.stderr + done.stdout and done.returncode != 0:
-        done = subprocess.run(
-            [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)],
-            capture_output=True,
-            text=True,
-        )
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return next(folder.glob("*.whl"))
 

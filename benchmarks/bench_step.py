@@ -1,0 +1,118 @@
+"""Time and memory of a training step beside the dense step and the encoder product, interleaved A B C A B C ...
+
+    python benchmarks/bench_step.py --batch 256 1024 --output step.json
+
+Prints a table and writes JSON: medians over the rounds, the ratio to dense, and the ratio to the floor, the encoder
+product alone. Memory is the peak of torch's own allocations during one step, beyond what lives between steps.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from dense_baseline import DenseSparc
+from torch.profiler import ProfilerActivity, profile
+
+from sparc_hf import SparcConfig, SparcModel
+
+
+def random_rows(widths: dict[str, int], batch: int) -> dict[str, torch.Tensor]:
+    return {name: torch.nn.functional.normalize(torch.randn(batch, width)) for name, width in widths.items()}
+
+
+class Steps:
+    """The three things that are timed, on the same rows."""
+
+    def __init__(self, widths: dict[str, int], latents: int, k: int, auxk: int, batch: int, dead: float):
+        settings = {"num_latents": latents, "k": k, "auxk": auxk, "dead_after_steps": 10**6}
+        config = SparcConfig(streams={name: {"hidden_size": width} for name, width in widths.items()}, **settings)
+        torch.manual_seed(0)
+        self.model, self.dense = SparcModel(config).train(), DenseSparc(config).train()
+        self.dense.load_state_dict(self.model.state_dict())
+        self.rows = random_rows(widths, batch)
+        self.dead = torch.rand(latents) < dead
+        self.fast_optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
+        self.plain_optimizer = torch.optim.Adam(self.dense.parameters(), lr=1e-4)
+
+    def fast(self) -> None:
+        self._step(self.model, self.fast_optimizer)
+
+    def plain(self) -> None:
+        self._step(self.dense, self.plain_optimizer)
+
+    def floor(self) -> None:
+        with torch.no_grad():
+            for name, x in self.rows.items():
+                torch.nn.functional.linear(x, self.model.encoders[name].weight, self.model.encoders[name].bias)
+
+    def _step(self, model, optimizer) -> None:
+        for name in self.rows:
+            getattr(model.steps_since_fired, name)[self.dead] = 10**7
+        optimizer.zero_grad(set_to_none=True)
+        model(self.rows)["loss"].backward()
+        model.prepare_atoms_for_step()
+        optimizer.step()
+
+
+def peak_memory(work) -> int:
+    """Return the peak of allocations during a call, in bytes above the start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    level = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak
+
+
+def measure(steps: Steps, rounds: int) -> dict[str, float]:
+    works = {"dense": steps.plain, "sparse": steps.fast, "encoder product": steps.floor}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for round_number in range(rounds + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if round_number:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    per_round = list(zip(*times.values(), strict=True))
+    return {
+        **{f"{name} s": value for name, value in medians.items()},
+        "dense / sparse": statistics.median(d / s for d, s, _ in per_round),
+        "sparse / product": statistics.median(s / f for _, s, f in per_round),
+        "dense peak MB": peak_memory(steps.plain) / 2**20,
+        "sparse peak MB": peak_memory(steps.fast) / 2**20,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[768, 512, 512])
+    parser.add_argument("--latents", type=int, default=8192)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--auxk", type=int, default=64)
+    parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--dead", type=float, nargs="+", default=[0.0, 0.1], help="share of dead latents")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    widths = {f"stream{number}": width for number, width in enumerate(args.widths)}
+    results = []
+    for batch in args.batch:
+        for dead in args.dead:
+            steps = Steps(widths, args.latents, args.k, args.auxk, batch, dead)
+            results.append({"batch": batch, "dead": dead, **measure(steps, args.rounds)})
+            print(" | ".join(f"{key} {value:.4g}" for key, value in results[-1].items()), flush=True)
+    if args.output:
+        machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        report = {"machine": machine, "settings": vars(args) | {"output": None}, "results": results}
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
