@@ -18,8 +18,6 @@ from .sparse_ops import (
     Selection,
     gather_preactivations,
     normalize_rows,
-    select_topk,
-    select_topk_among,
     sparse_decode,
     sum_of,
     unit_norm,
@@ -139,6 +137,7 @@ class SparcModel(PreTrainedModel):
 
     Attributes:
         counter_group: process group over which training steps agree on what fired; None keeps counters local.
+        max_preactivation_mb: memory for pre-activations, in MiB; larger batches are encoded in blocks of rows.
     """
 
     config_class = SparcConfig
@@ -157,6 +156,7 @@ class SparcModel(PreTrainedModel):
         self.steps_since_fired = _StepCounters(config.stream_names, latents)
         self.feature_statistics = _FeatureStatistics(config)
         self.counter_group: Any = None
+        self.max_preactivation_mb: float = 1024
         self.post_init()
 
     @torch.no_grad()
@@ -227,13 +227,10 @@ class SparcModel(PreTrainedModel):
         if self.training and (missing := [name for name in self.config.stream_names if name not in features]):
             raise ValueError(f"training needs every stream of the model, but {missing} are missing from `features`")
         rows = self._normalized_rows(features, reject_zero_rows=True)
-        preactivations = self._preactivations(rows)
-        selections = self._select(preactivations, selection)
-        codes = self._codes(rows, preactivations, selections)
+        codes, selections = self._encode(rows, selection)
         if self.training:
             self._update_counters(codes, new_step)
-        auxiliary = self._auxiliary(rows, preactivations)
-        del preactivations
+        auxiliary = self._auxiliary(rows)
         stacked = self._reconstructions(codes, selections)
         losses = sparc_losses(
             rows,
@@ -266,8 +263,7 @@ class SparcModel(PreTrainedModel):
             ValueError: for unknown streams, wrong widths, an empty batch, or rows that hold NaN or infinity.
         """
         rows = self._normalized_rows(features)
-        preactivations = self._preactivations(rows)
-        return self._codes(rows, preactivations, self._select(preactivations, selection))
+        return self._encode(rows, selection)[0]
 
     def decode(self, codes: SparseCodes, to: str) -> Tensor:
         """Decode codes of any stream to normalised rows [batch, hidden_size] of stream `to`.
@@ -363,32 +359,49 @@ class SparcModel(PreTrainedModel):
     def _encoder(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.encoders[name])
 
-    def _preactivations(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return stream -> [batch, N], the one dense product of a step, outside the graph."""
-        with torch.no_grad():
-            return {
-                name: F.linear(value - self.pre_bias[name], self._encoder(name).weight, self._encoder(name).bias)
-                for name, value in rows.items()
-            }
+    def _encode(
+        self, rows: Mapping[str, Tensor], selection: str | None
+    ) -> tuple[dict[str, SparseCodes], dict[str, Selection]]:
+        """Return the codes of normalised rows, stream -> [batch, d], and what was selected for each.
 
-    def _select(self, preactivations: Mapping[str, Tensor], selection: str | None) -> dict[str, Selection]:
+        The pre-activations, the one dense product of a step, are made outside the graph, for as many rows at a time
+        as `max_preactivation_mb` holds. A selection concerns one row, so blocks of rows change nothing.
+        """
         selection = selection or self.config.selection
-        if selection == "global":
-            shared = select_topk(sum_of(list(preactivations.values())), self.config.k)
-            return dict.fromkeys(preactivations, shared)
-        if selection == "local":
-            return {name: select_topk(value, self.config.k) for name, value in preactivations.items()}
-        raise ValueError(f'`selection` must be "global" or "local", but it is {selection!r}')
+        if selection not in ("global", "local"):
+            raise ValueError(f'`selection` must be "global" or "local", but it is {selection!r}')
+        blocks = zip(*(value.split(self._rows_at_once(len(rows))) for value in rows.values()), strict=True)
+        found = [self._select(dict(zip(rows, block, strict=True)), selection) for block in blocks]
+        # One Selection object where the streams share it, so that its transpose is made once.
+        chosen: dict[int, Selection] = {}
+        selections, codes = {}, {}
+        for name, value in rows.items():
+            parts = [block[name] for block in found]
+            shared = chosen.setdefault(id(parts[0][0]), self._joined([indices for indices, _ in parts]))
+            values = self._with_gradient(name, value, shared, torch.cat([gathered for _, gathered in parts])).relu()
+            selections[name], codes[name] = shared, SparseCodes(shared.indices, values, self.config.num_latents)
+        return codes, selections
 
-    def _codes(
-        self, rows: Mapping[str, Tensor], preactivations: Mapping[str, Tensor], selections: Mapping[str, Selection]
-    ) -> dict[str, SparseCodes]:
-        codes = {}
-        for name, selection in selections.items():
-            gathered = preactivations[name].gather(1, selection.indices)
-            values = self._with_gradient(name, rows[name], selection, gathered).relu()
-            codes[name] = SparseCodes(selection.indices, values, self.config.num_latents)
-        return codes
+    def _rows_at_once(self, arrays: int) -> int:
+        """Rows whose pre-activations of `arrays` streams, and their sum, fit into the budget."""
+        bytes_per_row = 4 * self.config.num_latents * (arrays + 1)
+        return max(1, int(self.max_preactivation_mb * 2**20) // bytes_per_row)
+
+    def _joined(self, indices: list[Tensor]) -> Selection:
+        return Selection(indices[0] if len(indices) == 1 else torch.cat(indices), self.config.num_latents)
+
+    @torch.no_grad()
+    def _select(self, rows: Mapping[str, Tensor], selection: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return stream -> (selected latents, their pre-activations), both [batch, k], of one block of rows."""
+        dense = {
+            name: F.linear(value - self.pre_bias[name], self._encoder(name).weight, self._encoder(name).bias)
+            for name, value in rows.items()
+        }
+        if selection == "global":
+            shared = sum_of(list(dense.values())).topk(self.config.k, dim=-1).indices
+            return {name: (shared, value.gather(1, shared)) for name, value in dense.items()}
+        top = {name: value.topk(self.config.k, dim=-1) for name, value in dense.items()}
+        return {name: (best.indices, best.values) for name, best in top.items()}
 
     def _with_gradient(self, name: str, rows: Tensor, selection: Selection, gathered: Tensor) -> Tensor:
         encoder = self._encoder(name)
@@ -412,17 +425,29 @@ class SparcModel(PreTrainedModel):
             for target, (values, selection) in stacks.items()
         }
 
-    def _auxiliary(self, rows: Mapping[str, Tensor], preactivations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _auxiliary(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return stream -> [batch, d] decoded from the largest dead pre-activations, where anything is dead."""
         decoded = {}
         for name in rows if self.config.auxk > 0 else ():
-            dead = self.dead_latents(name)
-            if not dead.any():
+            dead = self.dead_latents(name).nonzero().squeeze(-1)
+            if not len(dead):
                 continue
-            selection, gathered = select_topk_among(preactivations[name], self.config.auxk, dead)
+            selection, gathered = self._select_dead(name, rows[name], dead)
             values = self._with_gradient(name, rows[name], selection, gathered).relu()
             decoded[name] = sparse_decode(values, self.atoms[name], selection) + self.pre_bias[name]
         return decoded
+
+    @torch.no_grad()
+    def _select_dead(self, name: str, rows: Tensor, dead: Tensor) -> tuple[Selection, Tensor]:
+        """Select the `auxk` largest (or as many as there are) among the latents `dead`, int64 [dead latents]."""
+        weight, bias = self._encoder(name).weight[dead], self._encoder(name).bias[dead]
+        count = min(self.config.auxk, len(dead))
+        tops = [
+            F.linear(block - self.pre_bias[name], weight, bias).topk(count, dim=-1)
+            for block in rows.split(self._rows_at_once(1))
+        ]
+        selection = self._joined([dead[top.indices] for top in tops])
+        return selection, torch.cat([top.values for top in tops])
 
     @torch.no_grad()
     def _update_counters(self, codes: Mapping[str, SparseCodes], new_step: bool) -> None:

@@ -83,23 +83,6 @@ def sum_of(preactivations: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def select_topk(preactivations: Tensor, k: int) -> Selection:
-    """Select the k largest of [batch, N] per row, in descending order."""
-    return Selection(preactivations.topk(k, dim=-1).indices, preactivations.shape[-1])
-
-
-def select_topk_among(preactivations: Tensor, k: int, candidates: Tensor) -> tuple[Selection, Tensor]:
-    """Select the k largest of [batch, N] per row among the latents marked in `candidates` (bool [N]).
-
-    Returns:
-        The selection, [batch, min(k, number of candidates)], and the selected pre-activations, which carry no
-        gradient.
-    """
-    latents = candidates.nonzero().squeeze(-1)
-    top = preactivations[:, latents].topk(min(k, latents.numel()), dim=-1)
-    return Selection(latents[top.indices], preactivations.shape[-1]), top.values
-
-
 class _GatherPreactivations(torch.autograd.Function):
     """Selected pre-activations whose backward touches only the selected rows of the encoder.
 

@@ -106,6 +106,7 @@ class SparcTrainer:
         set_seed(args.seed)
         self.model = SparcModel(SparcConfig(streams=records, **args.model_settings()))
         self.model.counter_group = torch.distributed.group.WORLD if self.world_size > 1 else None
+        self.model.max_preactivation_mb = args.max_preactivation_mb
         self.wrapped, self.optimizer = self.accelerator.prepare(
             self.model, torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
         )

@@ -78,6 +78,9 @@ class SparcTrainingArguments:
     )
     gradient_accumulation_steps: int = flag("Micro-batches a process splits its share of a step into.", 1)
     mixed_precision: str = flag("Precision of the encoder product: no (float32), bf16 or fp16.", "no")
+    max_preactivation_mb: float = flag(
+        "Memory for pre-activations in MiB; larger shares go in blocks of rows.", 1024.0
+    )
     reinitialize_every: int = flag("Steps between re-initialisations of dead latents; 0 turns them off.", 100)
     seed: int = flag("Seed of the initial weights, the row order and the re-initialisations.", 0)
 

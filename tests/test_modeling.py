@@ -194,6 +194,26 @@ def test_nothing_keeps_the_preactivations_for_backward():
     assert not [shape for shape in kept if shape[:1] == (4,) and shape[-1] == 4096]
 
 
+@pytest.mark.parametrize("selection", ["global", "local"])
+@pytest.mark.parametrize("budget_rows", [1, 4])
+def test_blocks_of_rows_change_nothing(selection, budget_rows):
+    """A budget of a few rows against one that holds the whole batch: the same codes, losses and gradients."""
+    whole, blocked = (tiny_model(3, selection=selection).train() for _ in range(2))
+    blocked.max_preactivation_mb = budget_rows * 4 * 64 * 4 / 2**20
+    for model in (whole, blocked):
+        model.steps_since_fired.dino[:20] = 100
+    outputs = [model(random_features(whole, rows=10)) for model in (whole, blocked)]
+    for name, code in outputs[0].codes.items():
+        assert torch.equal(code.indices, outputs[1].codes[name].indices)
+        assert outputs[1].codes[name].indices.shape == (10, 8)
+    for output in outputs:
+        output.loss.backward()
+    assert outputs[0].losses["auxk/dino"] > 0
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
+    for one, other in zip(whole.parameters(), blocked.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 def test_codes_slice_move_and_convert():
     model = tiny_model(1)
     with torch.no_grad():

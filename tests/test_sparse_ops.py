@@ -10,8 +10,6 @@ from sparc_hf.sparse_ops import (
     Selection,
     gather_preactivations,
     normalize_rows,
-    select_topk,
-    select_topk_among,
     sparse_decode,
     unit_norm,
     unit_norm_,
@@ -22,6 +20,10 @@ SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 40), st
 
 def _draws(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def top(preactivations: torch.Tensor, k: int) -> Selection:
+    return Selection(preactivations.topk(k, dim=1).indices, preactivations.shape[1])
 
 
 @settings(deadline=None, max_examples=60)
@@ -39,7 +41,7 @@ def test_encode_and_decode_have_the_dense_gradients(shape, data):
     def gradients(sparse: bool) -> list[torch.Tensor]:
         rows, weight, bias, pre_bias, atoms = (tensor.clone().requires_grad_() for tensor in tensors)
         dense = (rows - pre_bias) @ weight.T + bias
-        selection = select_topk(dense.detach(), k)
+        selection = top(dense.detach(), k)
         if sparse:
             gathered = dense.detach().gather(1, selection.indices)
             values = gather_preactivations(rows, weight, bias, pre_bias, selection, gathered).relu()
@@ -61,18 +63,6 @@ def test_sum_rows_by_hand():
     expected = [[2.0, 20.0], [0.0, 0.0], [7.0, 70.0], [8.0, 80.0], [0.0, 0.0]]
     assert summed.tolist() == expected
     assert selection.sum_values(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [2.0, 0.0, 4.0, 4.0, 0.0]
-
-
-def test_topk_is_in_descending_order():
-    assert select_topk(torch.tensor([[0.1, 3.0, -1.0, 2.0]]), 3).indices.tolist() == [[1, 3, 0]]
-
-
-def test_topk_among_never_leaves_the_candidates():
-    preactivations = torch.tensor([[5.0, 1.0, 4.0, 2.0]])
-    selection, gathered = select_topk_among(preactivations, 3, torch.tensor([False, True, False, True]))
-    assert selection.indices.tolist() == [[3, 1]]
-    assert gathered.tolist() == [[2.0, 1.0]]
-    assert selection.num_latents == 4
 
 
 @settings(deadline=None, max_examples=40)
@@ -110,7 +100,7 @@ def test_a_stack_of_selections_is_their_rows_one_after_the_other(shape, times, s
     batch, width, latents, seed = shape
     draws = _draws(seed)
     k = 1 + seed % latents
-    made = [select_topk(torch.randn(batch, latents, generator=draws), k) for _ in range(times)]
+    made = [top(torch.randn(batch, latents, generator=draws), k) for _ in range(times)]
     selections = [made[0]] * times if shared else made
     stacked = Selection.stack(selections)
     rows = torch.randn(times * batch, width, generator=draws)
