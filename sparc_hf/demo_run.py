@@ -47,6 +47,7 @@ def run_demo(args: DemoArguments) -> str:
         batch_size=min(256, args.train_rows),
         epochs=args.epochs,
         learning_rate=args.learning_rate,
+        center=True,
         checkpoint_every=0,
         seed=args.seed,
         overwrite=True,

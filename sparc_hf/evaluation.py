@@ -1,8 +1,6 @@
 """Evaluate a model on a feature dataset: reconstruction, liveness, label alignment and retrieval."""
 
 import itertools
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from sparc_hf.codes import CodeTable, encode_features
 from sparc_hf.features import FeatureBatches, FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.retrieval import counterpart_ranks, recall_at
+from sparc_hf.run_folder import write_json
 
 
 def evaluate_model(model: SparcModel, features: FeatureDataset, *, batch_size: int = 1024) -> dict[str, Any]:
@@ -106,9 +105,7 @@ def _latent_retrieval(codes: CodeTable) -> dict[str, Any]:
 
 
 def write_results(results: dict[str, Any], path: str | Path) -> None:
-    """Write results as JSON; the file appears complete or not at all."""
+    """Write results as JSON, making the folder; the file appears complete or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_json(path, results)

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,14 +25,22 @@ from transformers import get_scheduler
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.features import FeatureBatches, FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.run_folder import (
+    LOG_FILE,
+    SETTINGS_FILE,
+    STATE_FILE,
+    checkpoints,
+    checkpoints_dir,
+    claim_output_dir,
+    cut_log,
+    newest_checkpoint,
+    save_model,
+    write_json,
+)
 from sparc_hf.training_arguments import SparcTrainingArguments
 from sparc_hf.version import __version__
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "trainer_state.json"
-LOG_FILE = "training_log.jsonl"
-SETTINGS_FILE = "training_arguments.json"
 
 
 class TrainingInterrupted(RuntimeError):
@@ -82,7 +89,7 @@ class SparcTrainer:
     def __init__(self, args: SparcTrainingArguments, features: FeatureDataset, held_out: FeatureDataset | None = None):
         self.args = args
         self.output_dir = Path(args.output_dir)
-        _check_output_dir(self.output_dir, args)
+        claim_output_dir(self.output_dir, resume=args.resume, overwrite=args.overwrite)
         if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
             raise ImportError(f'`report_to` {args.report_to} is not installed: `pip install "sparc-hf[trackers]"`')
         self.streams = args.streams or features.stream_names
@@ -106,6 +113,8 @@ class SparcTrainer:
         set_seed(args.seed)
         self.model = SparcModel(SparcConfig(streams=records, **args.model_settings()))
         self.model.counter_group = torch.distributed.group.WORLD if self.world_size > 1 else None
+        if args.center:
+            _center(self.model, features)
         self.model.max_preactivation_mb = args.max_preactivation_mb
         self.wrapped, self.optimizer = self.accelerator.prepare(
             self.model, torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
@@ -137,7 +146,7 @@ class SparcTrainer:
             self._resume()
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            _write_json(self.output_dir / SETTINGS_FILE, self._settings())
+            write_json(self.output_dir / SETTINGS_FILE, self._settings())
         self.accelerator.init_trackers("sparc", config=_tracker_settings(self.args))
         with self._stop_signals(), self._progress_bar() as self._bar:
             self._clock, self._rows_since = time.perf_counter(), 0
@@ -217,7 +226,7 @@ class SparcTrainer:
         self._stop_signal = int(verdict[0])
         if verdict[1]:
             where = f"`{broken}`" if broken else "another process's terms"
-            newest = _newest_checkpoint(self.output_dir)
+            newest = newest_checkpoint(self.output_dir)
             advice = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"the loss became NaN or infinite at step {self.step} (first in {where}); {advice}; "
@@ -273,7 +282,7 @@ class SparcTrainer:
 
     def _save_checkpoint(self) -> Path:
         """Save everything a resumed run needs, under a temporary name first; keep the newest few."""
-        folder = _checkpoints_dir(self.output_dir) / f"step-{self.step:08d}"
+        folder = checkpoints_dir(self.output_dir) / f"step-{self.step:08d}"
         unfinished = folder.with_name(folder.name + ".tmp")
         if self.accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -282,16 +291,16 @@ class SparcTrainer:
         self.accelerator.save_state(str(unfinished))
         if self.accelerator.is_main_process:
             torch.save(self.scheduler.state_dict(), unfinished / "schedule.pt")
-            _write_json(unfinished / STATE_FILE, {"step": self.step, "settings": self._settings()})
+            write_json(unfinished / STATE_FILE, {"step": self.step, "settings": self._settings()})
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
-            for old in _checkpoints(self.output_dir)[: -self.args.checkpoints_kept]:
+            for old in checkpoints(self.output_dir)[: -self.args.checkpoints_kept]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
         return folder
 
     def _resume(self) -> None:
-        folder = _newest_checkpoint(self.output_dir)
+        folder = newest_checkpoint(self.output_dir)
         if folder is None:
             logger.warning("there is no checkpoint in %s, so training starts at the beginning", self.output_dir)
             return
@@ -308,7 +317,7 @@ class SparcTrainer:
         self.scheduler.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True))
         self.step = saved["step"]
         if self.accelerator.is_main_process:
-            _cut_log(self.output_dir / LOG_FILE, self.step)
+            cut_log(self.output_dir / LOG_FILE, self.step)
 
     def _save_model(self) -> None:
         """Write the model's files into the output folder, each complete or not at all."""
@@ -376,15 +385,16 @@ class _TermSums:
         return dict(zip(self.names, (sums / max(self.steps, 1)).tolist(), strict=True))
 
 
-def save_model(model: SparcModel, folder: str | Path) -> None:
-    """Save a model's files into a folder that may hold others; each file appears complete or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as unfinished:
-        model.save_pretrained(unfinished)
-        # The weights go last: a folder with new weights then always has their config.
-        for file in sorted(Path(unfinished).iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            os.replace(file, folder / file.name)
+@torch.no_grad()
+def _center(model: SparcModel, features: FeatureDataset, rows: int = 8192) -> None:
+    """Set the pre-biases to the mean normalised row of an evenly spread sample of the features.
+
+    Encoders whose rows lie in a narrow cone would otherwise let the few latents along its axis win every selection.
+    """
+    chosen = np.unique(np.linspace(0, len(features) - 1, min(rows, len(features)), dtype=np.int64))
+    sample = {name: torch.from_numpy(features.array(name, chosen)) for name in model.config.stream_names}
+    for name, normalized in model.normalize(sample).items():
+        model.pre_bias[name].copy_(normalized.mean(dim=0))
 
 
 def _records_of(features: FeatureDataset, streams: list[str]) -> list[dict[str, Any]]:
@@ -401,55 +411,6 @@ def _random_split(features: FeatureDataset, fraction: float, seed: int) -> tuple
         raise ValueError(f"`eval_fraction` {fraction} of {len(features)} rows leaves no rows on one side")
     order = np.random.default_rng(seed).permutation(len(features))
     return features.select(np.sort(order[count:])), features.select(np.sort(order[:count]))
-
-
-def _check_output_dir(folder: Path, args: SparcTrainingArguments) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`output_dir` must be a folder, but {folder} is a file")
-    used = (folder / "model.safetensors").exists() or _newest_checkpoint(folder) is not None
-    if used and not args.resume and not args.overwrite:
-        raise ValueError(
-            f"{folder} already holds a run; continue it with --resume, replace it with --overwrite, "
-            "or choose another --output_dir"
-        )
-    if used and args.overwrite and not args.resume and int(os.environ.get("RANK", "0")) == 0:
-        shutil.rmtree(_checkpoints_dir(folder), ignore_errors=True)
-        (folder / LOG_FILE).unlink(missing_ok=True)
-
-
-def _checkpoints_dir(folder: Path) -> Path:
-    return folder / "checkpoints"
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    found = _checkpoints_dir(folder).glob("step-*")
-    return sorted(path for path in found if path.suffix != ".tmp" and (path / STATE_FILE).exists())
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    return next(reversed(_checkpoints(folder)), None)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drop the log entries past `step`, which the resumed run will write again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        # A killed process may have left half a line.
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _tracker_settings(args: SparcTrainingArguments) -> dict[str, Any]:

@@ -25,6 +25,7 @@ TRAJECTORY_FIELDS = (
     "warmup_steps",
     "max_grad_norm",
     "mixed_precision",
+    "center",
     "reinitialize_every",
     "seed",
 )
@@ -80,6 +81,9 @@ class SparcTrainingArguments:
     mixed_precision: str = flag("Precision of the encoder product: no (float32), bf16 or fp16.", "no")
     max_preactivation_mb: float = flag(
         "Memory for pre-activations in MiB; larger shares go in blocks of rows.", 1024.0
+    )
+    center: bool = flag(
+        "Start the pre-biases at the mean of the training rows instead of 0 as the paper's code.", False
     )
     reinitialize_every: int = flag("Steps between re-initialisations of dead latents; 0 turns them off.", 100)
     seed: int = flag("Seed of the initial weights, the row order and the re-initialisations.", 0)

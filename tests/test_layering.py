@@ -18,6 +18,7 @@ FLOORS = {
     "command_arguments": 0,
     "feature_columns": 0,
     "feature_files": 0,
+    "outputs_sparc": 0,
     "objectives_sparc": 1,
     "encoders": 1,
     "pretrained": 0,
@@ -29,14 +30,15 @@ FLOORS = {
     "modeling_sparc": 2,
     "extraction": 2,
     "codes": 3,
-    "training": 3,
+    "run_folder": 3,
+    "training": 4,
     "retrieval": 4,
     "evaluation": 5,
     "hub": 6,
     "demo_run": 7,
     "cli": 8,
 }
-REMOTE_CODE = {"configuration_sparc", "sparse_ops", "objectives_sparc", "modeling_sparc"}
+REMOTE_CODE = {"configuration_sparc", "sparse_ops", "outputs_sparc", "objectives_sparc", "modeling_sparc"}
 
 
 def modules() -> list[Path]:

@@ -211,6 +211,18 @@ def test_resume_refuses_other_settings(tmp_path, planted_folder):
         train(arguments(tmp_path / "run", planted_folder, learning_rate=0.1, resume=True))
 
 
+def test_centering_starts_at_the_mean_of_the_normalised_rows(tmp_path, planted_folder):
+    from sparc_hf.features import FeatureDataset
+
+    args = arguments(tmp_path / "run", planted_folder, center=True)
+    features = FeatureDataset.load(planted_folder)
+    trainer = SparcTrainer(args, features)
+    rows = torch.nn.functional.normalize(torch.from_numpy(features.array("dino")), dim=1)
+    torch.testing.assert_close(trainer.model.pre_bias["dino"].detach(), rows.mean(dim=0), rtol=1e-4, atol=1e-5)
+    other = SparcTrainer(arguments(tmp_path / "other", planted_folder), features)
+    assert other.model.pre_bias["dino"].abs().sum() == 0
+
+
 def test_zero_or_nan_rows_are_found_before_training(tmp_path):
     from sparc_hf.features import FeatureDataset
 

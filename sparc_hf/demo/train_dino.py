@@ -1,14 +1,13 @@
 """The demo vision-only encoder: a small `Dinov2WithRegistersModel` trained on scenes without text or labels.
 
-A fixed rule finds the blobs that stand out from an image's median colour, and k-means sorts their silhouettes and colours
-into clusters. From an image with distorted colours and light, the CLS token predicts the clusters of its blobs, and each
-patch token those of the blob it lies on, or that it lies on none (as DeepCluster, arXiv 1807.05520, with the clusters of
-a fixed rule). Two other objectives were tried in the same time: contrastive views told scenes apart by place and
-background, or with strong distortions did not start to learn, and so did predicting the silhouettes' pixels.
+A fixed rule finds the blobs that stand out from an image's median colour, and k-means sorts their silhouettes and
+colours into clusters. From an image with distorted colours and light, the CLS token predicts the clusters of its
+blobs, and each patch token those of the blob it lies on, or that it lies on none (as DeepCluster, arXiv 1807.05520,
+with clusters of a fixed rule). Other objectives were tried in the same time: contrastive views told scenes apart by
+place and background or, strongly distorted, did not start to learn, and so did predicting the silhouettes' pixels.
 """
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,10 +82,11 @@ class Blobs(NamedTuple):
 def find_blobs(image: np.ndarray, patch_size: int) -> Blobs:
     """Find the connected areas of a uint8 image [64, 64, 3] that are far from its median colour."""
     pixels = image.astype(np.float32) / 255
-    smooth = ndimage.uniform_filter(pixels, (3, 3, 1))
+    smooth = ndimage.uniform_filter(pixels, (3, 3, 1))  # pyright: ignore[reportArgumentType]
     distance = np.linalg.norm(smooth - np.median(pixels.reshape(-1, 3), axis=0), axis=2)
     # Opening removes lines and grains of the background.
-    parts, count = ndimage.label(ndimage.binary_opening(distance > 0.25, np.ones((3, 3))))
+    opened = ndimage.binary_opening(distance > 0.25, np.ones((3, 3)))
+    parts, count = ndimage.label(opened)  # pyright: ignore[reportGeneralTypeIssues]
     kept = [blob for blob in range(1, count + 1) if _is_object(parts == blob)]
     if not kept:
         patches = (IMAGE_SIZE // patch_size) ** 2
@@ -121,8 +121,8 @@ class _Targets:
     """Clusters of the blobs of all images.
 
     Attributes:
-        patches: int64 [images, patches, 2], one more than the silhouette and colour cluster of the blob a patch lies on,
-            0 where it lies on none.
+        patches: int64 [images, patches, 2], one more than the silhouette and colour cluster of the blob a patch lies
+            on, 0 where it lies on none.
         images: two arrays float32 [images, clusters], the share of an image's blobs in each cluster.
         usable: numbers of the images with at least one blob.
     """
@@ -135,7 +135,7 @@ class _Targets:
         silhouettes = np.concatenate([blobs.silhouettes for blobs in found])
         colours = np.concatenate([blobs.colours for blobs in found])
         labels = [
-            kmeans2(values, size, minit="++", seed=recipe.seed, iter=30)[1]
+            kmeans2(values, size, minit="++", seed=recipe.seed, iter=30)[1]  # pyright: ignore[reportCallIssue]
             for values, size in zip((silhouettes, colours), sizes, strict=True)
         ]
         image_of_blob = np.repeat(np.arange(len(images)), counts)
@@ -208,7 +208,7 @@ class _Heads(nn.Module):
         self.of_patch = nn.ModuleList([nn.Linear(recipe.hidden_size, size + 1) for size in sizes])
 
     def loss(self, cls: Tensor, patches: Tensor, image_targets: list[Tensor], patch_targets: Tensor) -> Tensor:
-        """Cross-entropies of cls [batch, hidden] and patches [batch, patches, hidden]; blobs and the rest weigh alike."""
+        """Cross-entropies of cls [batch, hidden] and patches [batch, patches, hidden]; blobs and rest weigh alike."""
         total = cls.new_zeros(())
         on_blob = patch_targets[..., 0] > 0
         for kind, weight in enumerate(self.weights):
