@@ -56,7 +56,9 @@ def run_demo(args: DemoArguments) -> str:
     trained = time.monotonic()
     results = evaluate_model(model, test_rows)
     write_results(results, output / "results.json")
-    card = write_model_card(output / "model", results=results, settings=settings.to_dict())
+    card = write_model_card(
+        output / "model", results=results, settings=settings.to_dict(), title="SPARC on the embedded world"
+    )
     seconds = {
         "scenes and features": extracted - started,
         "training": trained - extracted,

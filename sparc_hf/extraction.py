@@ -154,7 +154,10 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     Raises:
         ValueError: for unusable arguments, and as `extract_features`.
     """
-    records = [record | {"image_backend": args.image_backend} for record in parse_streams(args.encoders)]
+    records = parse_streams(args.encoders)
+    for record in records:
+        if record["modality"] == "image":
+            record["image_backend"] = args.image_backend
     dataset = open_source(args.source, args.split)
     if args.limit is not None:
         if args.limit < 1:

@@ -10,7 +10,20 @@ from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.version import __version__
 
 # Facts of the run that say nothing about the model.
-UNTOLD_SETTINGS = ("features", "eval_features", "output_dir", "resume", "overwrite", "report_to", "cpu", "streams")
+UNTOLD_SETTINGS = {
+    *(
+        "features",
+        "eval_features",
+        "eval_fraction",
+        "output_dir",
+        "resume",
+        "overwrite",
+        "report_to",
+        "cpu",
+        "streams",
+    ),
+    *("checkpoint_every", "checkpoints_kept", "logging_every", "max_preactivation_mb"),
+}
 
 
 def write_model_card(
@@ -20,6 +33,7 @@ def write_model_card(
     results_split: str = "held-out",
     settings: Mapping[str, Any] | None = None,
     repo: str | None = None,
+    title: str | None = None,
 ) -> Path:
     """Write the model card README.md of a saved model, from its config and what is known of it.
 
@@ -28,7 +42,8 @@ def write_model_card(
         results: what `evaluate_model` returned.
         results_split: a word for the rows behind the results.
         settings: the training arguments.
-        repo: the name under which readers load the model (default: the folder's name).
+        repo: the name under which readers load the model (default: the folder).
+        title: the card's heading (default: the last part of that name).
 
     Returns:
         The card's path.
@@ -56,7 +71,7 @@ def write_model_card(
         .get_template("model_card.md")
         .render(
             card_data=card_data.to_yaml(),
-            title=folder.resolve().name,
+            title=title or (repo.rsplit("/", 1)[-1] if repo else folder.resolve().name),
             repo=repo or str(folder),
             config=config,
             streams=streams,
