@@ -20,7 +20,7 @@ def random_codes(rows: int, latents: int, k: int, seed: int) -> csr_array:
     """Codes in which some latents are common and most are rare, as in trained models."""
     draws = np.random.default_rng(seed)
     popularity = 1 / (np.arange(latents) + 50.0)
-    keys = np.log(draws.random((rows, latents), np.float32)) / popularity[None].astype(np.float32)
+    keys = np.log1p(-draws.random((rows, latents), np.float32)) / popularity[None].astype(np.float32)
     chosen = np.argpartition(-keys, k, axis=1)[:, :k]
     values = draws.random((rows, k), np.float32)
     return csr_array((values.reshape(-1), chosen.reshape(-1), np.arange(0, rows * k + 1, k)), shape=(rows, latents))
