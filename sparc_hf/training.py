@@ -95,11 +95,12 @@ class SparcTrainer:
         self.streams = args.streams or features.stream_names
         records = _records_of(features, self.streams)
         # The state is shared by the whole process, which refuses a second run in another precision otherwise.
-        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != args.mixed_precision:
+        precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
             AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             cpu=args.cpu,
-            mixed_precision=args.mixed_precision,
+            mixed_precision=precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=str(self.output_dir),
             # Counters are reduced by the model itself; broadcasting rank 0's would overwrite that.

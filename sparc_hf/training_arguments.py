@@ -78,7 +78,12 @@ class SparcTrainingArguments:
         default=None, metadata={"help": "Clip the gradient's norm to this (default: no clipping)."}
     )
     gradient_accumulation_steps: int = flag("Micro-batches a process splits its share of a step into.", 1)
-    mixed_precision: str = flag("Precision of the encoder product: no (float32), bf16 or fp16.", "no")
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the encoder product: no (float32), bf16 or fp16 (default: as accelerate says)."
+        },
+    )
     max_preactivation_mb: float = flag(
         "Memory for pre-activations in MiB; larger shares go in blocks of rows.", 1024.0
     )
@@ -98,7 +103,7 @@ class SparcTrainingArguments:
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed and (name, getattr(self, name)) != ("mixed_precision", None):
                 raise ValueError(f"`{name}` must be one of {list(allowed)}, but it is {getattr(self, name)!r}")
         for name in ("batch_size", "epochs", "gradient_accumulation_steps", "logging_every", "checkpoints_kept"):
             if getattr(self, name) < 1:
