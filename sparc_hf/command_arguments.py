@@ -47,7 +47,7 @@ class DemoArguments:
     output: str = field(default="runs/demo", metadata={"help": "Folder for features, model and results."})
     train_rows: int = field(default=8000, metadata={"help": "Scenes to train on."})
     test_rows: int = field(default=1000, metadata={"help": "Held-out scenes to evaluate on."})
-    num_latents: int = field(default=1024, metadata={"help": "Latents in the shared code space (N)."})
+    num_latents: int = field(default=256, metadata={"help": "Latents in the shared code space (N)."})
     k: int = field(default=16, metadata={"help": "Active latents per code."})
     epochs: int = field(default=30, metadata={"help": "Passes over the training scenes."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Adam's learning rate."})

@@ -59,5 +59,5 @@ def test_held_out_scenes_were_not_trained_on():
     assert not set(SPLITS["encoders"][:100]) & set(SPLITS["test"][:100])
 
 
-CLIP_FLOOR = 0.4
-DINO_FLOOR = 0.3
+CLIP_FLOOR = 0.5
+DINO_FLOOR = 0.6
