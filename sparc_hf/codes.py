@@ -139,8 +139,7 @@ def encode_features(
     if encoding not in ("joint", "single"):
         raise ValueError(f'`encoding` must be "joint" or "single", but it is {encoding!r}')
     streams = model.config.stream_names
-    if missing := [name for name in streams if name not in features.stream_names]:
-        raise ValueError(f"the model needs the streams {missing}, but the features have {features.stream_names}")
+    check_streams(model, features)
     rows, k = len(features), model.config.k
     indices = {name: np.empty((rows, k), np.int32) for name in streams}
     values = {name: np.empty((rows, k), np.float32) for name in streams}
@@ -157,3 +156,9 @@ def encode_features(
             values[name][start:stop] = code.values.float().cpu().numpy()
         start = stop
     return CodeTable(indices, values, model.config.num_latents, encoding)
+
+
+def check_streams(model: SparcModel, features: FeatureDataset) -> None:
+    """Raise ValueError where a dataset lacks a stream of the model."""
+    if missing := [name for name in model.config.stream_names if name not in features.stream_names]:
+        raise ValueError(f"the model needs the streams {missing}, but the features have {features.stream_names}")

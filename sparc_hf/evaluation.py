@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from sparc_hf.codes import CodeTable, encode_features
+from sparc_hf.codes import CodeTable, check_streams, encode_features
 from sparc_hf.features import FeatureBatches, FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.retrieval import counterpart_ranks, recall_at
@@ -30,6 +30,7 @@ def evaluate_model(model: SparcModel, features: FeatureDataset, *, batch_size: i
     Raises:
         ValueError: for streams the dataset lacks, or unusable rows.
     """
+    check_streams(model, features)
     training = model.training
     model.eval()
     results: dict[str, Any] = {"rows": len(features), "nmse": reconstruction_errors(model, features, batch_size)}

@@ -75,8 +75,9 @@ def test_encoding_errors():
     features = planted_features(50)
     with pytest.raises(ValueError, match="'both'"):
         encode_features(tiny_model(2), features, encoding="both")
-    with pytest.raises(ValueError, match=r"needs the streams \['siglip', 'vit'\]"):
-        encode_features(tiny_model(5), features)
+    for call in (encode_features, evaluate_model):
+        with pytest.raises(ValueError, match=r"needs the streams \['siglip', 'vit'\]"):
+            call(tiny_model(5), features)
 
 
 def test_ranks_by_hand():

@@ -1,7 +1,7 @@
 """Train both demo encoders: `python -m sparc_hf.demo.train_encoders --output FOLDER`.
 
-The shipped ones, `sparc_hf/demo/encoders/`, are what this makes with its defaults. It takes under 30 minutes on two
-CPU cores and uses a GPU where there is one.
+The shipped ones, `sparc_hf/demo/encoders/`, are what this makes with its defaults. It takes about half an hour
+on two CPU cores and uses a GPU where there is one.
 """
 
 import argparse
