@@ -181,6 +181,27 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
     return results
 
 
+def _run_import(args: Any) -> dict[str, Any]:
+    from sparc_hf.hub import write_model_card
+    from sparc_hf.importers import run_import
+    from sparc_hf.modeling_sparc import SparcModel
+    from sparc_hf.run_folder import SETTINGS_FILE
+
+    found = run_import(args)
+    if not isinstance(found, SparcModel):
+        return {"features": args.output, "rows": len(found), "streams": found.streams}
+    settings = json.loads((Path(args.output) / SETTINGS_FILE).read_text(encoding="utf-8"))
+    card = write_model_card(args.output, settings=settings)
+    config = found.config
+    return {
+        "model": args.output,
+        "latents": config.num_latents,
+        "selection": config.selection,
+        "streams": config.stream_names,
+        "card": str(card),
+    }
+
+
 def _run_demo(args: Any) -> str:
     from sparc_hf.demo_run import run_demo
 
@@ -221,6 +242,11 @@ COMMANDS: dict[str, Command] = {
         "measure a model on a feature dataset",
         "sparc_hf.command_arguments:EvaluateArguments",
         _run_evaluate,
+    ),
+    "import": Command(
+        "bring features and checkpoints of the two earlier projects into today's formats",
+        "sparc_hf.importers:ImportArguments",
+        _run_import,
     ),
     "card": Command(
         "write the model card of a saved model",

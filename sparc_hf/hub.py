@@ -79,6 +79,7 @@ def write_model_card(
             results=results,
             results_split=results_split,
             settings={name: value for name, value in (settings or {}).items() if name not in UNTOLD_SETTINGS},
+            origin=_origin_of(folder),
             version=__version__,
         )
     )
@@ -96,6 +97,14 @@ def _config_of(folder: Path) -> SparcConfig:
     if content.get("model_type") != SparcConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {content.get('model_type')!r}, not a SparcModel")
     return SparcConfig.from_dict(content)
+
+
+def _origin_of(folder: Path) -> dict[str, Any] | None:
+    """Return where an imported model came from, or None for one that was trained here."""
+    from sparc_hf.legacy_checkpoints import ORIGIN_FILE
+
+    file = folder / ORIGIN_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _is_hub_id(encoder: Any) -> bool:

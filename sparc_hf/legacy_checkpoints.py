@@ -1,0 +1,212 @@
+"""Checkpoints of the earlier SPARC project: a `.pth` state dict and its `run_config.json` into a SparcModel."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparc_hf.configuration_sparc import SparcConfig
+from sparc_hf.feature_files import sha256_of
+from sparc_hf.legacy_hdf5 import stream_order
+from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.run_folder import SETTINGS_FILE, write_json
+
+CHECKPOINT_NAME = "msae_checkpoint.pth"
+RUN_CONFIG_NAME = "run_config.json"
+ORIGIN_FILE = "imported_from.json"
+# Their name of a training setting, and ours.
+SETTINGS = {"lr": "learning_rate", "num_epochs": "epochs", "batch_size": "batch_size", "seed": "seed"}
+SIZES = {
+    "k": "k",
+    "auxk": "auxk",
+    "auxk_coef": "auxk_coef",
+    "cross_loss_coef": "cross_coef",
+    "dead_steps_threshold": "dead_after_steps",
+    "auxk_threshold": "dead_threshold",
+    "topk_type": "selection",
+}
+
+
+def import_checkpoint(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    run_config: str | os.PathLike | None = None,
+    records: Sequence[Mapping[str, Any]] = (),
+    overwrite: bool = False,
+) -> SparcModel:
+    """Turn a checkpoint of the earlier SPARC project into a model folder with equal outputs.
+
+    The file is read with `weights_only=True`, so that nothing in it can run. Atoms keep their stored norms, which that
+    project lets drift by a tenth of a percent; rows are normalised by the model, as its loader did.
+
+    Args:
+        source: the `.pth` file, or the result folder with `msae_checkpoint.pth`.
+        output: folder for the model; it appears only when it is whole.
+        run_config: the run's `run_config.json`; by default the one beside the checkpoint.
+        records: what is known of the streams beside their width (`name`, `encoder`, `modality`, ...).
+        overwrite: replace a model that is in `output`.
+
+    Returns:
+        The model, loaded from `output`.
+
+    Raises:
+        ValueError: for a file that is no such checkpoint, a run configuration that is missing or does not fit it,
+            records for other streams, or an `output` that holds something.
+    """
+    source, output = Path(source), Path(output)
+    checkpoint = source / CHECKPOINT_NAME if source.is_dir() else source
+    settings_file = Path(run_config) if run_config is not None else checkpoint.with_name(RUN_CONFIG_NAME)
+    _check_output(output, overwrite)
+    tensors = read_tensors(checkpoint)
+    content = _read_run_config(settings_file)
+    config = _config(tensors, content, checkpoint, settings_file, records)
+    model = SparcModel(config)
+    _load(model, tensors, checkpoint)
+    arguments = content["args"]
+    origin = {
+        "project": "SPARC (AtlasAnalyticsLab)",
+        "checkpoint": checkpoint.name,
+        "sha256": sha256_of(checkpoint),
+        "run": arguments.get("exp_name"),
+        "data": content.get("config_file_content", {}).get("dataset"),
+    }
+    _save(model, output, origin, {ours: arguments[theirs] for theirs, ours in SETTINGS.items() if theirs in arguments})
+    return SparcModel.from_pretrained(output)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a `.pth` state dict without running anything in it.
+
+    Raises:
+        ValueError: if it is missing or damaged, needs code to be read, or holds something else than named tensors.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint `{path}`; give the .pth file or the folder with {CHECKPOINT_NAME}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"`{path}` cannot be read as plain tensors, and files that need code to be read are refused: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"`{path}` is no readable checkpoint: {(str(error).splitlines() or [repr(error)])[0]}"
+        ) from error
+    if isinstance(found, dict) and "model_state_dict" in found:
+        raise ValueError(
+            f"`{path}` is a checkpoint of Universal Sparse Autoencoders, which needs a model with "
+            '`objective="usae"`; this version of sparc_hf has only "sparc" and cannot import it'
+        )
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"`{path}` holds {type(found).__name__} and not a state dict of tensors")
+    return found
+
+
+def _read_run_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        missing = sorted({"n_latents", *SIZES} - set(content["args"]))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"there is no `{path}`, which says how the checkpoint selects and trains; name it with `run_config`"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"`{path}` is no run_config.json of the earlier SPARC project: {error!r}") from error
+    if missing:
+        raise ValueError(f"`{path}` lacks the settings {missing} under `args`")
+    return content
+
+
+def _config(
+    tensors: Mapping[str, Tensor],
+    content: Mapping[str, Any],
+    checkpoint: Path,
+    settings_file: Path,
+    records: Sequence[Mapping[str, Any]],
+) -> SparcConfig:
+    """Return the config, with the streams in the order of the run's feature files."""
+    widths = {
+        key.split(".")[1]: tensor.shape[1]
+        for key, tensor in tensors.items()
+        if key.startswith("encoders.") and key.endswith(".weight") and tensor.ndim == 2
+    }
+    if not widths:
+        raise ValueError(f"`{checkpoint}` has no `encoders.<stream>.weight`; it holds {sorted(tensors)[:4]}")
+    order = stream_order(content.get("config_file_content") or {}) or list(widths)
+    if sorted(order) != sorted(widths):
+        raise ValueError(
+            f"`{checkpoint}` has the streams {sorted(widths)} but `{settings_file}` has {sorted(order)}; "
+            "the two are not of one run"
+        )
+    known = {record["name"]: record for record in records}
+    if unknown := sorted(set(known) - set(widths)):
+        raise ValueError(f"encoders are given for {unknown}, but the streams of `{checkpoint}` are {order}")
+    streams = [{**known.get(name, {}), "name": name, "hidden_size": widths[name], "normalize": "l2"} for name in order]
+    arguments = content["args"]
+    latents = int(arguments["n_latents"])
+    rows = tensors[f"encoders.{order[0]}.weight"].shape[0]
+    if rows != latents:
+        raise ValueError(
+            f"`{checkpoint}` has {rows} latents but `{settings_file}` says {latents}; the two are not of one run"
+        )
+    return SparcConfig(
+        streams=streams, num_latents=latents, **{ours: arguments[theirs] for theirs, ours in SIZES.items()}
+    )
+
+
+def _load(model: SparcModel, tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Give the model the checkpoint's tensors under our names; all of theirs must be used, and all of ours filled."""
+    state, left = {}, set(tensors)
+    for name in model.config.stream_names:
+        ours = {
+            f"encoders.{name}.weight": f"encoders.{name}.weight",
+            f"encoders.{name}.bias": f"latent_biases.{name}",
+            f"atoms.{name}": f"decoders.{name}.weight",
+            f"pre_bias.{name}": f"pre_biases.{name}",
+            f"steps_since_fired.{name}": f"stats_last_nonzero_{name}",
+        }
+        for key, theirs in ours.items():
+            if theirs not in tensors:
+                raise ValueError(f"`{checkpoint}` lacks `{theirs}`; it is not a whole checkpoint")
+            left.discard(theirs)
+            value = tensors[theirs].T if key.startswith("atoms") else tensors[theirs]
+            if value.shape != model.state_dict()[key].shape:
+                expected = list(
+                    model.state_dict()[key].T.shape if key.startswith("atoms") else model.state_dict()[key].shape
+                )
+                raise ValueError(f"`{checkpoint}`: `{theirs}` is {list(tensors[theirs].shape)} instead of {expected}")
+            state[key] = value
+    if left:
+        raise ValueError(f"`{checkpoint}` has tensors that no SparcModel has: {sorted(left)[:4]}")
+    model.load_state_dict(state)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / "config.json").is_file():
+        raise ValueError(f"`{output}` exists and is not a model folder; choose another path")
+    if not overwrite:
+        raise ValueError(f"`{output}` already holds a model; choose another path or pass `overwrite`")
+
+
+def _save(model: SparcModel, output: Path, origin: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    unfinished = output.with_name(output.name + ".saving")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    model.save_pretrained(unfinished)
+    write_json(unfinished / SETTINGS_FILE, dict(settings))
+    write_json(unfinished / ORIGIN_FILE, dict(origin))
+    retired = output.with_name(output.name + ".retired")
+    if output.exists():
+        os.replace(output, retired)
+    os.replace(unfinished, output)
+    shutil.rmtree(retired, ignore_errors=True)
