@@ -182,14 +182,16 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
 
 
 def _run_import(args: Any) -> dict[str, Any]:
-    from sparc_hf.hub import write_model_card
+    from sparc_hf.features import FeatureDataset
     from sparc_hf.importers import run_import
-    from sparc_hf.modeling_sparc import SparcModel
-    from sparc_hf.run_folder import SETTINGS_FILE
 
     found = run_import(args)
-    if not isinstance(found, SparcModel):
+    if isinstance(found, FeatureDataset):
         return {"features": args.output, "rows": len(found), "streams": found.streams}
+
+    from sparc_hf.hub import write_model_card
+    from sparc_hf.run_folder import SETTINGS_FILE
+
     settings = json.loads((Path(args.output) / SETTINGS_FILE).read_text(encoding="utf-8"))
     card = write_model_card(args.output, settings=settings)
     config = found.config

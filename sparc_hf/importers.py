@@ -4,22 +4,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm.auto import tqdm
 
 from sparc_hf.feature_writer import FeatureWriter
 from sparc_hf.features import FeatureDataset
-from sparc_hf.legacy_checkpoints import CHECKPOINT_NAME, import_checkpoint
 from sparc_hf.legacy_hdf5 import AnalysisCache, FeatureFiles, configured_files, is_analysis_cache
 from sparc_hf.legacy_npz import ActivationTree, has_activations
-from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.sources import parse_streams
 
-__all__ = ["ImportArguments", "import_checkpoint", "import_features", "run_import"]
+if TYPE_CHECKING:
+    from sparc_hf.modeling_sparc import SparcModel
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
 CHECKPOINT_SUFFIXES = (".pth", ".pt")
+CHECKPOINT_FILES = ("msae_checkpoint.pth", "**/uni_*_checkpoint_*.pth")
 LegacyFeatures = FeatureFiles | AnalysisCache | ActivationTree
 
 
@@ -60,7 +60,7 @@ class ImportArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is in the output folder."})
 
 
-def run_import(args: ImportArguments) -> FeatureDataset | SparcModel:
+def run_import(args: ImportArguments) -> "FeatureDataset | SparcModel":
     """Import what the sources are.
 
     Raises:
@@ -71,9 +71,13 @@ def run_import(args: ImportArguments) -> FeatureDataset | SparcModel:
         raise ValueError(f"`grid` must be rows and columns, such as `14 14`, but it is {args.grid}")
     paths = _stream_files(args.source)
     only = Path(args.source[0])
-    if paths is None and (only.suffix in CHECKPOINT_SUFFIXES or _is_checkpoint_folder(only)):
+    checkpoint = _checkpoint_of(only) if paths is None else None
+    if checkpoint is not None:
+        # Not at the top: transformers' model classes take more memory than the import of features.
+        from sparc_hf.legacy_checkpoints import import_checkpoint
+
         return import_checkpoint(
-            _checkpoint_of(only), args.output, run_config=args.run_config, records=records, overwrite=args.overwrite
+            checkpoint, args.output, run_config=args.run_config, records=records, overwrite=args.overwrite
         )
     if paths is not None:
         found: LegacyFeatures = FeatureFiles(paths)
@@ -148,12 +152,8 @@ def _stream_files(sources: Sequence[str]) -> dict[str, Path] | None:
     return {name: Path(file) for name, _, file in pairs}
 
 
-def _is_checkpoint_folder(folder: Path) -> bool:
-    return (folder / CHECKPOINT_NAME).is_file() or next(folder.glob("**/uni_*_checkpoint_*.pth"), None) is not None
-
-
-def _checkpoint_of(path: Path) -> Path:
-    """Return what to read: the folder of a checkpoint itself, or one of a Universal SAE run, which will be refused."""
-    if path.is_dir() and not (path / CHECKPOINT_NAME).is_file():
-        return next(path.glob("**/uni_*_checkpoint_*.pth"))
-    return path
+def _checkpoint_of(path: Path) -> Path | None:
+    """Return the checkpoint that a path is or holds; of a Universal SAE run, one of its models."""
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        return path
+    return next((file for pattern in CHECKPOINT_FILES for file in sorted(path.glob(pattern))), None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 
 
 class FeatureFiles:
