@@ -31,6 +31,7 @@ from sparc_hf.feature_files import (
     read_manifest,
     write_shard,
 )
+from sparc_hf.parquet_features import FACTS, is_parquet_address, open_parquet
 
 if TYPE_CHECKING:
     import datasets
@@ -80,13 +81,17 @@ class FeatureDataset:
         """Open a feature dataset, memory-mapped.
 
         Args:
-            path: its folder.
+            path: its folder, or where it was pushed: `hf://datasets/<owner>/<name>[@<revision>][/<split>]`, or the
+                folder of Parquet files of a dry run.
             verify: also compare the SHA-256 of every shard, which reads all of it.
 
         Raises:
             FileNotFoundError: if the folder, its manifest or a shard is missing.
-            ValueError: for a newer format, or a shard that is not the one that was written.
+            ValueError: for a pushed dataset that cannot be opened (see `open_parquet`), a newer format, or a shard that is not the one that was written.
         """
+        if is_parquet_address(path):
+            split = open_parquet(path)
+            return cls(split.read_table(), **{name: split.facts[name] for name in FACTS})
         folder = Path(path)
         manifest = read_manifest(folder)
         tables = [open_shard(folder, shard, verify) for shard in manifest["shards"]]
@@ -307,13 +312,14 @@ class FeatureDataset:
         folder.mkdir(parents=True)
         shards = []
         for start in range(0, len(self), rows_per_shard):
-            batch = self._record_batch(slice(start, start + rows_per_shard))
+            batch = self.record_batch(slice(start, start + rows_per_shard))
             shards.append(write_shard(folder, f"data-{len(shards):05d}.arrow", batch))
         facts = {"label_names": self.label_names, "taxonomy": self.taxonomy, "source": self.source}
         finish_folder(folder, self.table.schema, shards, {"streams": self.streams, **facts})
         publish(folder, target, overwrite)
 
-    def _record_batch(self, rows: slice) -> pa.RecordBatch:
+    def record_batch(self, rows: slice) -> pa.RecordBatch:
+        """Return rows with all their columns, as they are stored."""
         table_rows = self._table_rows(rows)
         assert table_rows is not None
         columns = []
