@@ -250,9 +250,7 @@ def test_rank_properties(seed, rows, latents):
     """Common latents and rare ones, in one block or several, give the ranks of the plain dense product."""
     draws = np.random.default_rng(seed)
     share = draws.choice([0.01, 0.05, 0.5], latents)
-    one, other = (
-        (draws.random((rows, latents)) < share) * draws.integers(1, 4, (rows, latents)) for _ in range(2)
-    )
+    one, other = ((draws.random((rows, latents)) < share) * draws.integers(1, 4, (rows, latents)) for _ in range(2))
     ranks = code_ranks(csr_array(one), csr_array(other))
     left, right = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-8) for x in (one, other))
     similarity = left @ right.T

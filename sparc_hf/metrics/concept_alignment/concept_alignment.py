@@ -41,7 +41,8 @@ Returns:
     per_latent: list [depths][N]; live: list of N bools, active in at least two streams.
 """
 
-COUNT = np.int32
+# float32 counts whole numbers exactly up to here.
+EXACT_IN_FLOAT32 = 2**24
 
 
 def concept_alignment(
@@ -68,7 +69,11 @@ def concept_alignment(
         counts[stream], active[stream] = label_counts(matrix, labels)
     if buckets is None:
         buckets = np.arange(labels.shape[1])[None]
-    scores = np.stack([_jaccard(_lifted(counts, depth), active, latents) for depth in buckets])
+    scores = np.empty((len(buckets), latents))
+    lifted, columns = counts, np.arange(labels.shape[1])
+    for depth in reversed(range(len(buckets))):  # from many buckets to few, each made from the last
+        lifted, columns = _lifted(counts, lifted, columns, buckets[depth])
+        scores[depth] = jaccard_of_counts(lifted, active)
     live = np.sum([np.zeros(latents, int), *active.values()], axis=0) >= 2
     mean_live = scores[:, live].mean(axis=1) if live.any() else np.full(len(scores), np.nan)
     return {"per_latent": scores, "live": live, "mean": scores.mean(axis=1), "mean_live": mean_live}
@@ -77,23 +82,35 @@ def concept_alignment(
 def label_counts(
     codes: csr_array, labels: csr_array, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return int32 [N, classes], on how many samples of each class a latent is active, and bool [N], if it is at all.
+    """Return float [N, classes], on how many samples of each class a latent is active, and bool [N], if it is at all.
 
     Args:
         codes: sparse [rows, N].
         labels: sparse 0/1 [rows, classes].
         weights: int [rows], how often each row counts; once by default.
     """
-    active = csr_array((codes.data > 0, codes.indices, codes.indptr), shape=codes.shape).astype(COUNT)
-    if weights is not None:
-        active.data *= np.repeat(weights.astype(COUNT), np.diff(active.indptr))
-    fired = np.bincount(active.indices, weights=active.data, minlength=codes.shape[1]) > 0
-    return (active.T.tocsr() @ labels.astype(COUNT)).toarray(), fired
+    per_row = np.diff(codes.indptr)
+    times = codes.data > 0 if weights is None else (codes.data > 0) * np.repeat(weights, per_row)
+    largest = labels.nnz * (1 if weights is None else max(int(weights.max(initial=0)), 1))
+    dtype = np.float32 if largest < EXACT_IN_FLOAT32 else np.float64
+    active = csr_array((times.astype(dtype), codes.indices, codes.indptr), shape=codes.shape)
+    fired = np.bincount(codes.indices, weights=times, minlength=codes.shape[1]) > 0
+    # This way round, rows of codes are read in one piece; the other way jumps from label to label.
+    return (labels.T.tocsr().astype(dtype) @ active).toarray().T, fired
 
 
 def jaccard_of_counts(counts: Mapping[str, np.ndarray], active: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return float64 [N] from stream -> counts [N, classes] and stream -> bool [N], as `label_counts` gives them."""
-    return _jaccard(counts, active, len(next(iter(active.values()))))
+    totals = {stream: count.sum(axis=1).astype(np.float64) for stream, count in counts.items()}
+    shape = len(next(iter(active.values())))
+    scores, pairs = np.zeros(shape), np.zeros(shape)
+    for one, other in itertools.combinations(counts, 2):
+        both = active[one] & active[other]
+        smaller = np.minimum(counts[one], counts[other]).sum(axis=1).astype(np.float64)
+        larger = totals[one] + totals[other] - smaller
+        scores += np.where(both, smaller / np.maximum(larger, 1), 0)
+        pairs += both
+    return scores / np.maximum(pairs, 1)
 
 
 def taxonomy_buckets(label_names: Sequence[str], taxonomy: Mapping[str, Any]) -> np.ndarray:
@@ -143,25 +160,31 @@ def _checked(codes: Mapping[str, csr_array], labels: csr_array, buckets: np.ndar
     return latents
 
 
-def _lifted(counts: Mapping[str, np.ndarray], buckets: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the counts with the columns of one bucket added up, [N, buckets]."""
+def _lifted(
+    counts: Mapping[str, np.ndarray], deeper: Mapping[str, np.ndarray], columns: np.ndarray, buckets: np.ndarray
+) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
+    """Add up the columns of one bucket.
+
+    Args:
+        counts: stream -> [N, classes].
+        deeper: stream -> [N, columns], the same counts with some columns added up already.
+        columns: int [classes], the column of `deeper` each class went to.
+        buckets: int [classes].
+
+    Returns:
+        stream -> [N, buckets], and the column each class went to.
+    """
     numbers, position = np.unique(buckets, return_inverse=True)
-    if len(numbers) == len(buckets):
-        return dict(counts)
-    order = np.argsort(position, kind="stable")
-    starts = np.searchsorted(position[order], np.arange(len(numbers)))
-    return {stream: np.add.reduceat(count[:, order], starts, axis=1) for stream, count in counts.items()}
-
-
-def _jaccard(counts: Mapping[str, np.ndarray], active: Mapping[str, np.ndarray], latents: int) -> np.ndarray:
-    scores, pairs = np.zeros(latents), np.zeros(latents)
-    for one, other in itertools.combinations(counts, 2):
-        both = active[one] & active[other]
-        smaller = np.minimum(counts[one], counts[other]).sum(axis=1, dtype=np.int64)
-        larger = np.maximum(counts[one], counts[other]).sum(axis=1, dtype=np.int64)
-        scores += np.where(both, smaller / np.maximum(larger, 1), 0)
-        pairs += both
-    return scores / np.maximum(pairs, 1)
+    width = int(columns.max()) + 1
+    parent = np.zeros(width, np.int64)
+    parent[columns] = position
+    if not np.array_equal(parent[columns], position):  # no hierarchy: classes of one column part again
+        deeper, parent, width = counts, position, len(buckets)
+    if width == len(numbers) and np.array_equal(parent, np.arange(width)):
+        return deeper, position
+    into = np.zeros((width, len(numbers)), np.float32)
+    into[np.arange(width), parent] = 1
+    return {stream: count @ into.astype(count.dtype) for stream, count in deeper.items()}, position
 
 
 class ConceptAlignment(evaluate.Metric):
