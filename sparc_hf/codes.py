@@ -230,7 +230,7 @@ def encode_features(
     check_encoding(encoding)
     check_streams(model, features)
     facts = {"num_latents": model.config.num_latents, "encoding": encoding}
-    tables = (_code_columns(codes) for _, codes in code_batches(model, features, encoding, batch_size))
+    tables = (code_columns(codes) for _, codes in code_batches(model, features, encoding, batch_size))
     if output is None:
         return CodeTable(pa.concat_tables(tables).combine_chunks(), **facts)
     with CodeTableWriter(output, **facts, overwrite=overwrite) as writer:
@@ -268,7 +268,8 @@ def check_encoding(encoding: str) -> None:
         raise ValueError(f'`encoding` must be "joint" or "single", but it is {encoding!r}')
 
 
-def _code_columns(codes: Mapping[str, SparseCodes]) -> pa.Table:
+def code_columns(codes: Mapping[str, SparseCodes]) -> pa.Table:
+    """Return the columns of a code table for one batch, stream -> codes."""
     indices = {name: code.indices.to(torch.int32).cpu().numpy() for name, code in codes.items()}
     values = {name: code.values.float().cpu().numpy() for name, code in codes.items()}
     return pa.table(_columns(indices, values))

@@ -9,6 +9,8 @@ from tqdm.auto import tqdm
 
 from sparc_hf.codes import CodeTable
 
+TOP_SAMPLES_FILE = "top_samples.parquet"
+
 
 @dataclass(frozen=True)
 class TopSamples:

@@ -23,6 +23,9 @@ FLOORS = {
     "encoders": 1,
     "pretrained": 0,
     "batches": 0,
+    "metrics": 0,
+    "plots": 0,
+    "bootstrap": 0,
     "feature_writer": 1,
     "features": 1,
     "demo": 1,
@@ -30,13 +33,15 @@ FLOORS = {
     "modeling_sparc": 2,
     "extraction": 2,
     "codes": 3,
+    "top_samples": 4,
     "run_folder": 3,
     "training": 4,
     "retrieval": 4,
     "evaluation": 5,
     "hub": 6,
-    "demo_run": 7,
-    "cli": 8,
+    "report": 7,
+    "demo_run": 8,
+    "cli": 9,
 }
 REMOTE_CODE = {"configuration_sparc", "sparse_ops", "outputs_sparc", "objectives_sparc", "modeling_sparc"}
 

@@ -125,6 +125,11 @@ def taxonomy_buckets(label_names: Sequence[str], taxonomy: Mapping[str, Any]) ->
     Raises:
         ValueError: for a class the taxonomy does not have.
     """
+    if not isinstance(taxonomy, Mapping) or "LabelName" not in taxonomy:
+        raise ValueError(
+            'the taxonomy must be nested {"LabelName": name, "Subcategory": [...]}, as that of Open Images, but it is '
+            f"{str(taxonomy)[:80]}"
+        )
     lines: dict[str, list[str]] = {}
     _collect(taxonomy, [], lines)
     if missing := [name for name in label_names if name not in lines]:
