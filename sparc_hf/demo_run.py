@@ -35,8 +35,8 @@ def run_demo(args: DemoArguments) -> str:
     started = time.monotonic()
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    train_rows = _features(output, "train", args.train_rows, args.seed)
-    test_rows = _features(output, "test", args.test_rows, args.seed)
+    train_rows = world_features(output, "train", args.train_rows, args.seed)
+    test_rows = world_features(output, "test", args.test_rows, args.seed)
     extracted = time.monotonic()
     settings = SparcTrainingArguments(
         features=str(output / "features" / "train"),
@@ -69,7 +69,8 @@ def run_demo(args: DemoArguments) -> str:
     return _report(args, output, card, results, seconds)
 
 
-def _features(output: Path, split: str, rows: int, seed: int) -> FeatureDataset:
+def world_features(output: Path, split: str, rows: int, seed: int) -> FeatureDataset:
+    """Return the features of a split of the embedded world, those of an earlier run in `output` where they fit."""
     folder = output / "features" / split
     wanted = {"world": "sparc_hf.demo", "split": split, "seed": seed, "scenes": rows}
     if folder.exists():
