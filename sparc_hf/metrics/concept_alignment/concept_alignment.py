@@ -9,6 +9,8 @@ import evaluate
 import numpy as np
 from scipy.sparse import csr_array
 
+CSR = Any  # a scipy csr_array, whose own types say that it has no shape
+
 _DESCRIPTION = """
 Generalised Jaccard of per-latent label counts between streams. With n_s[c] the samples of class c on which a
 latent is active in stream s, two streams score sum_c min(n_s[c], n_t[c]) / sum_c max(n_s[c], n_t[c]), and a
@@ -45,9 +47,7 @@ Returns:
 EXACT_IN_FLOAT32 = 2**24
 
 
-def concept_alignment(
-    codes: Mapping[str, csr_array], labels: csr_array, buckets: np.ndarray | None = None
-) -> dict[str, Any]:
+def concept_alignment(codes: Mapping[str, CSR], labels: CSR, buckets: np.ndarray | None = None) -> dict[str, Any]:
     """Return label Jaccard figures of a set of latents (SPARC, arXiv 2507.06265).
 
     Args:
@@ -67,8 +67,7 @@ def concept_alignment(
     counts, active = {}, {}
     for stream, matrix in codes.items():
         counts[stream], active[stream] = label_counts(matrix, labels)
-    if buckets is None:
-        buckets = np.arange(labels.shape[1])[None]
+    buckets = np.arange(labels.shape[1])[None] if buckets is None else buckets
     scores = np.empty((len(buckets), latents))
     lifted, columns = counts, np.arange(labels.shape[1])
     for depth in reversed(range(len(buckets))):  # from many buckets to few, each made from the last
@@ -79,9 +78,7 @@ def concept_alignment(
     return {"per_latent": scores, "live": live, "mean": scores.mean(axis=1), "mean_live": mean_live}
 
 
-def label_counts(
-    codes: csr_array, labels: csr_array, weights: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def label_counts(codes: CSR, labels: CSR, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return float [N, classes], on how many samples of each class a latent is active, and bool [N], if it is at all.
 
     Args:
@@ -151,7 +148,7 @@ def _collect(node: Mapping[str, Any], above: list[str], lines: dict[str, list[st
         _collect(child, [*above, name], lines)
 
 
-def _checked(codes: Mapping[str, csr_array], labels: csr_array, buckets: np.ndarray | None) -> int:
+def _checked(codes: Mapping[str, CSR], labels: CSR, buckets: np.ndarray | None) -> int:
     shapes = {stream: matrix.shape for stream, matrix in codes.items()}
     if not codes or len(set(shapes.values())) != 1:
         raise ValueError(f"every stream needs codes of the same rows and latents, but their shapes are {shapes}")

@@ -8,6 +8,8 @@ import evaluate
 import numpy as np
 from scipy.sparse import csr_array
 
+CSR = Any  # a scipy csr_array, whose own types say that it has no shape
+
 _DESCRIPTION = """
 Every query row looks for its counterpart, the reference row of the same number, among all reference rows by
 cosine similarity (SPARC, arXiv 2507.06265, retrieval). Its rank is 1 plus the number of other references that
@@ -47,7 +49,7 @@ COMMON_SHARE = 1 / 32
 SIMILARITIES_AT_ONCE = 2**24
 
 
-def code_ranks(queries: csr_array, references: csr_array) -> np.ndarray:
+def code_ranks(queries: CSR, references: CSR) -> np.ndarray:
     """Return int64 [rows]: the rank of reference i among all references for query i, by cosine similarity.
 
     The rank counts the references at least as similar as the counterpart, itself included; similarities within 1e-6
@@ -107,7 +109,7 @@ def _ranks(similarities: Any, rows: int) -> np.ndarray:
     return ranks
 
 
-def _unit_codes(codes: csr_array) -> csr_array:
+def _unit_codes(codes: CSR) -> CSR:
     codes = csr_array(codes, dtype=np.float32, copy=True)
     codes.sum_duplicates()
     lengths = np.diff(codes.indptr)
@@ -156,7 +158,7 @@ class CrossRetrieval(evaluate.Metric):
         return retrieval_figures(code_ranks(query, reference), depths)
 
 
-def _codes(indices: Any, values: Any, num_latents: int) -> csr_array:
+def _codes(indices: Any, values: Any, num_latents: int) -> CSR:
     latents, strengths = np.asarray(indices), np.asarray(values, np.float32)
     rows, k = latents.shape
     starts = np.arange(0, rows * k + 1, k)

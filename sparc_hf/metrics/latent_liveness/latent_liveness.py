@@ -9,6 +9,8 @@ import evaluate
 import numpy as np
 from scipy.sparse import csr_array
 
+CSR = Any  # a scipy csr_array, whose own types say that it has no shape
+
 _DESCRIPTION = """
 Counts latents by the streams in which they are alive, that is, fire on at least one of the given samples: dead
 in all, alive in all, and every pattern of some but not all streams (SPARC, arXiv 2507.06265, dead and alive
@@ -43,7 +45,7 @@ Returns:
 FREQUENCY_EDGES = np.logspace(-6, 0, 25)
 
 
-def latent_liveness(codes: Mapping[str, csr_array], *, threshold: float = 0.0) -> dict[str, Any]:
+def latent_liveness(codes: Mapping[str, CSR], *, threshold: float = 0.0) -> dict[str, Any]:
     """Return how many latents are alive where (SPARC, arXiv 2507.06265).
 
     Args:
