@@ -1,6 +1,6 @@
 """Confidence intervals of figures over rows, by drawing the rows again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,12 @@ LEVEL = 0.95
 
 
 def bootstrap_intervals(
-    figures: Callable[[np.ndarray | None], dict[str, float]], rows: int, *, replicates: int, seed: int = 0
+    figures: Callable[[np.ndarray | None], dict[str, float]],
+    rows: int,
+    *,
+    replicates: int,
+    seed: int = 0,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return name -> {"value", "low", "high"}: figures of all rows and their 95 % bootstrap intervals.
 
@@ -23,6 +28,7 @@ def bootstrap_intervals(
         rows: number of rows.
         replicates: how often rows are drawn; with 0, `low` and `high` are None.
         seed: of the draws.
+        bounds: name -> smallest and largest value a figure can have, which its interval then keeps to.
     """
     values = figures(None)
     draws = np.random.default_rng(seed)
@@ -31,13 +37,18 @@ def bootstrap_intervals(
         weights = np.bincount(draws.integers(rows, size=rows), minlength=rows)
         for name, value in figures(weights).items():
             drawn[name].append(value)
-    return {name: {"value": value} | _interval(value, np.array(drawn[name])) for name, value in values.items()}
+    bounds = bounds or {}
+    unbounded = (-np.inf, np.inf)
+    return {
+        name: {"value": value} | _interval(value, np.array(drawn[name]), bounds.get(name, unbounded))
+        for name, value in values.items()
+    }
 
 
-def _interval(value: float, replicates: np.ndarray) -> dict[str, float | None]:
+def _interval(value: float, replicates: np.ndarray, bounds: tuple[float, float]) -> dict[str, float | None]:
     replicates = replicates[np.isfinite(replicates)]
     if not len(replicates) or not np.isfinite(value):
         return {"low": None, "high": None}
     shift = value - replicates.mean()
-    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + shift
+    low, high = np.clip(np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + shift, *bounds)
     return {"low": float(low), "high": float(high)}

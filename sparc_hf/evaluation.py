@@ -27,6 +27,7 @@ from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.retrieval import FAMILIES, model_ranks
 
 HIT_DEPTH = 1
+SHARES = ("dead_share", "jaccard", "jaccard_live", *(f"{family}_r_at_{HIT_DEPTH}" for family in FAMILIES))
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,11 @@ class Measurements:
                 _relative_error(self.terms[pair]) for pair in itertools.permutations(self.streams, 2)
             ),
         }
-        drawn = {"replicates": self.settings.replicates, "seed": self.settings.seed}
+        drawn: dict[str, Any] = {
+            "replicates": self.settings.replicates,
+            "seed": self.settings.seed,
+            "bounds": {name: (0, 1) for name in SHARES},
+        }
         rows = len(self.features)
         found = bootstrap_intervals(lambda weights: _weighted(shares, weights) | self._counts(weights), rows, **drawn)
         hits = {
