@@ -1,6 +1,10 @@
 """Alignment, liveness, reconstruction and retrieval: by hand, in general, and against the earlier code's numbers."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import evaluate
 import numpy as np
@@ -339,3 +343,24 @@ def test_metrics_load_offline_and_say_what_they_are():
         assert len(metric.description) > 100
         assert "arXiv" in metric.citation
         assert "Returns" in metric.inputs_description
+
+
+def test_every_metric_loads_from_its_folder_alone(tmp_path):
+    """As from a Hub repository: copied elsewhere, in a process that cannot import the package."""
+    names = sorted(path.parent.name for path in (ROOT / "sparc_hf" / "metrics").glob("*/*.py") if path.stem[0] != "_")
+    for name in names:
+        shutil.copytree(ROOT / "sparc_hf" / "metrics" / name, tmp_path / "copied" / name)
+    code = f"""
+import sys
+sys.path = [path for path in sys.path if path != {str(ROOT)!r}]
+sys.modules["sparc_hf"] = None
+import evaluate
+for name in {names!r}:
+    metric = evaluate.load("copied/" + name)
+    assert len(metric.description) > 100 and "title=" in metric.citation and metric.features, name
+    print(name)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == names, done.stderr[-2000:]
