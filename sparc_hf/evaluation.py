@@ -20,6 +20,7 @@ from sparc_hf.metrics.concept_alignment.concept_alignment import (
     label_counts,
     taxonomy_buckets,
 )
+from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
 from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
 from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
 from sparc_hf.metrics.reconstruction.reconstruction import FIGURES, figures_of_terms, row_terms
@@ -96,6 +97,7 @@ def evaluate_model(
         "headline": name -> {"value", "low", "high"} with 95 % bootstrap intervals over rows;
         "reconstruction": nmse, fvu, r2, cosine -> target -> source -> number;
         "liveness": what `latent_liveness` returns, without the per-latent part;
+        "universality": means of `concept_universality` over the latents that fire above the model's dead threshold;
         "alignment" (with labels): "depths", and per depth "mean" over all latents and "mean_live" over live ones;
         "retrieval": family -> "source->target" -> R@1, R@5, R@10, median_rank, mrr.
 
@@ -168,6 +170,7 @@ class Measurements:
     def figures(self) -> dict[str, Any]:
         """Return the figures as `evaluate_model` describes them, and fill `latents`."""
         found: dict[str, Any] = {"reconstruction": self._reconstruction(), "liveness": self._liveness()}
+        found["universality"] = self._universality()
         if self.labels is not None:
             found["alignment"] = self._alignment()
         found["retrieval"] = {
@@ -197,6 +200,18 @@ class Measurements:
         frequency = found.pop("frequency")
         self.latents |= {f"frequency/{stream}": share for stream, share in frequency.items()}
         return found
+
+    def _universality(self) -> dict[str, Any]:
+        norms = {name: self.model.atoms[name].detach().norm(dim=1).cpu().numpy() for name in self.streams}
+        threshold = float(self.model.config.dead_threshold)
+        found = concept_universality(self.codes, atom_norms=norms, threshold=threshold)
+        firing = np.sum(list(found["fires"].values()), axis=0) > 0
+        self.latents |= {name: found[name] for name in ("entropy", "cofires", "cofire_jaccard", "energy")}
+        means = {
+            f"mean_{name}": found[name][firing].mean() if firing.any() else math.nan
+            for name in ("entropy", "cofire_jaccard", "cofire_iou")
+        }
+        return {"threshold": threshold, "firing": int(firing.sum()), **means}
 
     def _alignment(self) -> dict[str, Any]:
         buckets = None

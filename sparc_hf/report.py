@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from sparc_hf import plots
 from sparc_hf.codes import ENCODINGS
 from sparc_hf.evaluation import Evaluation
 from sparc_hf.hub import METRIC_NAMES, eval_results, figure_text, templates_folder
@@ -119,7 +122,49 @@ def report_html(evaluations: Mapping[str, Evaluation]) -> str:
 
 
 def _figures(evaluation: Evaluation) -> Iterator[dict[str, str]]:
-    yield from ()
+    """Yield title, caption and picture of every plot of one model, joint and single side by side."""
+    both = {encoding: evaluation.results[encoding] for encoding in ENCODINGS}
+    latents = evaluation.latents
+
+    def shown(title: str, caption: str, figure: Any) -> dict[str, str]:
+        return {"title": title, "caption": caption, "address": _embedded(figure)}
+
+    for name, words in (("nmse", "Normalised squared error, 0 is perfect"), ("cosine", "Cosine similarity")):
+        panels = {encoding: found["reconstruction"][name] for encoding, found in both.items()}
+        caption = f"{words}, of every target stream decoded from every source stream's code."
+        yield shown(f"reconstruction, {name}", caption, plots.reconstruction_matrix(panels, name))
+    if "alignment" in both["joint"]:
+        scores = {
+            encoding: {depth: latents[encoding][f"jaccard/depth{depth}"] for depth in found["alignment"]["depths"]}
+            for encoding, found in both.items()
+        }
+        caption = "How alike the labels are of the rows on which a latent fires in different streams."
+        yield shown("label Jaccard", caption, plots.jaccard_by_depth(scores))
+    patterns = {encoding: _patterns(found["liveness"]) for encoding, found in both.items()}
+    yield shown("liveness", "In which streams latents fire at all on these rows.", plots.liveness_bars(patterns))
+    histograms = {
+        encoding: (
+            np.array(found["liveness"]["histogram"]["edges"]),
+            {stream: np.array(counts) for stream, counts in found["liveness"]["histogram"]["counts"].items()},
+        )
+        for encoding, found in both.items()
+    }
+    yield shown("firing frequency", "How often live latents fire.", plots.frequency_histogram(histograms))
+    firing = {encoding: np.sum(_frequencies(found), axis=0) > 0 for encoding, found in latents.items()}
+    entropies = {encoding: found["entropy"][firing[encoding]] for encoding, found in latents.items()}
+    caption = "Firing entropy of the latents that fire: 1 fires equally often in all streams, 0 in one only."
+    yield shown("firing entropy", caption, plots.entropy_histogram(entropies))
+    cofires = {encoding: (found["energy"], found["cofires"]) for encoding, found in latents.items()}
+    caption = "Rows on which a latent fires in all streams at once, against its energy (mean value times atom norm)."
+    yield shown("co-fires against energy", caption, plots.cofires_against_energy(cofires))
+
+
+def _patterns(liveness: Mapping[str, Any]) -> dict[str, int]:
+    return {"all streams": liveness["alive_in_all"], **liveness["patterns"], "dead": liveness["dead"]}
+
+
+def _frequencies(latents: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    return [values for name, values in latents.items() if name.startswith("frequency/")]
 
 
 def _headline_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
