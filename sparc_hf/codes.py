@@ -256,6 +256,25 @@ def code_batches(
                 yield batch, {name: model.encode({name: rows})[name] for name, rows in batch.items()}
 
 
+@torch.no_grad()
+def decoded_rows(model: SparcModel, codes: CodeTable, source: str, target: str, batch_size: int = 1024) -> np.ndarray:
+    """Return float32 [rows, hidden_size of the target]: the codes of one stream decoded to another, or to itself."""
+    indices, values = codes.indices(source), codes.values(source)
+    rows = np.empty((len(codes), model.config.hidden_sizes[target]), np.float32)
+    for start in range(0, len(codes), batch_size):
+        part = slice(start, start + batch_size)
+        # Copied, because mapped files are read-only.
+        latents, strengths = torch.from_numpy(indices[part].astype(np.int64)), torch.from_numpy(values[part].copy())
+        rows[part] = model.decode(SparseCodes(latents, strengths, codes.num_latents), to=target).float().cpu().numpy()
+    return rows
+
+
+@torch.no_grad()
+def normalized_rows(model: SparcModel, features: FeatureDataset, stream: str) -> np.ndarray:
+    """Return float32 [rows, hidden_size]: a stream's rows as the model normalises them."""
+    return model.normalize({stream: torch.from_numpy(features.array(stream))})[stream].float().cpu().numpy()
+
+
 def check_streams(model: SparcModel, features: FeatureDataset) -> None:
     """Raise ValueError where a dataset lacks a stream of the model."""
     if missing := [name for name in model.config.stream_names if name not in features.stream_names]:

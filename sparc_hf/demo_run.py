@@ -55,7 +55,9 @@ def run_demo(args: DemoArguments) -> str:
     )
     model = SparcTrainer(settings, train_rows).train()
     trained = time.monotonic()
-    evaluation = evaluate_model(model, test_rows, EvaluationSettings(dataset="the embedded world, test scenes"))
+    evaluation = evaluate_model(
+        model, test_rows, EvaluationSettings(dataset="the embedded world, test scenes", probes=False)
+    )
     results = evaluation.results
     write_report({"demo": evaluation}, output / "evaluation")
     card = write_model_card(

@@ -25,6 +25,13 @@ from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
 from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
 from sparc_hf.metrics.reconstruction.reconstruction import FIGURES, figures_of_terms, row_terms
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.probing import (
+    bridge_figures,
+    classifier_figures,
+    monosemanticity_figures,
+    probe_figures,
+    stability_figures,
+)
 from sparc_hf.retrieval import FAMILIES, model_ranks
 
 HIT_DEPTH = 1
@@ -76,10 +83,18 @@ class Evaluation:
 def evaluate_models(
     models: Mapping[str, SparcModel], features: FeatureDataset, settings: EvaluationSettings | None = None
 ) -> dict[str, Evaluation]:
-    """Return name -> evaluation of several models on the same rows; see `evaluate_model`."""
+    """Return name -> evaluation of several models on the same rows; see `evaluate_model`.
+
+    The `results` of models that have others of their shape also hold "stability": other model -> stream -> mean cosine
+    of matched atoms.
+    """
     for model in models.values():  # before the first one takes its minutes
         check_streams(model, features)
-    return {name: evaluate_model(model, features, settings) for name, model in models.items()}
+    evaluations = {name: evaluate_model(model, features, settings) for name, model in models.items()}
+    for name, others in stability_figures(models).items():
+        if others:
+            evaluations[name].results["stability"] = others
+    return evaluations
 
 
 def evaluate_model(
@@ -99,7 +114,9 @@ def evaluate_model(
         "liveness": what `latent_liveness` returns, without the per-latent part;
         "universality": means of `concept_universality` over the latents that fire above the model's dead threshold;
         "alignment" (with labels): "depths", and per depth "mean" over all latents and "mean_live" over live ones;
-        "retrieval": family -> "source->target" -> R@1, R@5, R@10, median_rank, mrr.
+        "retrieval": family -> "source->target" -> R@1, R@5, R@10, median_rank, mrr;
+        "probes" and "classifiers" (with labels, where the settings want them): see `probing`;
+        "monosemanticity" (single-stream codes only) and "bridge_own_share" (where streams share an encoder): likewise.
 
     Raises:
         ValueError: for streams the dataset lacks, unusable rows, or a class that is not in the dataset's taxonomy.
@@ -177,6 +194,14 @@ class Measurements:
             family: {pair: retrieval_figures(ranks) for pair, ranks in pairs.items()}
             for family, pairs in self.ranks.items()
         }
+        seed = self.settings.seed
+        if self.labels is not None and self.settings.probes:
+            found["probes"] = probe_figures(self.codes, self.labels, seed=seed)
+            found["classifiers"] = classifier_figures(self.model, self.features, self.table, self.labels, seed=seed)
+        if self.encoding == "single" or self.model.config.selection == "local":
+            found["monosemanticity"] = monosemanticity_figures(self.model, self.features, self.table)
+        if bridges := bridge_figures(self.model, self.codes):
+            found["bridge_own_share"] = bridges
         return {"headline": self._headline(), **found}
 
     def _check_rows(self) -> None:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANEL_WIDTH = 4.6
+PANEL_WIDTH = 3.5
 COLOURS = ("#2a6f97", "#e07a5f", "#6a994e", "#9d4edd", "#bc8034", "#577590", "#c9184a", "#3d5a40")
 
 
@@ -56,7 +56,7 @@ def jaccard_by_depth(panels: Mapping[str, Mapping[int, np.ndarray]]) -> "Figure"
             counts = np.histogram(scores, edges)[0]
             axis.stairs(counts, edges, color=colour, label=f"depth {depth}, mean {scores.mean():.3f}", linewidth=1.6)
         axis.set_xlabel("label Jaccard between streams")
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("latents")
     return figure
 
@@ -74,9 +74,9 @@ def liveness_bars(panels: Mapping[str, Mapping[str, int]]) -> "Figure":
         bars = axis.barh(range(len(patterns)), numbers, color=COLOURS[0])
         axis.bar_label(bars, padding=3, fontsize=8)
         axis.set_yticks(range(len(patterns)), patterns)
-        axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.set_xlabel("latents")
+    axes[0].invert_yaxis()  # shared by all
     return figure
 
 
@@ -95,7 +95,7 @@ def frequency_histogram(panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.n
             axis.set_xlim(edges[filled[0]], edges[filled[-1] + 1])
         axis.set_xscale("log")
         axis.set_xlabel("share of rows a latent fires on")
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("latents")
     return figure
 

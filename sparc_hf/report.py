@@ -116,6 +116,7 @@ def report_html(evaluations: Mapping[str, Evaluation]) -> str:
         columns=[(name, encoding) for name in results for encoding in ENCODINGS],
         retrieval=_retrieval_rows,
         settings_that_differ=_differing_settings(results),
+        more=_more_rows,
         figures={name: list(_figures(evaluation)) for name, evaluation in evaluations.items()},
         version=__version__,
     )
@@ -200,6 +201,42 @@ def _retrieval_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[s
             )
 
 
+def _more_rows(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return (figure, its text under each encoding) of what stands in no other table."""
+    both = [found[encoding] for encoding in ENCODINGS]
+    rows = [
+        (words, [_text(part["universality"][name]) for part in both])
+        for name, words in (
+            ("mean_entropy", "Firing entropy, mean over latents that fire"),
+            ("mean_cofire_jaccard", "Rows on which all streams fire, of those on which any does"),
+        )
+    ]
+    for stream, probes in both[-1].get("probes", {}).items():
+        for name, words in (("loss", "loss in nats (chance 0.693)"), ("ap", "average precision (chance 0.5)")):
+            texts = [_text(part["probes"][stream][name]) for part in both]
+            rows.append((f"One-latent probes of {probes['classes']} classes, {stream}: {words}", texts))
+    for kind, inputs in both[-1].get("classifiers", {}).items():
+        for name in inputs:
+            texts = [_text(part["classifiers"][kind][name]) for part in both]
+            rows.append((f"Linear classifier on {kind.replace('_', ' ')}, {name}: mAP", texts))
+    for stream, others in both[-1].get("monosemanticity", {}).items():
+        for other, scores in others.items():
+            texts = [_text(part["monosemanticity"][stream][other]["mean"]) if "monosemanticity" in part else "leaks"
+                     for part in both]  # fmt: skip
+            rows.append((f"Monosemanticity of {stream}'s {scores['latents']} latents by {other}'s features", texts))
+    for pair in both[-1].get("bridge_own_share", {}):
+        texts = [_text(part["bridge_own_share"][pair]) for part in both]
+        rows.append((f"Bridge score of latents with themselves, share, {pair}", texts))
+    for other, streams in found.get("stability", {}).items():
+        for stream, value in streams.items():
+            rows.append((f"Mean cosine of {stream}'s atoms with those of {other}, matched", [_text(value)] * 2))
+    return rows
+
+
+def _text(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
 def _latent_lines(evaluation: Evaluation) -> Iterator[str]:
     """Yield a CSV of single latents, a column per encoding and figure."""
     columns = {
@@ -221,5 +258,5 @@ def _write_text(path: Path, text: str) -> None:
 def _embedded(figure: Any) -> str:
     """Return a matplotlib Figure as a data address."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

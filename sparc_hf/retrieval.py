@@ -3,14 +3,12 @@
 import itertools
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
-from sparc_hf.codes import CodeTable
+from sparc_hf.codes import CodeTable, decoded_rows, normalized_rows
 from sparc_hf.features import FeatureDataset
 from sparc_hf.metrics.cross_retrieval.cross_retrieval import code_ranks, vector_ranks
 from sparc_hf.modeling_sparc import SparcModel
-from sparc_hf.outputs_sparc import SparseCodes
 
 FAMILIES = ("self_reconstruction", "latent_alignment", "cross_reconstruction")
 
@@ -46,10 +44,10 @@ def model_ranks(
     pairs = list(itertools.product(codes.streams, repeat=2))
     with tqdm(total=len(pairs) + len(pairs) - len(codes.streams), desc="retrieving", unit="pair", leave=False) as bar:
         for target in codes.streams:
-            references = _normalized(model, features, target)
+            references = normalized_rows(model, features, target)
             for source in codes.streams:
                 family = "self_reconstruction" if source == target else "cross_reconstruction"
-                queries = _decoded(model, codes, source, target, batch_size)
+                queries = decoded_rows(model, codes, source, target, batch_size)
                 found[family][f"{source}->{target}"] = vector_ranks(queries, references)
                 bar.update()
         matrices = {stream: codes.csr(stream) for stream in codes.streams}
@@ -57,22 +55,3 @@ def model_ranks(
             found["latent_alignment"][f"{source}->{target}"] = code_ranks(matrices[source], matrices[target])
             bar.update()
     return found
-
-
-@torch.no_grad()
-def _normalized(model: SparcModel, features: FeatureDataset, stream: str) -> np.ndarray:
-    return model.normalize({stream: torch.from_numpy(features.array(stream))})[stream].cpu().numpy()
-
-
-@torch.no_grad()
-def _decoded(model: SparcModel, codes: CodeTable, source: str, target: str, batch_size: int) -> np.ndarray:
-    indices, values = codes.indices(source), codes.values(source)
-    rows = np.empty((len(codes), model.config.hidden_sizes[target]), np.float32)
-    for start in range(0, len(codes), batch_size):
-        part = slice(start, start + batch_size)
-        # Copied, because mapped files are read-only.
-        block = SparseCodes(
-            torch.from_numpy(indices[part].astype(np.int64)), torch.from_numpy(values[part].copy()), codes.num_latents
-        )
-        rows[part] = model.decode(block, to=target).float().cpu().numpy()
-    return rows
