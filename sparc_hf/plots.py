@@ -28,9 +28,9 @@ def reconstruction_matrix(panels: Mapping[str, Mapping[str, Mapping[str, float |
     }
     finite = np.concatenate([grid[np.isfinite(grid)] for grid in grids.values()])
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    image = None
+    images = []
     for axis, grid in zip(axes, grids.values(), strict=True):
-        image = axis.imshow(grid, cmap="Blues", vmin=low, vmax=high, aspect="auto")
+        images.append(axis.imshow(grid, cmap="Blues", vmin=low, vmax=high, aspect="auto"))
         axis.set_xticks(range(len(streams)), streams, rotation=20, ha="right")
         axis.set_yticks(range(len(streams)), streams)
         axis.set_xlabel("source")
@@ -39,7 +39,7 @@ def reconstruction_matrix(panels: Mapping[str, Mapping[str, Mapping[str, float |
             text = f"{grid[row, column]:.3f}" if np.isfinite(grid[row, column]) else "undefined"
             axis.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
     axes[0].set_ylabel("target")
-    figure.colorbar(image, ax=axes, label=name, shrink=0.85)
+    figure.colorbar(images[0], ax=axes, label=name, shrink=0.85)
     return figure
 
 
@@ -92,7 +92,7 @@ def frequency_histogram(panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.n
             axis.stairs(counts, edges, color=colour, label=stream, linewidth=1.6)
         filled = np.flatnonzero(np.sum(list(streams.values()), axis=0))
         if len(filled):
-            axis.set_xlim(edges[filled[0]], edges[filled[-1] + 1])
+            axis.set_xlim(float(edges[filled[0]]), float(edges[filled[-1] + 1]))
         axis.set_xscale("log")
         axis.set_xlabel("share of rows a latent fires on")
         axis.legend(fontsize=7, frameon=False)
@@ -118,15 +118,16 @@ def cofires_against_energy(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) 
     """Return a point per latent: how often it fires in all streams at once, against its energy.
 
     Args:
-        panels: panel title -> (energies [latents], rows on which all streams fire [latents]).
+        panels: panel title -> (energies [latents], rows on which all streams fire [latents]); latents without
+            energy are left out.
     """
     figure, axes = _panels(panels)
     for axis, (energies, cofires) in zip(axes, panels.values(), strict=True):
-        axis.scatter(energies, cofires, s=8, alpha=0.5, color=COLOURS[0], linewidths=0)
-        axis.set_xscale("symlog", linthresh=max(float(np.max(energies, initial=0)) * 1e-4, 1e-9))
+        active = np.asarray(energies) > 0
+        axis.scatter(energies[active], cofires[active], s=8, alpha=0.5, color=COLOURS[0], linewidths=0)
+        axis.set_xscale("log")
         axis.set_yscale("symlog", linthresh=1)
-        axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=-0.2)
         axis.set_xlabel("energy, summed over streams")
     axes[0].set_ylabel("rows on which all streams fire")
     return figure

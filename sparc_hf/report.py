@@ -221,8 +221,8 @@ def _more_rows(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             rows.append((f"Linear classifier on {kind.replace('_', ' ')}, {name}: mAP", texts))
     for stream, others in both[-1].get("monosemanticity", {}).items():
         for other, scores in others.items():
-            texts = [_text(part["monosemanticity"][stream][other]["mean"]) if "monosemanticity" in part else "leaks"
-                     for part in both]  # fmt: skip
+            measured = [part.get("monosemanticity") for part in both]
+            texts = ["not measured" if part is None else _text(part[stream][other]["mean"]) for part in measured]
             rows.append((f"Monosemanticity of {stream}'s {scores['latents']} latents by {other}'s features", texts))
     for pair in both[-1].get("bridge_own_share", {}):
         texts = [_text(part["bridge_own_share"][pair]) for part in both]

@@ -82,10 +82,16 @@ def probe_rows(labels: CSR, class_id: int, seed: int = 0) -> tuple[np.ndarray, n
     rows = np.concatenate([positives, negatives])
     has = np.repeat([1, 0], count)
     # Both shares are given, as in the earlier notebook: rounding may leave one row over.
-    shares = {"train_size": FITTED_SHARE, "test_size": HELD_OUT_SHARE}
-    fitted, others, _, left = train_test_split(rows, has, **shares, stratify=has, random_state=2000 + class_id + seed)
+    fitted, others, _, left = train_test_split(
+        rows,
+        has,
+        train_size=FITTED_SHARE,
+        test_size=HELD_OUT_SHARE,
+        stratify=has,
+        random_state=2000 + class_id + seed,
+    )
     chosen_by, measured = train_test_split(others, test_size=0.5, stratify=left, random_state=3000 + class_id + seed)
-    return fitted, chosen_by, measured
+    return np.asarray(fitted), np.asarray(chosen_by), np.asarray(measured)
 
 
 def concept_probe(codes: CSR, labels: CSR, *, min_count: int = 50, seed: int = 0) -> dict[str, Any]:
