@@ -49,7 +49,7 @@ class EvaluateArguments:
     )
     no_probes: bool = field(
         default=False,
-        metadata={"help": "Leave out the probes and classifiers, the slowest part where there are labels."},
+        metadata={"help": "Leave out the slowest parts: probes, classifiers and the matching of atoms."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap draws and of the probes' splits."})
 

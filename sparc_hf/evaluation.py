@@ -46,7 +46,8 @@ class EvaluationSettings:
         batch_size: rows encoded at a time.
         replicates: bootstrap draws behind the confidence intervals; 0 leaves them out.
         retrieval_rows: samples that retrieval is measured on, spread evenly; all by default.
-        probes: whether probes and classifiers are fitted, where there are labels.
+        probes: whether the slow parts are done too: probes and classifiers, where there are labels, and matching the
+            atoms of models.
         seed: of the draws.
         dataset: what cards and reports call the rows.
     """
@@ -85,15 +86,16 @@ def evaluate_models(
 ) -> dict[str, Evaluation]:
     """Return name -> evaluation of several models on the same rows; see `evaluate_model`.
 
-    The `results` of models that have others of their shape also hold "stability": other model -> stream -> mean cosine
-    of matched atoms.
+    With `probes`, the `results` of models that have others of their shape also hold "stability": other model ->
+    stream -> mean cosine of matched atoms.
     """
     for model in models.values():  # before the first one takes its minutes
         check_streams(model, features)
     evaluations = {name: evaluate_model(model, features, settings) for name, model in models.items()}
-    for name, others in stability_figures(models).items():
-        if others:
-            evaluations[name].results["stability"] = others
+    if settings is None or settings.probes:
+        for name, others in stability_figures(models).items():
+            if others:
+                evaluations[name].results["stability"] = others
     return evaluations
 
 

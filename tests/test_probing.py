@@ -62,7 +62,9 @@ def test_monosemanticity_uses_the_other_streams_centred_rows():
 
 def test_models_of_one_shape_are_matched():
     models = {"a": tiny_model(3), "b": tiny_model(3, seed=1), "narrow": tiny_model(3, num_latents=32)}
-    found = evaluate_models(models, planted_features(60), EvaluationSettings(replicates=0, probes=False))
+    planted = planted_features(60)
+    bare = type(planted).from_arrays({name: planted.array(name) for name in planted.stream_names})
+    found = evaluate_models(models, bare, EvaluationSettings(replicates=0))
     assert set(found["a"].results["stability"]) == {"b"}
     assert 0 < found["b"].results["stability"]["a"]["dino"] < 0.9
     assert "stability" not in found["narrow"].results
