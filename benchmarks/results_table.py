@@ -134,7 +134,7 @@ def main() -> None:
             return cache[0]
 
         lines += ["", f"## {settings['title']}", ""]
-        table = []
+        table, left_out = [], []
         for variant, replaced in variants.items():
             runs = []
             for seed in args.seeds:
@@ -146,10 +146,14 @@ def main() -> None:
             if runs:
                 table.append(table_line(variant, runs))
                 test_rows = runs[0]["rows"]
+            else:
+                left_out.append(variant)
         told = ", ".join(f"{key} {value}" for key, value in settings["train"].items())
         lines += [f"{test_rows:,} test rows; {told}.", ""]
         lines += [f"| variant | {' | '.join(title for _, title, _ in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
         lines += table
+        if left_out:
+            lines += ["", f"Left out, because training does not know the objective: {', '.join(left_out)}."]
     text = "\n".join(lines) + "\n"
     print(text)
     if args.table:
