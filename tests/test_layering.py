@@ -26,6 +26,9 @@ FLOORS = {
     "batches": 0,
     "parquet_features": 1,
     "streamed_batches": 2,
+    "metrics": 0,
+    "plots": 0,
+    "bootstrap": 0,
     "feature_writer": 1,
     "features": 2,
     "demo": 1,
@@ -33,6 +36,7 @@ FLOORS = {
     "modeling_sparc": 2,
     "extraction": 2,
     "codes": 3,
+    "top_samples": 4,
     "run_folder": 3,
     "legacy_hdf5": 3,
     "legacy_npz": 3,
@@ -40,10 +44,12 @@ FLOORS = {
     "importers": 5,
     "training": 4,
     "retrieval": 4,
-    "evaluation": 5,
+    "probing": 5,
+    "evaluation": 6,
     "hub": 6,
-    "demo_run": 7,
-    "cli": 8,
+    "report": 7,
+    "demo_run": 8,
+    "cli": 9,
 }
 REMOTE_CODE = {"configuration_sparc", "sparse_ops", "outputs_sparc", "objectives_sparc", "modeling_sparc"}
 
