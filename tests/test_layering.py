@@ -21,6 +21,8 @@ FLOORS = {
     "outputs_sparc": 0,
     "objectives_sparc": 1,
     "encoders": 1,
+    "encoder_families": 0,
+    "token_grid": 0,
     "pretrained": 0,
     "batches": 0,
     "feature_writer": 1,
