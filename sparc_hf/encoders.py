@@ -137,7 +137,8 @@ class StreamEncoder:
     @property
     def rows_per_sample(self) -> int:
         """Rows of one sample: 1, or with pooling "tokens" one per place of the grid."""
-        return int(np.prod(self._record["grid"])) if self.pooling == "tokens" else 1
+        grid: Any = self._record["grid"] if self.pooling == "tokens" else (1, 1)
+        return grid[0] * grid[1]
 
     @property
     def prefix_tokens(self) -> int:
@@ -220,8 +221,9 @@ class StreamEncoder:
                 inputs["pixel_values"] = inputs["pixel_values"].detach().clone().requires_grad_()
             output = self._output(inputs, output_attentions=True)
             vectors = self._vectors(output, inputs)
-        maps = tuple(getattr(output, "attentions", None) or ())
-        if not maps or any(found is None for found in maps):
+        found: Any = getattr(output, "attentions", None) or ()
+        maps: tuple[Any, ...] = tuple(found)
+        if not maps or any(one is None for one in maps):
             raise ValueError(f"`{self.encoder}` ({self.config.model_type}) gives no attention maps")
         return vectors, maps
 
