@@ -218,13 +218,23 @@ def _source(args: ExtractionArguments) -> Source:
 
 
 def _processes() -> "PartialState | None":
-    """Return the processes of a launcher, or None where this is the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    """Return the processes of a launcher, or None where this is the only one.
+
+    Raises:
+        ValueError: if they do not find each other, so that each would do all the work.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched < 2:
         return None
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    # One process may be done long before another.
-    return PartialState(timeout=timedelta(days=1))
+    # Without this, processes on CPUs would each be the first of one. One may be done long before another.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    processes = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
+    if processes.num_processes != launched:
+        raise ValueError(f"{launched} processes were launched, but this one knows of {processes.num_processes}")
+    return processes
 
 
 def _make_shards(
