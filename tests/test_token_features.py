@@ -104,6 +104,18 @@ def test_a_stream_of_rows_equals_the_stored_rows(checkpoints, tree, tmp_path):
     assert shards[0] == shards[1]
 
 
+def test_parquet_with_the_images_inside(checkpoints, tree, tmp_path):
+    data = open_source(str(tree), "train")
+    data.map(lambda row: row).to_parquet(str(tmp_path / "set.parquet"))
+    encoders = load_encoders(parse_streams([f"dino={checkpoints['dino']}:image"]))
+    expected = encoders["dino"].encode([row["image"] for row in data])
+    for name, streaming in (("stored", False), ("streamed", True)):
+        source = open_source(str(tmp_path / "set.parquet"), "train", streaming)
+        made = extract_features(source, encoders, tmp_path / name, keep_columns=["image"], batch_size=4)
+        np.testing.assert_allclose(made.array("dino"), expected, atol=1e-5)
+        assert made.column("image", [0])[0]["bytes"][:4] == b"\x89PNG"
+
+
 def test_an_image_with_several_captions_is_encoded_once(checkpoints, tree, tmp_path, monkeypatch):
     files = sorted(map(str, (tree / "train").rglob("*.png")))[:3]
     columns = {"image": [files[0], files[0], files[1], files[2], files[2]], "text": ["a", "b", "c", "d", "e"]}
