@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 
-from sparc_hf.retrieval import counterpart_ranks
+from sparc_hf.metrics.cross_retrieval.cross_retrieval import code_ranks
 
 
 def random_codes(rows: int, latents: int, k: int, seed: int) -> csr_array:
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     queries, references = (random_codes(args.rows, args.latents, args.k, seed) for seed in (0, 1))
-    works = {"sparse": counterpart_ranks, "dense": dense_ranks}
+    works = {"sparse": code_ranks, "dense": dense_ranks}
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(args.rounds):
         for name, work in works.items():

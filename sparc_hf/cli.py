@@ -23,11 +23,13 @@ class Command:
         summary: its line in `sparc --help`.
         arguments: "module:Class" of the dataclass whose fields are its flags.
         run: takes the filled dataclass and returns what to print, as JSON-ready values.
+        leading: the flag whose values may also be given bare, right after the command.
     """
 
     summary: str
     arguments: str
     run: Callable[[Any], Any]
+    leading: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +97,11 @@ def _settings(name: str, command: Command, argv: Sequence[str]) -> Any:
         defaults += _flags_of(_presets()[given.preset], name)
     if given.config is not None:
         defaults += _flags_of(Path(given.config), name)
+    bare = 0
+    while command.leading and bare < len(flags) and not flags[bare].startswith("-"):
+        bare += 1
+    if bare:
+        flags = [f"--{command.leading}", *flags]
     # A second item, the parsed --config and --preset, follows the filled dataclass.
     return parser.parse_args_into_dataclasses([*defaults, *flags], look_for_args_file=False)[0]
 
@@ -164,25 +171,51 @@ def _run_encode(args: Any) -> dict[str, Any]:
     from sparc_hf.codes import encode_features
     from sparc_hf.features import FeatureDataset
     from sparc_hf.modeling_sparc import SparcModel
+    from sparc_hf.top_samples import TOP_SAMPLES_FILE, top_samples, write_top_samples
 
-    model = SparcModel.from_pretrained(args.model)
+    if args.top_samples < 0:
+        raise ValueError(f"`top_samples` must not be negative, but it is {args.top_samples}")
     codes = encode_features(
-        model, FeatureDataset.load(args.features), encoding=args.encoding, batch_size=args.batch_size
+        SparcModel.from_pretrained(args.model),
+        FeatureDataset.load(args.features),
+        encoding=args.encoding,
+        batch_size=args.batch_size,
+        output=args.output,
+        overwrite=args.overwrite,
     )
-    codes.save(args.output, overwrite=args.overwrite)
-    return {"codes": args.output, "rows": len(codes), "streams": codes.streams, "encoding": codes.encoding}
+    printed = {"codes": args.output, "rows": len(codes), "streams": codes.streams, "encoding": codes.encoding}
+    if args.top_samples:
+        path = Path(args.output) / TOP_SAMPLES_FILE
+        write_top_samples(top_samples(codes, args.top_samples), path)
+        printed["top_samples"] = str(path)
+    return printed
 
 
 def _run_evaluate(args: Any) -> dict[str, Any]:
-    from sparc_hf.evaluation import evaluate_model, write_results
+    from sparc_hf.evaluation import EvaluationSettings, evaluate_models
     from sparc_hf.features import FeatureDataset
     from sparc_hf.modeling_sparc import SparcModel
+    from sparc_hf.report import check_report_folder, model_names, write_report
 
-    model = SparcModel.from_pretrained(args.model)
-    results = evaluate_model(model, FeatureDataset.load(args.features), batch_size=args.batch_size)
+    settings = EvaluationSettings(
+        batch_size=args.batch_size,
+        replicates=args.replicates,
+        retrieval_rows=args.retrieval_rows,
+        probes=not args.no_probes,
+        seed=args.seed,
+        dataset=Path(args.features).name,
+    )
     if args.output is not None:
-        write_results(results, args.output)
-    return results
+        check_report_folder(Path(args.output))
+    features = FeatureDataset.load(args.features)
+    models = {name: SparcModel.from_pretrained(path) for name, path in model_names(args.models).items()}
+    evaluations = evaluate_models(models, features, settings)
+    if args.output is not None:
+        write_report(evaluations, args.output)
+    return {
+        name: {encoding: evaluation.results[encoding]["headline"] for encoding in ("joint", "single")}
+        for name, evaluation in evaluations.items()
+    }
 
 
 def _run_demo(args: Any) -> str:
@@ -193,8 +226,9 @@ def _run_demo(args: Any) -> str:
 
 def _run_card(args: Any) -> dict[str, Any]:
     from sparc_hf.hub import write_model_card
+    from sparc_hf.report import results_of_model
 
-    results = json.loads(Path(args.results).read_text(encoding="utf-8")) if args.results else None
+    results = results_of_model(args.results, args.model) if args.results else None
     settings_file = Path(args.model) / "training_arguments.json"
     settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else None
     return {"card": str(write_model_card(args.model, results=results, settings=settings, repo=args.repo))}
@@ -222,9 +256,10 @@ COMMANDS: dict[str, Command] = {
         _run_encode,
     ),
     "evaluate": Command(
-        "measure a model on a feature dataset",
+        "measure models on a feature dataset, side by side",
         "sparc_hf.command_arguments:EvaluateArguments",
         _run_evaluate,
+        leading="models",
     ),
     "card": Command(
         "write the model card of a saved model",

@@ -1,128 +1,217 @@
-"""Code tables: the codes of a whole dataset, k latents and k values a row and stream, and their file form."""
+"""Code tables: the codes of a whole dataset, k latents and k values a row and stream, in memory and on disk."""
 
-import json
-import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
+from sparc_hf.feature_columns import fixed_size_lists
+from sparc_hf.feature_files import (
+    FolderKind,
+    check_target,
+    finish_folder,
+    open_shard,
+    publish,
+    read_manifest,
+    write_shard,
+)
 from sparc_hf.features import FeatureBatches, FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.outputs_sparc import SparseCodes
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-TABLE_FILE = "sparc_codes.json"
-FORMAT_VERSION = 1
+CODE_FOLDER = FolderKind("sparc_codes.json", "code table", "make one with `sparc encode`")
+ENCODINGS = ("joint", "single")
 
 
-@dataclass(frozen=True)
 class CodeTable:
-    """Codes of a dataset's rows.
+    """Codes of a dataset's rows, in the order of the rows; never N wide.
 
-    Attributes:
-        indices: stream -> int32 [rows, k], selected latents.
-        values: stream -> float32 [rows, k], 0 where a selected pre-activation was negative.
+    On disk it is a folder that `datasets.load_from_disk` opens (columns `<stream>_indices` int32 [k] and
+    `<stream>_values` float32 [k]) plus `sparc_codes.json`. A loaded table is mapped into memory, not read. Make one
+    with `encode_features`, `load` or `from_arrays`.
+
+    Args:
+        table: Arrow table with these columns.
         num_latents: N.
         encoding: "joint" (all streams given, selecting as the model's config says) or "single" (each stream alone).
     """
 
-    indices: Mapping[str, np.ndarray]
-    values: Mapping[str, np.ndarray]
-    num_latents: int
-    encoding: str
+    def __init__(self, table: pa.Table, *, num_latents: int, encoding: str):
+        self.table = table
+        self.num_latents = num_latents
+        self.encoding = encoding
+
+    @classmethod
+    def from_arrays(
+        cls, indices: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray], num_latents: int, encoding: str
+    ) -> "CodeTable":
+        """Make a table of stream -> int32 [rows, k] latents and stream -> float32 [rows, k] values, not copied."""
+        return cls(pa.table(_columns(indices, values)), num_latents=num_latents, encoding=encoding)
+
+    @classmethod
+    def load(cls, path: str | Path, verify: bool = False) -> "CodeTable":
+        """Open a code table, memory-mapped.
+
+        Args:
+            path: its folder.
+            verify: also compare the SHA-256 of every shard, which reads all of it.
+
+        Raises:
+            FileNotFoundError: if there is no folder, or no code table in it, or a shard is missing.
+            ValueError: for a newer format, or a shard that is not the one that was written.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder, CODE_FOLDER)
+        table = pa.concat_tables([open_shard(folder, shard, verify) for shard in manifest["shards"]])
+        return cls(table, num_latents=manifest["num_latents"], encoding=manifest["encoding"])
 
     @property
     def streams(self) -> list[str]:
         """Names of the streams, in order."""
-        return list(self.indices)
+        ending = "_indices"
+        return [name.removesuffix(ending) for name in self.table.column_names if name.endswith(ending)]
 
     def __len__(self) -> int:
-        return len(next(iter(self.indices.values())))
+        return self.table.num_rows
+
+    def __repr__(self) -> str:
+        return f"CodeTable({len(self)} rows; {', '.join(self.streams)}; {self.num_latents} latents; {self.encoding})"
+
+    def indices(self, stream: str) -> np.ndarray:
+        """Return int32 [rows, k]: the selected latents of a stream."""
+        return self._array(f"{stream}_indices", stream)
+
+    def values(self, stream: str) -> np.ndarray:
+        """Return float32 [rows, k]: their values, 0 where a selected pre-activation was negative."""
+        return self._array(f"{stream}_values", stream)
 
     def csr(self, stream: str) -> "csr_array":
-        """Return the positive values of a stream as a scipy CSR array [rows, N]."""
+        """Return the positive values of a stream as a scipy CSR array [rows, N] of its own memory."""
         from scipy.sparse import csr_array
 
-        if stream not in self.indices:
-            raise ValueError(f"the code table has no stream `{stream}`; it has {self.streams}")
-        rows, k = self.indices[stream].shape
-        starts = np.arange(0, rows * k + 1, k)
-        data = (self.values[stream].reshape(-1), self.indices[stream].reshape(-1), starts)
+        indices = self.indices(stream)
+        rows, k = indices.shape
+        data = (self.values(stream).reshape(-1), indices.reshape(-1), np.arange(0, rows * k + 1, k))
         # Copied, because the clean-up below works in place.
         csr = csr_array(data, shape=(rows, self.num_latents), copy=True)
         csr.eliminate_zeros()
         csr.sort_indices()
         return csr
 
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write the table as a datasets folder, columns `<stream>_indices` and `<stream>_values`.
+    def rows(self, start: int, stop: int) -> "CodeTable":
+        """Return the table of rows `start` to `stop`, exclusive, without copying."""
+        part = self.table.slice(start, max(stop - start, 0))
+        return CodeTable(part, num_latents=self.num_latents, encoding=self.encoding)
+
+    def save(self, path: str | Path, *, rows_per_shard: int = 16384, overwrite: bool = False) -> None:
+        """Write the table as a folder, which appears under its name only when it is whole.
 
         Raises:
-            ValueError: where `path` exists and `overwrite` is not set. The table appears complete or not at all.
+            ValueError: if `path` holds something that may not be replaced.
         """
-        from datasets import Dataset
+        facts = {"num_latents": self.num_latents, "encoding": self.encoding}
+        with CodeTableWriter(path, **facts, rows_per_shard=rows_per_shard, overwrite=overwrite) as writer:
+            for start in range(0, len(self), rows_per_shard):
+                writer.append(self.table.slice(start, rows_per_shard))
 
-        path = Path(path)
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists already; choose another folder or allow overwriting it")
-        import pyarrow as pa
-
-        columns: dict[str, Any] = {}
-        for stream in self.streams:
-            for name, array in (("indices", self.indices[stream]), ("values", self.values[stream])):
-                flat = pa.array(np.ascontiguousarray(array).reshape(-1))
-                columns[f"{stream}_{name}"] = pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
-        unfinished = path.with_name(path.name + ".tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        Dataset(pa.table(columns)).save_to_disk(unfinished)
-        facts = {
-            "format_version": FORMAT_VERSION,
-            "streams": self.streams,
-            "num_latents": self.num_latents,
-            "encoding": self.encoding,
-        }
-        (unfinished / TABLE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(unfinished, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "CodeTable":
-        """Read a table written by `save`; ValueError where `path` holds none."""
-        from datasets import Dataset, load_from_disk
-
-        path = Path(path)
-        if not (path / TABLE_FILE).exists():
-            raise ValueError(f"{path} is not a code table (no {TABLE_FILE}); make one with `sparc encode`")
-        facts = json.loads((path / TABLE_FILE).read_text(encoding="utf-8"))
-        if facts["format_version"] > FORMAT_VERSION:
-            raise ValueError(f"{path} has format version {facts['format_version']}, newer than {FORMAT_VERSION}")
-        table = load_from_disk(str(path))
-        if not isinstance(table, Dataset):
-            raise ValueError(f"{path} holds several splits where one code table is expected")
-
-        def column(name: str) -> np.ndarray:
-            combined = table.data.column(name).combine_chunks()
-            return np.asarray(combined.flatten()).reshape(len(table), -1)
-
-        return cls(
-            indices={stream: column(f"{stream}_indices") for stream in facts["streams"]},
-            values={stream: column(f"{stream}_values") for stream in facts["streams"]},
-            num_latents=facts["num_latents"],
-            encoding=facts["encoding"],
-        )
+    def _array(self, column: str, stream: str) -> np.ndarray:
+        if stream not in self.streams:
+            raise ValueError(f"the code table has no stream `{stream}`; it has {self.streams}")
+        chunked = self.table.column(column)
+        parts = [np.asarray(chunk.flatten()) for chunk in chunked.chunks if len(chunk)]
+        parts = parts or [np.empty(0, chunked.type.value_type.to_pandas_dtype())]
+        flat = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return flat.reshape(-1, chunked.type.list_size)
 
 
-@torch.no_grad()
+class CodeTableWriter:
+    """Write a code table batch by batch, holding about one shard in memory.
+
+    Shards go to `<path>.saving`, which becomes `path` on `close`. As a context manager it closes on success and
+    removes what it wrote on an exception.
+
+    Args:
+        path: the folder to make.
+        num_latents: N.
+        encoding: "joint" or "single".
+        rows_per_shard: a shard is written as soon as it has this many rows.
+        overwrite: replace a code table that is there.
+
+    Raises:
+        ValueError: if `path` holds something that may not be replaced.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        num_latents: int,
+        encoding: str,
+        rows_per_shard: int = 16384,
+        overwrite: bool = False,
+    ):
+        self.path = Path(path)
+        check_target(self.path, overwrite, CODE_FOLDER)
+        self.overwrite, self.rows_per_shard = overwrite, rows_per_shard
+        self._facts = {"num_latents": num_latents, "encoding": encoding}
+        self._folder = self.path.with_name(self.path.name + ".saving")
+        shutil.rmtree(self._folder, ignore_errors=True)  # left by a run that was killed
+        self._folder.mkdir(parents=True)
+        self._pending: list[pa.Table] = []
+        self._shards: list[dict] = []
+        self._schema = pa.schema([])
+
+    def append(self, codes: pa.Table) -> None:
+        """Append rows, as a table of the columns of a `CodeTable`."""
+        self._schema = codes.schema
+        self._pending.append(codes)
+        if sum(part.num_rows for part in self._pending) >= self.rows_per_shard:
+            self._flush()
+
+    def close(self) -> None:
+        """Write the last shard and the manifest, and give the folder its final name; ValueError without rows."""
+        self._flush()
+        if not self._shards:
+            raise ValueError(f"no rows were appended to `{self.path}`; a code table needs at least one row")
+        streams = CodeTable(self._schema.empty_table(), num_latents=0, encoding="").streams
+        finish_folder(self._folder, self._schema, self._shards, {"streams": streams, **self._facts}, CODE_FOLDER)
+        publish(self._folder, self.path, self.overwrite, CODE_FOLDER)
+
+    def __enter__(self) -> "CodeTableWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _flush(self) -> None:
+        rows = pa.concat_tables(self._pending).combine_chunks().to_batches() if self._pending else []
+        for batch in rows:
+            self._shards.append(write_shard(self._folder, f"data-{len(self._shards):05d}.arrow", batch))
+        self._pending = []
+
+
 def encode_features(
-    model: SparcModel, features: FeatureDataset, *, encoding: str = "joint", batch_size: int = 1024
+    model: SparcModel,
+    features: FeatureDataset,
+    *,
+    encoding: str = "joint",
+    batch_size: int = 1024,
+    output: str | Path | None = None,
+    overwrite: bool = False,
 ) -> CodeTable:
     """Encode every row of a feature dataset.
 
@@ -132,33 +221,89 @@ def encode_features(
         encoding: "joint" gives the model all streams together; "single" gives each stream alone, the code it has
             when nothing else is known of the sample.
         batch_size: rows at a time.
+        output: folder the codes are streamed to as they are made; without it they are collected in memory.
+        overwrite: replace a code table at `output`.
 
     Raises:
-        ValueError: for another encoding, or streams the dataset lacks.
+        ValueError: for another encoding, streams the dataset lacks, or an `output` that may not be replaced.
     """
-    if encoding not in ("joint", "single"):
-        raise ValueError(f'`encoding` must be "joint" or "single", but it is {encoding!r}')
-    streams = model.config.stream_names
+    check_encoding(encoding)
     check_streams(model, features)
-    rows, k = len(features), model.config.k
-    indices = {name: np.empty((rows, k), np.int32) for name in streams}
-    values = {name: np.empty((rows, k), np.float32) for name in streams}
-    batches = FeatureBatches(features, batch_size=min(batch_size, rows), streams=streams, shuffle=False)
-    start = 0
-    for batch in tqdm(batches, desc=f"encoding ({encoding})", unit="batch", leave=False):
-        if encoding == "joint":
-            codes = model.encode(batch)
-        else:
-            codes = {name: model.encode({name: value})[name] for name, value in batch.items()}
-        stop = start + len(next(iter(codes.values())))
-        for name, code in codes.items():
-            indices[name][start:stop] = code.indices.cpu().numpy()
-            values[name][start:stop] = code.values.float().cpu().numpy()
-        start = stop
-    return CodeTable(indices, values, model.config.num_latents, encoding)
+    facts = {"num_latents": model.config.num_latents, "encoding": encoding}
+    tables = (code_columns(codes) for _, codes in code_batches(model, features, encoding, batch_size))
+    if output is None:
+        return CodeTable(pa.concat_tables(tables).combine_chunks(), **facts)
+    with CodeTableWriter(output, **facts, overwrite=overwrite) as writer:
+        for table in tables:
+            writer.append(table)
+    return CodeTable.load(output)
+
+
+def code_batches(
+    model: SparcModel, features: FeatureDataset, encoding: str, batch_size: int
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, SparseCodes]]]:
+    """Yield stream -> feature rows [batch, hidden_size] and stream -> codes of consecutive rows, with a progress bar.
+
+    Arguments as for `encode_features`.
+    """
+    streams = model.config.stream_names
+    batches = FeatureBatches(features, batch_size=min(batch_size, len(features)), streams=streams, shuffle=False)
+    with torch.no_grad():
+        for batch in tqdm(batches, desc=f"encoding ({encoding})", unit="batch", leave=False):
+            if encoding == "joint":
+                yield batch, model.encode(batch)
+            else:
+                yield batch, {name: model.encode({name: rows})[name] for name, rows in batch.items()}
+
+
+@torch.no_grad()
+def decoded_rows(model: SparcModel, codes: CodeTable, source: str, target: str, batch_size: int = 1024) -> np.ndarray:
+    """Return float32 [rows, hidden_size of the target]: the codes of one stream decoded to another, or to itself."""
+    indices, values = codes.indices(source), codes.values(source)
+    rows = np.empty((len(codes), model.config.hidden_sizes[target]), np.float32)
+    for start in range(0, len(codes), batch_size):
+        part = slice(start, start + batch_size)
+        # Copied, because mapped files are read-only.
+        latents, strengths = torch.from_numpy(indices[part].astype(np.int64)), torch.from_numpy(values[part].copy())
+        rows[part] = model.decode(SparseCodes(latents, strengths, codes.num_latents), to=target).float().cpu().numpy()
+    return rows
+
+
+@torch.no_grad()
+def normalized_rows(model: SparcModel, features: FeatureDataset, stream: str) -> np.ndarray:
+    """Return float32 [rows, hidden_size]: a stream's rows as the model normalises them."""
+    return model.normalize({stream: torch.from_numpy(features.array(stream))})[stream].float().cpu().numpy()
 
 
 def check_streams(model: SparcModel, features: FeatureDataset) -> None:
     """Raise ValueError where a dataset lacks a stream of the model."""
     if missing := [name for name in model.config.stream_names if name not in features.stream_names]:
         raise ValueError(f"the model needs the streams {missing}, but the features have {features.stream_names}")
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise ValueError where `encoding` is neither "joint" nor "single"."""
+    if encoding not in ENCODINGS:
+        raise ValueError(f'`encoding` must be "joint" or "single", but it is {encoding!r}')
+
+
+def code_columns(codes: Mapping[str, SparseCodes]) -> pa.Table:
+    """Return the columns of a code table for one batch, stream -> codes."""
+    indices = {name: code.indices.to(torch.int32).cpu().numpy() for name, code in codes.items()}
+    values = {name: code.values.float().cpu().numpy() for name, code in codes.items()}
+    return pa.table(_columns(indices, values))
+
+
+def _columns(indices: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
+    if list(indices) != list(values) or not indices:
+        raise ValueError(f"indices and values must have the same streams, but have {list(indices)}, {list(values)}")
+    columns: dict[str, pa.Array] = {}
+    for name in indices:
+        if indices[name].shape != values[name].shape:
+            raise ValueError(
+                f"stream `{name}` has indices {indices[name].shape} but values {values[name].shape}; both must be "
+                "[rows, k]"
+            )
+        columns[f"{name}_indices"] = fixed_size_lists(indices[name].astype(np.int32, copy=False))
+        columns[f"{name}_values"] = fixed_size_lists(values[name].astype(np.float32, copy=False))
+    return columns

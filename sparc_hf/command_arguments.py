@@ -18,6 +18,13 @@ class EncodeArguments:
         },
     )
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+    top_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Also write the rows that activate each latent most, this many per latent and stream, as "
+            "top_samples.parquet in the output folder."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace the output folder where it exists."})
 
 
@@ -25,10 +32,26 @@ class EncodeArguments:
 class EvaluateArguments:
     """Flags of `sparc evaluate`."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of the model."})
-    features: str = field(metadata={"help": "Folder of the feature dataset, rows the model was not trained on."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results (they are printed too)."})
+    models: list[str] = field(
+        metadata={"help": "Folders or Hub ids of the models; `sparc evaluate A B C` names them without the flag."}
+    )
+    features: str = field(metadata={"help": "Folder of the feature dataset, rows the models were not trained on."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Folder for results.json, report.html, model-index.yaml and a CSV of latents per model."},
+    )
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+    replicates: int = field(
+        default=200, metadata={"help": "Bootstrap draws of the rows behind the 95 %% intervals; 0 leaves them out."}
+    )
+    retrieval_rows: int | None = field(
+        default=None, metadata={"help": "Samples to measure retrieval on, spread evenly (default: all)."}
+    )
+    no_probes: bool = field(
+        default=False,
+        metadata={"help": "Leave out the slowest parts: probes, classifiers and the matching of atoms."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap draws and of the probes' splits."})
 
 
 @dataclass
@@ -36,7 +59,7 @@ class CardArguments:
     """Flags of `sparc card`."""
 
     model: str = field(metadata={"help": "Folder of the model; its README.md is replaced."})
-    results: str | None = field(default=None, metadata={"help": "JSON file written by `sparc evaluate --output`."})
+    results: str | None = field(default=None, metadata={"help": "results.json written by `sparc evaluate --output`."})
     repo: str | None = field(default=None, metadata={"help": "Hub id readers will load it from."})
 
 

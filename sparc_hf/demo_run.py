@@ -10,10 +10,11 @@ from typing import Any
 from sparc_hf.command_arguments import DemoArguments
 from sparc_hf.demo.scenes import CLASS_NAMES, TAXONOMY, make_scenes_dataset
 from sparc_hf.encoders import load_encoders
-from sparc_hf.evaluation import evaluate_model, write_results
+from sparc_hf.evaluation import EvaluationSettings, evaluate_model
 from sparc_hf.extraction import extract_features
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import write_model_card
+from sparc_hf.report import write_report
 from sparc_hf.sources import parse_streams
 from sparc_hf.training import SparcTrainer
 from sparc_hf.training_arguments import SparcTrainingArguments
@@ -34,8 +35,8 @@ def run_demo(args: DemoArguments) -> str:
     started = time.monotonic()
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    train_rows = _features(output, "train", args.train_rows, args.seed)
-    test_rows = _features(output, "test", args.test_rows, args.seed)
+    train_rows = world_features(output, "train", args.train_rows, args.seed)
+    test_rows = world_features(output, "test", args.test_rows, args.seed)
     extracted = time.monotonic()
     settings = SparcTrainingArguments(
         features=str(output / "features" / "train"),
@@ -54,8 +55,11 @@ def run_demo(args: DemoArguments) -> str:
     )
     model = SparcTrainer(settings, train_rows).train()
     trained = time.monotonic()
-    results = evaluate_model(model, test_rows)
-    write_results(results, output / "results.json")
+    evaluation = evaluate_model(
+        model, test_rows, EvaluationSettings(dataset="the embedded world, test scenes", probes=False)
+    )
+    results = evaluation.results
+    write_report({"demo": evaluation}, output / "evaluation")
     card = write_model_card(
         output / "model", results=results, settings=settings.to_dict(), title="SPARC on the embedded world"
     )
@@ -67,7 +71,8 @@ def run_demo(args: DemoArguments) -> str:
     return _report(args, output, card, results, seconds)
 
 
-def _features(output: Path, split: str, rows: int, seed: int) -> FeatureDataset:
+def world_features(output: Path, split: str, rows: int, seed: int) -> FeatureDataset:
+    """Return the features of a split of the embedded world, those of an earlier run in `output` where they fit."""
     folder = output / "features" / split
     wanted = {"world": "sparc_hf.demo", "split": split, "seed": seed, "scenes": rows}
     if folder.exists():
@@ -92,19 +97,24 @@ def _features(output: Path, split: str, rows: int, seed: int) -> FeatureDataset:
 
 
 def _report(args: DemoArguments, output: Path, card: Path, results: dict[str, Any], seconds: dict[str, float]) -> str:
-    joint, single, nmse = results["joint"], results["single"], results["nmse"]
+    joint, single = results["joint"]["headline"], results["single"]["headline"]
+    shown = (
+        ("dead latents, mean over streams", "dead_share", ".1%"),
+        ("label Jaccard between streams", "jaccard", ".3f"),
+        ("counterpart retrieval by codes, R@1", "latent_alignment_r_at_1", ".3f"),
+        ("self-reconstruction, nmse", "nmse_self", ".3f"),
+        ("cross-reconstruction, nmse", "nmse_cross", ".3f"),
+    )
     lines = [
         "",
         f"SPARC on {args.train_rows:,} scenes, measured on {args.test_rows:,} held-out scenes",
         f"three streams, {args.num_latents:,} latents, {args.k} active",
         "",
         f"{'':44}{'joint':>10}{'single':>10}",
-        f"{'dead latents, mean over streams':44}{joint['dead_share']:>10.1%}{single['dead_share']:>10.1%}",
-        f"{'label Jaccard between streams':44}{joint['jaccard']:>10.3f}{single['jaccard']:>10.3f}",
-        f"{'counterpart retrieval by codes, R@1':44}{joint['latent_r_at_1']:>10.3f}{single['latent_r_at_1']:>10.3f}",
-        f"{'  clip_txt -> clip_img':44}{_pair(joint)}{_pair(single)}",
-        f"{'self-reconstruction, nmse':44}{nmse['self']:>10.3f}",
-        f"{'cross-reconstruction, nmse':44}{nmse['cross']:>10.3f}",
+        *(
+            f"{words:44}{joint[name]['value']:>10{form}}{single[name]['value']:>10{form}}"
+            for words, name, form in shown
+        ),
         "",
         "joint: all streams of a sample choose its latents together, which gives the counterpart partly away;",
         "single: each stream alone.",
@@ -112,7 +122,8 @@ def _report(args: DemoArguments, output: Path, card: Path, results: dict[str, An
         "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
         f"model:    {output / 'model'}",
         f"card:     {card}",
-        f"results:  {output / 'results.json'}",
+        f"results:  {output / 'evaluation' / 'results.json'}",
+        f"report:   {output / 'evaluation' / 'report.html'}",
         f"features: {output / 'features'}",
         "",
         "load it:  from sparc_hf import SparcModel",
@@ -120,7 +131,3 @@ def _report(args: DemoArguments, output: Path, card: Path, results: dict[str, An
         "",
     ]
     return "\n".join(lines)
-
-
-def _pair(figures: dict[str, Any]) -> str:
-    return f"{figures['retrieval']['clip_txt->clip_img']:>10.3f}"

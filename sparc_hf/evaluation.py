@@ -1,112 +1,343 @@
-"""Evaluate a model on a feature dataset: reconstruction, liveness, label alignment and retrieval."""
+"""Evaluate a model on a feature dataset: every figure of the papers, under joint and single-stream encoding."""
 
 import itertools
-from pathlib import Path
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from tqdm.auto import tqdm
 
-from sparc_hf.codes import CodeTable, check_streams, encode_features
-from sparc_hf.features import FeatureBatches, FeatureDataset
+from sparc_hf.bootstrap import bootstrap_intervals
+from sparc_hf.codes import ENCODINGS, CodeTable, check_streams, code_batches, code_columns, encode_features
+from sparc_hf.features import FeatureDataset
+from sparc_hf.metrics.concept_alignment.concept_alignment import (
+    concept_alignment,
+    jaccard_of_counts,
+    label_counts,
+    taxonomy_buckets,
+)
+from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
+from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
+from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
+from sparc_hf.metrics.reconstruction.reconstruction import FIGURES, figures_of_terms, row_terms
 from sparc_hf.modeling_sparc import SparcModel
-from sparc_hf.retrieval import counterpart_ranks, recall_at
-from sparc_hf.run_folder import write_json
+from sparc_hf.probing import (
+    bridge_figures,
+    classifier_figures,
+    monosemanticity_figures,
+    probe_figures,
+    stability_figures,
+)
+from sparc_hf.retrieval import FAMILIES, model_ranks
+
+HIT_DEPTH = 1
+SHARES = ("dead_share", "jaccard", "jaccard_live", *(f"{family}_r_at_{HIT_DEPTH}" for family in FAMILIES))
 
 
-def evaluate_model(model: SparcModel, features: FeatureDataset, *, batch_size: int = 1024) -> dict[str, Any]:
-    """Return the figures of a model on a feature dataset, as JSON-ready values.
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How much is measured, and how.
 
-    Everything that depends on codes is given twice: for joint encoding, in which every stream of a sample helps to
-    choose the latents of the others (with global selection the counterpart is then partly given away), and for
-    single-stream encoding, in which each stream stands alone.
+    Attributes:
+        batch_size: rows encoded at a time.
+        replicates: bootstrap draws behind the confidence intervals; 0 leaves them out.
+        retrieval_rows: samples that retrieval is measured on, spread evenly; all by default.
+        probes: whether the slow parts are done too: probes and classifiers, where there are labels, and matching the
+            atoms of models.
+        seed: of the draws.
+        dataset: what cards and reports call the rows.
+    """
+
+    batch_size: int = 1024
+    replicates: int = 200
+    retrieval_rows: int | None = None
+    probes: bool = True
+    seed: int = 0
+    dataset: str = "held-out rows"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "retrieval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but it is {value}")
+        if self.replicates < 0:
+            raise ValueError(f"`replicates` must not be negative, but it is {self.replicates}")
+
+
+@dataclass
+class Evaluation:
+    """What was measured of one model.
+
+    Attributes:
+        results: JSON-ready figures, see `evaluate_model`.
+        latents: encoding -> column -> [N], figures of single latents.
+    """
+
+    results: dict[str, Any]
+    latents: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+def evaluate_models(
+    models: Mapping[str, SparcModel], features: FeatureDataset, settings: EvaluationSettings | None = None
+) -> dict[str, Evaluation]:
+    """Return name -> evaluation of several models on the same rows; see `evaluate_model`.
+
+    With `probes`, the `results` of models that have others of their shape also hold "stability": other model ->
+    stream -> mean cosine of matched atoms.
+    """
+    for model in models.values():  # before the first one takes its minutes
+        check_streams(model, features)
+    evaluations = {name: evaluate_model(model, features, settings) for name, model in models.items()}
+    if settings is None or settings.probes:
+        for name, others in stability_figures(models).items():
+            if others:
+                evaluations[name].results["stability"] = others
+    return evaluations
+
+
+def evaluate_model(
+    model: SparcModel, features: FeatureDataset, settings: EvaluationSettings | None = None
+) -> Evaluation:
+    """Measure a model on a feature dataset; the model is left as it was.
+
+    Everything is measured twice: under joint encoding, in which every stream of a sample helps to choose the latents
+    of the others (with global selection the counterpart is then partly given away), and under single-stream encoding,
+    in which each stream stands alone. With local selection the two are the same.
 
     Returns:
-        {"rows", "nmse": {"self", "cross", "self/<stream>", "cross/<target><-<source>"},
-        "joint" and "single": {"dead_share", "dead": stream -> share, "latent_r_at_1", "retrieval":
-        "<source>-><target>" -> R@1, and "jaccard" where the dataset has labels}}
+        An evaluation whose `results` hold "dataset", "rows", "model" (the settings that tell models apart), and for
+        each of "joint" and "single":
+        "headline": name -> {"value", "low", "high"} with 95 % bootstrap intervals over rows;
+        "reconstruction": nmse, fvu, r2, cosine -> target -> source -> number;
+        "liveness": what `latent_liveness` returns, without the per-latent part;
+        "universality": means of `concept_universality` over the latents that fire above the model's dead threshold;
+        "alignment" (with labels): "depths", and per depth "mean" over all latents and "mean_live" over live ones;
+        "retrieval": family -> "source->target" -> R@1, R@5, R@10, median_rank, mrr;
+        "probes" and "classifiers" (with labels, where the settings want them): see `probing`;
+        "monosemanticity" (single-stream codes only) and "bridge_own_share" (where streams share an encoder): likewise.
 
     Raises:
-        ValueError: for streams the dataset lacks, or unusable rows.
+        ValueError: for streams the dataset lacks, unusable rows, or a class that is not in the dataset's taxonomy.
     """
+    settings = settings or EvaluationSettings()
     check_streams(model, features)
+    config = model.config
     training = model.training
     model.eval()
-    results: dict[str, Any] = {"rows": len(features), "nmse": reconstruction_errors(model, features, batch_size)}
-    for encoding in ("joint", "single"):
-        codes = encode_features(model, features, encoding=encoding, batch_size=batch_size)
-        figures = {**_liveness(codes), **_latent_retrieval(codes)}
-        if features.label_names is not None:
-            figures["jaccard"] = float(label_jaccard(codes, features.labels_csr()).mean())
-        results[encoding] = figures
-    model.train(training)
-    return results
+    facts = ("selection", "objective", "num_latents", "k", "cross_coef")
+    results: dict[str, Any] = {
+        "dataset": settings.dataset,
+        "rows": len(features),
+        "model": {name: getattr(config, name) for name in facts} | {"streams": config.stream_names},
+    }
+    evaluation = Evaluation(results)
+    try:
+        for encoding in ENCODINGS:
+            if encoding == "single" and config.selection == "local":
+                results[encoding], evaluation.latents[encoding] = results["joint"], evaluation.latents["joint"]
+                continue
+            measured = Measurements(model, features, encoding, settings)
+            results[encoding] = _json_ready(measured.figures())
+            evaluation.latents[encoding] = measured.latents
+    finally:
+        model.train(training)
+    return evaluation
 
 
-@torch.no_grad()
-def reconstruction_errors(model: SparcModel, features: FeatureDataset, batch_size: int = 1024) -> dict[str, float]:
-    """Return the nmse of every (source, target) pair under joint encoding, and the means "self" and "cross"."""
-    streams = model.config.stream_names
-    batches = FeatureBatches(features, batch_size=min(batch_size, len(features)), streams=streams, shuffle=False)
-    sums: dict[str, float] = {}
-    for batch in tqdm(batches, desc="reconstructing", unit="batch", leave=False):
-        losses = model(batch).losses
-        weight = len(next(iter(batch.values()))) / len(features)
-        for name, value in losses.items():
-            if not name.startswith("auxk"):
-                sums[name] = sums.get(name, 0.0) + weight * value.item()
-    return sums
-
-
-def label_jaccard(codes: CodeTable, labels: Any) -> np.ndarray:
-    """Return float64 [N]: per latent, how alike the labels of its active samples are in every two streams.
-
-    With counts[s, c] the samples with label c on which the latent is active in stream s, the score of a pair of
-    streams is sum_c min / sum_c max, and a latent's score is the mean over the pairs in which it is active at all.
-    A latent active in fewer than two streams scores 0, as the SPARC paper's evaluation counts it.
+class Measurements:
+    """The figures of a model under one encoding, from one pass over the features.
 
     Args:
-        codes: codes of the samples.
-        labels: scipy sparse [rows, classes], multi-hot.
-
-    Raises:
-        ValueError: for labels of another number of rows.
+        model: in eval mode.
+        features: with the model's streams.
+        encoding: "joint" or "single".
+        settings: how much is measured.
     """
-    if labels.shape[0] != len(codes):
-        raise ValueError(f"there are {len(codes)} rows of codes but {labels.shape[0]} rows of labels")
-    active = {stream: codes.csr(stream) for stream in codes.streams}
-    for matrix in active.values():
-        matrix.data[:] = 1
-    counts = {stream: (matrix.T @ labels).toarray() for stream, matrix in active.items()}
-    alive = {stream: np.asarray(matrix.sum(axis=0)).reshape(-1) > 0 for stream, matrix in active.items()}
-    scores, pairs = np.zeros(codes.num_latents), np.zeros(codes.num_latents)
-    for one, other in itertools.combinations(codes.streams, 2):
-        both = alive[one] & alive[other]
-        larger = np.maximum(counts[one], counts[other]).sum(axis=1)
-        smaller = np.minimum(counts[one], counts[other]).sum(axis=1)
-        scores += np.where(both, smaller / np.maximum(larger, 1), 0)
-        pairs += both
-    return scores / np.maximum(pairs, 1)
+
+    def __init__(self, model: SparcModel, features: FeatureDataset, encoding: str, settings: EvaluationSettings):
+        self.model, self.features, self.encoding, self.settings = model, features, encoding, settings
+        self.streams = model.config.stream_names
+        self.latents: dict[str, np.ndarray] = {}
+        self.table, self.terms, self.mean_rows = _encoded(model, features, encoding, settings.batch_size)
+        self._check_rows()
+
+    @cached_property
+    def codes(self) -> dict[str, Any]:
+        """Stream -> sparse codes [rows, N]."""
+        return {stream: self.table.csr(stream) for stream in self.streams}
+
+    @cached_property
+    def labels(self) -> Any:
+        """Sparse 0/1 [rows, classes], or None."""
+        return self.features.labels_csr() if "labels" in self.features.column_names else None
+
+    @cached_property
+    def ranks(self) -> dict[str, dict[str, np.ndarray]]:
+        """Family -> "source->target" -> int64 [retrieval rows]."""
+        count, rows = self.settings.retrieval_rows, len(self.features)
+        if count is None or count >= rows:
+            return model_ranks(self.model, self.features, self.table, batch_size=self.settings.batch_size)
+        chosen = np.unique(np.linspace(0, rows - 1, count, dtype=np.int64))
+        part = self.features.select(chosen)
+        codes = encode_features(self.model, part, encoding=self.encoding, batch_size=self.settings.batch_size)
+        return model_ranks(self.model, part, codes, batch_size=self.settings.batch_size)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures as `evaluate_model` describes them, and fill `latents`."""
+        found: dict[str, Any] = {"reconstruction": self._reconstruction(), "liveness": self._liveness()}
+        found["universality"] = self._universality()
+        if self.labels is not None:
+            found["alignment"] = self._alignment()
+        found["retrieval"] = {
+            family: {pair: retrieval_figures(ranks) for pair, ranks in pairs.items()}
+            for family, pairs in self.ranks.items()
+        }
+        seed = self.settings.seed
+        if self.labels is not None and self.settings.probes:
+            found["probes"] = probe_figures(self.codes, self.labels, seed=seed)
+            found["classifiers"] = classifier_figures(self.model, self.features, self.table, self.labels, seed=seed)
+        if self.encoding == "single" or self.model.config.selection == "local":
+            found["monosemanticity"] = monosemanticity_figures(self.model, self.features, self.table)
+        if bridges := bridge_figures(self.model, self.codes):
+            found["bridge_own_share"] = bridges
+        return {"headline": self._headline(), **found}
+
+    def _check_rows(self) -> None:
+        for stream in self.streams:
+            zero = np.flatnonzero(self.terms[stream, stream][:, 1] == 0)
+            if len(zero):
+                raise ValueError(
+                    f"stream `{stream}` holds only zeros in {self.features.row_name(int(zero[0]))}, so that its "
+                    "relative error is undefined; leave such rows out"
+                )
+
+    def _reconstruction(self) -> dict[str, Any]:
+        found: dict[str, Any] = {name: {target: {} for target in self.streams} for name in FIGURES}
+        for (target, source), terms in self.terms.items():
+            for name, value in figures_of_terms(terms, self.mean_rows[target]).items():
+                found[name][target][source] = value
+        return found
+
+    def _liveness(self) -> dict[str, Any]:
+        found = latent_liveness(self.codes)
+        frequency = found.pop("frequency")
+        self.latents |= {f"frequency/{stream}": share for stream, share in frequency.items()}
+        return found
+
+    def _universality(self) -> dict[str, Any]:
+        norms = {name: self.model.atoms[name].detach().norm(dim=1).cpu().numpy() for name in self.streams}
+        threshold = float(self.model.config.dead_threshold)
+        found = concept_universality(self.codes, atom_norms=norms, threshold=threshold)
+        firing = np.sum(list(found["fires"].values()), axis=0) > 0
+        self.latents |= {name: found[name] for name in ("entropy", "cofires", "cofire_jaccard", "energy")}
+        means = {
+            f"mean_{name}": found[name][firing].mean() if firing.any() else math.nan
+            for name in ("entropy", "cofire_jaccard", "cofire_iou")
+        }
+        return {"threshold": threshold, "firing": int(firing.sum()), **means}
+
+    def _alignment(self) -> dict[str, Any]:
+        buckets = None
+        if self.features.taxonomy is not None and self.features.label_names is not None:
+            buckets = taxonomy_buckets(self.features.label_names, self.features.taxonomy)
+        found = concept_alignment(self.codes, self.labels, buckets)
+        depths = list(range(len(found["mean"])))
+        self.latents |= {f"jaccard/depth{depth}": found["per_latent"][depth] for depth in depths}
+        live = int(found["live"].sum())
+        return {"depths": depths, "mean": found["mean"], "mean_live": found["mean_live"], "live": live}
+
+    def _headline(self) -> dict[str, Any]:
+        """Figures one would put first, with intervals."""
+        shares = {
+            "nmse_self": _mean_of(_relative_error(self.terms[name, name]) for name in self.streams),
+            "nmse_cross": _mean_of(
+                _relative_error(self.terms[pair]) for pair in itertools.permutations(self.streams, 2)
+            ),
+        }
+        drawn: dict[str, Any] = {
+            "replicates": self.settings.replicates,
+            "seed": self.settings.seed,
+            "bounds": {name: (0, 1) for name in SHARES},
+        }
+        rows = len(self.features)
+        found = bootstrap_intervals(lambda weights: _weighted(shares, weights) | self._counts(weights), rows, **drawn)
+        hits = {
+            f"{family}_r_at_{HIT_DEPTH}": _mean_of(ranks <= HIT_DEPTH for ranks in self.ranks[family].values())
+            for family in FAMILIES
+        }
+        searched = len(next(iter(self.ranks[FAMILIES[0]].values())))
+        return found | bootstrap_intervals(lambda weights: _weighted(hits, weights), searched, **drawn)
+
+    def _counts(self, weights: np.ndarray | None) -> dict[str, float]:
+        """Figures made from counts: the dead share, and the label Jaccard at full depth."""
+        counts, alive = {}, {}
+        for stream, codes in self.codes.items():
+            if self.labels is not None:
+                counts[stream], alive[stream] = label_counts(codes, self.labels, weights)
+            else:
+                drawn = np.ones(codes.shape[0], bool) if weights is None else weights > 0
+                kept = np.repeat(drawn, np.diff(codes.indptr))
+                alive[stream] = np.bincount(codes.indices[kept], minlength=codes.shape[1]) > 0
+        found = {"dead_share": float(np.mean([1 - one.mean() for one in alive.values()]))}
+        if self.labels is None:
+            return found
+        scores = jaccard_of_counts(counts, alive)
+        live = np.sum(list(alive.values()), axis=0) >= 2
+        mean_live = float(scores[live].mean()) if live.any() else math.nan
+        return found | {"jaccard": float(scores.mean()), "jaccard_live": mean_live}
 
 
-def _liveness(codes: CodeTable) -> dict[str, Any]:
-    dead = {stream: float((codes.csr(stream).sum(axis=0) == 0).mean()) for stream in codes.streams}
-    return {"dead_share": float(np.mean(list(dead.values()))), "dead": dead}
+def _encoded(
+    model: SparcModel, features: FeatureDataset, encoding: str, batch_size: int
+) -> tuple[CodeTable, dict[tuple[str, str], np.ndarray], dict[str, np.ndarray]]:
+    """Return codes, (target, source) -> [rows, 5] reconstruction terms, and target -> mean row, in one pass."""
+    streams = model.config.stream_names
+    tables: list[pa.Table] = []
+    terms: dict[tuple[str, str], list[np.ndarray]] = {pair: [] for pair in itertools.product(streams, repeat=2)}
+    sums = {name: np.zeros(size) for name, size in model.config.hidden_sizes.items()}
+    for batch, codes in code_batches(model, features, encoding, batch_size):
+        tables.append(code_columns(codes))
+        with torch.no_grad():
+            for target, rows in model.normalize(batch).items():
+                original = rows.cpu().numpy()
+                sums[target] += original.sum(axis=0, dtype=np.float64)
+                for source in streams:
+                    decoded = model.decode(codes[source], to=target).float().cpu().numpy()
+                    terms[target, source].append(row_terms(original, decoded))
+    table = CodeTable(
+        pa.concat_tables(tables).combine_chunks(), num_latents=model.config.num_latents, encoding=encoding
+    )
+    return (
+        table,
+        {pair: np.concatenate(parts) for pair, parts in terms.items()},
+        {name: total / len(features) for name, total in sums.items()},
+    )
 
 
-def _latent_retrieval(codes: CodeTable) -> dict[str, Any]:
-    matrices = {stream: codes.csr(stream) for stream in codes.streams}
-    pairs = list(itertools.permutations(codes.streams, 2))
-    found = {
-        f"{source}->{target}": recall_at(counterpart_ranks(matrices[source], matrices[target]), 1)
-        for source, target in tqdm(pairs, desc="retrieving", unit="pair", leave=False)
-    }
-    return {"latent_r_at_1": float(np.mean(list(found.values()))) if found else None, "retrieval": found}
+def _relative_error(terms: np.ndarray) -> np.ndarray:
+    return terms[:, 0] / terms[:, 1]
 
 
-def write_results(results: dict[str, Any], path: str | Path) -> None:
-    """Write results as JSON, making the folder; the file appears complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, results)
+def _mean_of(parts: Iterator[np.ndarray]) -> np.ndarray | None:
+    arrays = list(parts)
+    return np.mean(arrays, axis=0) if arrays else None
+
+
+def _weighted(shares: Mapping[str, np.ndarray | None], weights: np.ndarray | None) -> dict[str, float]:
+    """Return name -> weighted mean of a figure's rows, leaving out figures that no pair of streams has."""
+    return {name: float(np.average(rows, weights=weights)) for name, rows in shares.items() if rows is not None}
+
+
+def _json_ready(value: Any) -> Any:
+    """Return nested values as JSON has them: lists for arrays, None for what is not a number."""
+    if isinstance(value, Mapping):
+        return {name: _json_ready(part) for name, part in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_json_ready(part) for part in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,10 +1,11 @@
-"""The files of a feature dataset: stream records, Arrow shards, the manifest, and renames that leave no halves."""
+"""Folders of Arrow shards (feature datasets, code tables): shards, the manifest, and renames that leave no halves."""
 
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,22 @@ MANIFEST_NAME = "sparc_features.json"
 MEND = "copy it again, or run the command that made the dataset once more with `--repair`"
 
 StreamRecords = Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder of shards: its manifest file, what messages call it, and how a user gets one."""
+
+    manifest: str
+    name: str
+    remedy: str
+
+
+FEATURE_FOLDER = FolderKind(
+    MANIFEST_NAME,
+    "feature dataset",
+    "make one with `sparc extract`, or wrap a table with `FeatureDataset.from_dataset`",
+)
 
 
 def checked_streams(streams: StreamRecords) -> list[dict[str, Any]]:
@@ -60,21 +77,18 @@ def write_shard(folder: Path, name: str, batch: pa.RecordBatch) -> dict[str, Any
     return {"file": name, "rows": batch.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a feature dataset.
+def read_manifest(folder: Path, kind: FolderKind = FEATURE_FOLDER) -> dict[str, Any]:
+    """Read the manifest of a feature dataset, or of another kind of folder.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or it is not a feature dataset.
+        FileNotFoundError: if there is no such folder, or it is of another kind.
         ValueError: if the manifest is damaged or of a newer format.
     """
-    file = folder / MANIFEST_NAME
+    file = folder / kind.manifest
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder `{folder}`")
     if not file.is_file():
-        raise FileNotFoundError(
-            f"`{folder}` is not a feature dataset: it has no {MANIFEST_NAME}; make one with `sparc extract`, or wrap "
-            "a table with `FeatureDataset.from_dataset`"
-        )
+        raise FileNotFoundError(f"`{folder}` is not a {kind.name}: it has no {kind.manifest}; {kind.remedy}")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version = int(manifest["format_version"])
@@ -118,7 +132,11 @@ def open_shard(folder: Path, shard: Mapping[str, Any], verify: bool = True) -> p
 
 
 def finish_folder(
-    folder: Path, schema: pa.Schema, shards: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
+    folder: Path,
+    schema: pa.Schema,
+    shards: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    kind: FolderKind = FEATURE_FOLDER,
 ) -> None:
     """Write what `datasets.load_from_disk` needs beside the shards, and the manifest."""
     from datasets import DatasetInfo, Features
@@ -137,22 +155,22 @@ def finish_folder(
     write_json(folder / "state.json", state)
     rows = sum(shard["rows"] for shard in shards)
     manifest = {"format_version": FORMAT_VERSION, "rows": rows, **facts, "shards": list(shards)}
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_json(folder / kind.manifest, manifest)
 
 
-def check_target(path: Path, overwrite: bool = False) -> None:
+def check_target(path: Path, overwrite: bool = False, kind: FolderKind = FEATURE_FOLDER) -> None:
     """Raise ValueError where a folder may not be written to `path`."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not (path / MANIFEST_NAME).is_file():
-        raise ValueError(f"`{path}` exists and is not a feature dataset; choose another path")
+    if not (path / kind.manifest).is_file():
+        raise ValueError(f"`{path}` exists and is not a {kind.name}; choose another path")
     if not overwrite:
-        raise ValueError(f"`{path}` already holds a feature dataset; choose another path or pass `overwrite=True`")
+        raise ValueError(f"`{path}` already holds a {kind.name}; choose another path or pass `overwrite=True`")
 
 
-def publish(folder: Path, path: Path, overwrite: bool = False) -> None:
-    """Rename a finished `folder` to `path`, replacing an older feature dataset if `overwrite` says so."""
-    check_target(path, overwrite)
+def publish(folder: Path, path: Path, overwrite: bool = False, kind: FolderKind = FEATURE_FOLDER) -> None:
+    """Rename a finished `folder` to `path`, replacing an older one of its kind if `overwrite` says so."""
+    check_target(path, overwrite, kind)
     retired = path.with_name(path.name + ".retired")
     if path.exists():
         os.replace(path, retired)

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def write_model_card(
 
     Args:
         folder: a folder written by `SparcModel.save_pretrained`.
-        results: what `evaluate_model` returned.
+        results: the `results` of what `evaluate_model` returned; they also become the card's model-index.
         results_split: a word for the rows behind the results.
         settings: the training arguments.
         repo: the name under which readers load the model (default: the folder).
@@ -58,12 +59,15 @@ def write_model_card(
     unknown = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
     streams: list[dict[str, Any]] = [unknown | record for record in config.streams or []]
     encoders = sorted({record["encoder"] for record in streams if _is_hub_id(record["encoder"])})
+    title = title or (repo.rsplit("/", 1)[-1] if repo else folder.resolve().name)
     card_data = ModelCardData(
         library_name="sparc-hf",
         license="apache-2.0",
         tags=["sparse-autoencoder", "interpretability", "sparc", *config.stream_names],
         base_model=encoders or None,
         pipeline_tag="feature-extraction",
+        model_name=title,
+        eval_results=eval_results(results) if results else None,
     )
     example = ", ".join(f'"{record["name"]}": {record["name"]}_rows' for record in streams)
     text = (
@@ -71,7 +75,7 @@ def write_model_card(
         .get_template("model_card.md")
         .render(
             card_data=card_data.to_yaml(),
-            title=title or (repo.rsplit("/", 1)[-1] if repo else folder.resolve().name),
+            title=title,
             repo=repo or str(folder),
             config=config,
             streams=streams,
@@ -89,6 +93,38 @@ def write_model_card(
     return path
 
 
+METRIC_NAMES = {
+    "nmse_self": "Self-reconstruction nmse",
+    "nmse_cross": "Cross-reconstruction nmse",
+    "dead_share": "Dead latents, mean share over streams",
+    "jaccard": "Label Jaccard between streams, mean over all latents",
+    "jaccard_live": "Label Jaccard between streams, mean over live latents",
+    "self_reconstruction_r_at_1": "Self-reconstruction retrieval R@1",
+    "latent_alignment_r_at_1": "Counterpart retrieval by codes R@1",
+    "cross_reconstruction_r_at_1": "Counterpart retrieval by cross-reconstruction R@1",
+}
+
+
+def eval_results(results: Mapping[str, Any]) -> list[Any]:
+    """Return the headline figures of `evaluate_model`'s results as huggingface_hub.EvalResult, for a model-index."""
+    from huggingface_hub import EvalResult
+
+    dataset = results["dataset"]
+    return [
+        EvalResult(
+            task_type="feature-extraction",
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-"),
+            dataset_name=dataset,
+            metric_type=name,
+            metric_name=f"{METRIC_NAMES.get(name, name)} ({encoding} encoding)",
+            metric_value=round(figure["value"], 6),
+        )
+        for encoding in ("joint", "single")
+        for name, figure in results[encoding]["headline"].items()
+        if figure["value"] is not None
+    ]
+
+
 def _config_of(folder: Path) -> SparcConfig:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (no config.json); save one there with `save_pretrained` first")
@@ -102,7 +138,7 @@ def _is_hub_id(encoder: Any) -> bool:
     return isinstance(encoder, str) and encoder.count("/") == 1 and not encoder.startswith((".", "/", "~"))
 
 
-def _templates_folder() -> Path:
+def templates_folder() -> Path:
     """Return where the card templates lie: inside an installed wheel, or beside the package in a checkout."""
     here = Path(__file__).parent
     for folder in (here / "hub_cards", here.parent / "hub_cards"):
@@ -115,29 +151,34 @@ def _environment() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_templates_folder()),
+        loader=jinja2.FileSystemLoader(templates_folder()),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
         "code": lambda text: f"`{text}`",
-        "percent": lambda share: f"{share:.1%}",
-        "number": _number,
+        "figure": figure_text,
         "error_row": _error_row,
         "encoder_link": _encoder_link,
     }
     return environment
 
 
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
+def figure_text(figure: Mapping[str, Any] | None, percent: bool = False) -> str:
+    """Return a headline figure as text, with its interval where there is one."""
+    if figure is None or figure["value"] is None:
+        return "not measured"
+    form = ".1%" if percent else ".3f"
+    text = format(figure["value"], form)
+    if figure["low"] is None:
+        return text
+    return f"{text} ({format(figure['low'], form)} to {format(figure['high'], form)})"
 
 
-def _error_row(nmse: Mapping[str, float], target: str, streams: Sequence[Mapping[str, Any]]) -> list[str]:
+def _error_row(nmse: Mapping[str, Mapping[str, float]], target: str) -> list[str]:
     """Return the error of one target from every source, as text."""
-    sources = [record["name"] for record in streams]
-    return [_number(nmse.get(f"self/{target}" if name == target else f"cross/{target}<-{name}")) for name in sources]
+    return [f"{value:.3f}" for value in nmse[target].values()]
 
 
 def _encoder_link(record: Mapping[str, Any]) -> str:

@@ -1,52 +1,57 @@
-"""Ranks and recall of a sample's counterpart in another stream."""
+"""Retrieval with a model: ranks of a sample's counterpart by codes, reconstructions and cross-reconstructions."""
 
-from typing import TYPE_CHECKING
+import itertools
 
 import numpy as np
+from tqdm.auto import tqdm
 
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
+from sparc_hf.codes import CodeTable, decoded_rows, normalized_rows
+from sparc_hf.features import FeatureDataset
+from sparc_hf.metrics.cross_retrieval.cross_retrieval import code_ranks, vector_ranks
+from sparc_hf.modeling_sparc import SparcModel
+
+FAMILIES = ("self_reconstruction", "latent_alignment", "cross_reconstruction")
 
 
-def counterpart_ranks(queries: "csr_array", references: "csr_array", *, block: int = 1024) -> np.ndarray:
-    """Return int64 [rows]: the rank of reference i among all references for query i, by cosine similarity.
+def model_ranks(
+    model: SparcModel, features: FeatureDataset, codes: CodeTable, *, batch_size: int = 1024
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return family -> "source->target" -> int64 [rows], the rank of every sample's counterpart (1 is best).
 
-    The rank counts the other references at least as similar, plus one: whoever ties with the counterpart stands
-    before it, so a tie is never a hit. A row without any active latent has similarity 0 to everything.
+    The families are those of SPARC (arXiv 2507.06265, retrieval): `self_reconstruction` looks for a row among all rows
+    of its stream by its own reconstruction, `latent_alignment` for a code of the target stream by the code of the
+    source stream, `cross_reconstruction` for a row of the target stream by what the source's code decodes to.
+
+    Give single-stream codes. In joint codes of a model with global selection the target took part in choosing the
+    source's latents, which gives the answer partly away; such ranks say how alike the streams are, not how well one
+    finds the other.
 
     Args:
-        queries: [rows, N], positive codes of one stream.
-        references: [rows, N], codes of another stream for the same samples.
-        block: queries at a time; memory is block x rows similarities.
+        model: any objective and selection.
+        features: the samples; memory is one stream's rows and their reconstruction.
+        codes: their codes, from `encode_features`.
+        batch_size: rows decoded at a time.
 
     Raises:
-        ValueError: for arrays of different shapes.
+        ValueError: for codes of other rows or streams.
     """
-    if queries.shape != references.shape:
+    if len(codes) != len(features) or codes.streams != model.config.stream_names:
         raise ValueError(
-            f"queries and references must pair up, but their shapes are {queries.shape}, {references.shape}"
+            f"the codes have {len(codes)} rows of {codes.streams}, but the features {len(features)} rows and the "
+            f"model {model.config.stream_names}"
         )
-    queries, references = _unit_rows(queries), _unit_rows(references)
-    columns = references.T.tocsr()
-    total = len(queries.indptr) - 1
-    ranks = np.empty(total, np.int64)
-    for start in range(0, total, block):
-        similarity = (queries[start : start + block] @ columns).toarray()
-        rows = np.arange(similarity.shape[0])
-        own = similarity[rows, start + rows]
-        ranks[start : start + block] = (similarity >= own[:, None]).sum(axis=1)
-    return ranks
-
-
-def recall_at(ranks: np.ndarray, depth: int) -> float:
-    """Return the share of ranks that are at most `depth`."""
-    return float((ranks <= depth).mean())
-
-
-def _unit_rows(rows: "csr_array") -> "csr_array":
-    from scipy.sparse import csr_array
-
-    rows = csr_array(rows, dtype=np.float64)
-    norms = np.sqrt(np.asarray((rows * rows).sum(axis=1)).reshape(-1))
-    lengths = np.diff(rows.indptr)
-    return csr_array((rows.data / np.repeat(np.maximum(norms, 1e-8), lengths), rows.indices, rows.indptr), rows.shape)
+    found: dict[str, dict[str, np.ndarray]] = {family: {} for family in FAMILIES}
+    pairs = list(itertools.product(codes.streams, repeat=2))
+    with tqdm(total=len(pairs) + len(pairs) - len(codes.streams), desc="retrieving", unit="pair", leave=False) as bar:
+        for target in codes.streams:
+            references = normalized_rows(model, features, target)
+            for source in codes.streams:
+                family = "self_reconstruction" if source == target else "cross_reconstruction"
+                queries = decoded_rows(model, codes, source, target, batch_size)
+                found[family][f"{source}->{target}"] = vector_ranks(queries, references)
+                bar.update()
+        matrices = {stream: codes.csr(stream) for stream in codes.streams}
+        for source, target in itertools.permutations(codes.streams, 2):
+            found["latent_alignment"][f"{source}->{target}"] = code_ranks(matrices[source], matrices[target])
+            bar.update()
+    return found

@@ -8,6 +8,7 @@ import yaml
 from conftest import ROOT
 
 from sparc_hf.cli import COMMANDS, main
+from sparc_hf.codes import CodeTable
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -88,6 +89,8 @@ def test_train_encode_evaluate_card(capsys, tmp_path, planted_folder):
         codes,
         "--encoding",
         "single",
+        "--top_samples",
+        "3",
     )
     assert status == 0, err
     assert json.loads(out) == {
@@ -95,18 +98,27 @@ def test_train_encode_evaluate_card(capsys, tmp_path, planted_folder):
         "rows": 600,
         "streams": ["dino", "clip_img", "clip_txt"],
         "encoding": "single",
+        "top_samples": f"{codes}/top_samples.parquet",
     }
-    results = str(tmp_path / "results.json")
-    status, out, err = run(
-        capsys, "evaluate", "--model", model, "--features", str(planted_folder), "--output", results
-    )
+    assert len(CodeTable.load(codes, verify=True)) == 600
+    report = tmp_path / "report"
+    flags = ("--features", str(planted_folder), "--output", str(report), "--replicates", "5", "--no_probes")
+    status, out, err = run(capsys, "evaluate", model, *flags)
     assert status == 0, err
-    assert json.loads(out) == json.loads((tmp_path / "results.json").read_text())
+    results = str(report / "results.json")
+    written = json.loads(Path(results).read_text())["models"]["model"]
+    assert json.loads(out) == {"model": {name: written[name]["headline"] for name in ("joint", "single")}}
+    assert {path.name for path in report.iterdir()} == {
+        "results.json",
+        "report.html",
+        "model-index.yaml",
+        "latents-model.csv",
+    }
     status, out, err = run(capsys, "card", "--model", model, "--results", results, "--repo", "me/planted")
     assert status == 0, err
     card = (tmp_path / "model" / "README.md").read_text()
     assert 'from_pretrained("me/planted")' in card
-    assert f"{json.loads(Path(results).read_text())['single']['jaccard']:.3f}" in card
+    assert f"{written['single']['headline']['jaccard']['value']:.3f}" in card
 
 
 @pytest.mark.parametrize(
@@ -119,8 +131,11 @@ def test_train_encode_evaluate_card(capsys, tmp_path, planted_folder):
         (["train", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["train", "--preset", "imagenet"], ["imagenet", "sparc-coco"]),
         (["train", "--features", "a", "--output_dir", "b", "--latents", "8"], ["--latents"]),
-        (["evaluate", "--model", "/no/model", "--features", "x"], ["/no/model"]),
-        (["evaluate", "--model", ".", "--features", "x"], ["model.safetensors"]),
+        (["evaluate", "--features", "x"], ["--models"]),
+        (["evaluate", "m", "--features", "nowhere"], ["nowhere"]),
+        (["evaluate", "m", "m", "--features", "x", "--output", "tests/conftest.py"], ["conftest.py"]),
+        (["evaluate", "m", "--features", "x", "--replicates", "-1"], ["`replicates`"]),
+        (["encode", "--model", "m", "--features", "f", "--output", "o", "--top_samples", "-2"], ["`top_samples`"]),
         (["encode", "--model", "m", "--features", "f", "--output", "o", "--encoding", "both"], ["both", "joint"]),
         (["card", "--model", "/no/model"], ["/no/model", "config.json"]),
         (["sing"], ["sing", "train"]),

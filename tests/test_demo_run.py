@@ -27,15 +27,17 @@ def demo(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_demo_reaches_what_it_should(demo):
-    results = json.loads((demo / "runs/demo/results.json").read_text())
+    results = json.loads((demo / "runs/demo/evaluation/results.json").read_text())["models"]["demo"]
     assert results["rows"] == 300
-    assert results["nmse"]["self"] < 0.8
-    assert results["joint"]["jaccard"] > results["single"]["jaccard"] > 0.05
-    pair = results["single"]["retrieval"]["clip_txt->clip_img"]
-    assert pair > 5 / 300
+    joint, single = results["joint"]["headline"], results["single"]["headline"]
+    assert joint["nmse_self"]["value"] < 0.8
+    assert joint["jaccard"]["value"] > single["jaccard"]["value"] > 0.05
+    pair = results["single"]["retrieval"]["latent_alignment"]["clip_txt->clip_img"]
+    assert pair["R@1"] > 5 / 300
+    assert "data:image/png" in (demo / "runs/demo/evaluation/report.html").read_text()
     card = (demo / "runs/demo/model/README.md").read_text()
     assert "`demo:clip`" in card
-    assert f"{results['single']['jaccard']:.3f}" in card
+    assert f"{single['jaccard']['value']:.3f}" in card
 
 
 @pytest.mark.slow

@@ -1,189 +1,223 @@
-"""Code tables, retrieval and alignment: by hand, and against the earlier code's numbers."""
+"""Evaluating models: every figure agrees with its metric, intervals are what they say, the report shows it all."""
 
+import csv
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import planted_features, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse import csr_array
 
-from sparc_hf.codes import CodeTable, encode_features
-from sparc_hf.evaluation import evaluate_model, label_jaccard, write_results
-from sparc_hf.retrieval import counterpart_ranks, recall_at
+from sparc_hf.bootstrap import bootstrap_intervals
+from sparc_hf.codes import encode_features
+from sparc_hf.evaluation import EvaluationSettings, evaluate_model, evaluate_models
+from sparc_hf.features import FeatureDataset
+from sparc_hf.report import model_names, report_html, results_of_model, write_report
+from sparc_hf.retrieval import model_ranks
 
-
-def table_of(dense: dict[str, np.ndarray]) -> CodeTable:
-    """A code table whose rows hold all latents, zeros included."""
-    rows, latents = next(iter(dense.values())).shape
-    every = np.tile(np.arange(latents, dtype=np.int32), (rows, 1))
-    return CodeTable(
-        {name: every.copy() for name in dense}, {name: value.copy() for name, value in dense.items()}, latents, "joint"
-    )
+QUICK = EvaluationSettings(batch_size=64, replicates=20, probes=False)
 
 
-def test_encoding_a_dataset_equals_encoding_its_rows():
-    features = planted_features(50)
-    model = tiny_model(3)
-    joint = encode_features(model, features, batch_size=16)
-    rows = {name: torch.from_numpy(features.array(name)) for name in features.stream_names}
-    for name, code in model.encode(rows).items():
-        np.testing.assert_allclose(joint.csr(name).toarray(), code.to_dense().detach().numpy(), rtol=1e-5)
-        assert joint.indices[name].dtype == np.int32
-        alone = encode_features(model, features, encoding="single").csr(name).toarray()
-        np.testing.assert_allclose(
-            alone, model.encode({name: rows[name]})[name].to_dense().detach().numpy(), rtol=1e-5
-        )
-
-
-def test_reading_a_table_as_csr_leaves_it_as_it_is():
-    table = CodeTable(
-        {"a": np.array([[3, 1], [0, 2]], np.int32)}, {"a": np.array([[0.0, 2.0], [1.0, 3.0]], np.float32)}, 4, "joint"
-    )
-    for _ in range(2):
-        assert table.csr("a").toarray().tolist() == [[0, 2, 0, 0], [1, 0, 3, 0]]
-    assert table.indices["a"].tolist() == [[3, 1], [0, 2]]
-    assert table.values["a"].tolist() == [[0, 2], [1, 3]]
-
-
-def test_code_tables_round_trip(tmp_path):
-    table = encode_features(tiny_model(2), planted_features(50), encoding="single")
-    table.save(tmp_path / "codes")
-    loaded = CodeTable.load(tmp_path / "codes")
-    assert (loaded.streams, loaded.num_latents, loaded.encoding) == (["dino", "clip_img"], 64, "single")
-    for name in table.streams:
-        assert np.array_equal(loaded.indices[name], table.indices[name])
-        assert np.array_equal(loaded.values[name], table.values[name])
-    with pytest.raises(ValueError, match="exists already"):
-        table.save(tmp_path / "codes")
-    with pytest.raises(ValueError, match="not a code table"):
-        CodeTable.load(tmp_path)
-    from datasets import load_from_disk
-
-    assert load_from_disk(str(tmp_path / "codes")).column_names == [
-        "dino_indices",
-        "dino_values",
-        "clip_img_indices",
-        "clip_img_values",
-    ]
-
-
-def test_encoding_errors():
-    features = planted_features(50)
-    with pytest.raises(ValueError, match="'both'"):
-        encode_features(tiny_model(2), features, encoding="both")
-    for call in (encode_features, evaluate_model):
-        with pytest.raises(ValueError, match=r"needs the streams \['siglip', 'vit'\]"):
-            call(tiny_model(5), features)
-
-
-def test_ranks_by_hand():
-    queries = csr_array(np.array([[1.0, 0, 0], [0, 2.0, 0], [0, 0, 0], [1.0, 1.0, 0]]))
-    references = csr_array(np.array([[3.0, 0, 0], [1.0, 1.0, 0], [0, 0, 5.0], [1.0, 1.0, 0]]))
-    # Row 0 hits; row 1 ties with row 3; row 2 has no active latent, so all four tie at 0; row 3 ties with row 1.
-    assert counterpart_ranks(queries, references).tolist() == [1, 2, 4, 2]
-    assert counterpart_ranks(queries, references, block=3).tolist() == [1, 2, 4, 2]
-    assert recall_at(np.array([1, 2, 4, 2]), 1) == 0.25
-    with pytest.raises(ValueError, match=r"\(4, 3\)"):
-        counterpart_ranks(queries, references[:2])
-
-
-def test_jaccard_by_hand():
-    codes = table_of(
-        {
-            "a": np.array([[1.0, 0, 1], [1, 0, 0], [0, 0, 0]], np.float32),
-            "b": np.array([[1.0, 0, 0], [0, 0, 0], [1, 1, 0]], np.float32),
-        }
-    )
-    labels = csr_array(np.array([[1, 1], [1, 0], [0, 1]]))
-    # Latent 0: counts a = (2, 1), b = (1, 2): 2 / 4. Latents 1 and 2 live in one stream only.
-    assert label_jaccard(codes, labels).tolist() == [0.5, 0.0, 0.0]
-    with pytest.raises(ValueError, match="3 rows of codes but 2 rows of labels"):
-        label_jaccard(codes, labels[:2])
-
-
-@settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 2**31 - 1), rows=st.integers(1, 20), latents=st.integers(1, 8), classes=st.integers(1, 5))
-def test_jaccard_properties(seed, rows, latents, classes):
-    draws = np.random.default_rng(seed)
-    one, other = ((draws.random((rows, latents)) < 0.4).astype(np.float32) for _ in range(2))
-    labels = csr_array((draws.random((rows, classes)) < 0.5).astype(np.float32))
-    scores = label_jaccard(table_of({"a": one, "b": other}), labels)
-    assert ((scores >= 0) & (scores <= 1)).all()
-    assert np.array_equal(scores, label_jaccard(table_of({"a": other, "b": one}), labels))
-    order = draws.permutation(latents)
-    assert np.array_equal(scores[order], label_jaccard(table_of({"a": one[:, order], "b": other[:, order]}), labels))
-    copied = label_jaccard(table_of({"a": one, "b": one}), labels)
-    assert set(copied.tolist()) <= {0.0, 1.0}
-
-
-CASES = ["global_cross", "global_no_cross", "local_cross", "local_no_cross"]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_jaccard_equals_the_earlier_code(golden, case):
-    """At the full depth of the taxonomy, where its label pairing (quirk 12) has no effect."""
-    latents = np.load(golden / "metrics_latents.npz")
-    expected = np.load(golden / "metrics_jaccard.npz")
-    labelled = np.load(golden / "legacy" / "labels.npz")
-    variant = "local_evaluation" if case.startswith("local") else "as_global"
-    rows = labelled["sample_indices"]
-    codes = table_of({name: latents[f"{case}.{variant}.{name}"][rows] for name in ("clip_img", "clip_txt", "dino")})
-    scores = label_jaccard(codes, csr_array(labelled["labels_labelled_only"].astype(np.float32)))
-    np.testing.assert_allclose(scores, expected[f"{case}.column_ordered.depth3"], rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_retrieval_ranks_equal_the_earlier_code(golden, case):
-    """Inside the bracket that ties allow, and equal where there is no tie; a tie never counts as a hit."""
-    latents = np.load(golden / "metrics_latents.npz")
-    expected = np.load(golden / "metrics_retrieval_ranks.npz")
-    metrics = json.loads((golden / "metrics.json").read_text())["retrieval"][case]["local_evaluation"]
-    for pair, figures in metrics["LatentAlignment"].items():
-        target, source = pair.lower().split("_from_")
-        query, reference = (csr_array(latents[f"{case}.local_evaluation.{name}"]) for name in (source, target))
-        ranks = counterpart_ranks(query, reference)
-        bracket = [
-            expected[f"{case}.local_evaluation.LatentAlignment.{pair}.{kind}"] for kind in ("rank_lo", "rank_hi")
-        ]
-        assert (bracket[0] <= ranks).all()
-        assert (ranks <= bracket[1]).all()
-        clear = bracket[0] == bracket[1]
-        assert clear.mean() > 0.5
-        assert np.array_equal(ranks[clear], expected[f"{case}.local_evaluation.LatentAlignment.{pair}.ranks"][clear])
-        assert recall_at(ranks, 10) == pytest.approx(figures["R@10"], abs=0.03)
+@pytest.fixture(scope="module")
+def pair():
+    """Two evaluations on the same rows: global and local selection."""
+    models = {"global": tiny_model(3), "local": tiny_model(3, seed=1, selection="local")}
+    return evaluate_models(models, planted_features(200), QUICK)
 
 
 def test_evaluating_a_model_gives_every_figure_and_leaves_it_alone():
     features = planted_features(200)
     model = tiny_model(3).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    results = evaluate_model(model, features, batch_size=64)
+    results = evaluate_model(model, features, QUICK).results
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    json.dumps(results)
+    json.dumps(results, allow_nan=False)
     assert results["rows"] == 200
     rows = {name: torch.from_numpy(features.array(name)) for name in features.stream_names}
     losses = model.eval()(rows).losses
-    for key in ("self", "cross", "self/dino", "cross/clip_txt<-dino"):
-        assert results["nmse"][key] == pytest.approx(losses[key].item(), rel=1e-4)
-    assert len(results["single"]["retrieval"]) == 6
-    assert 0 <= results["single"]["jaccard"] <= results["joint"]["jaccard"] <= 1
-    assert set(results["joint"]["dead"]) == set(features.stream_names)
+    joint, single = results["joint"], results["single"]
+    assert joint["headline"]["nmse_self"]["value"] == pytest.approx(losses["self"].item(), rel=1e-4)
+    assert joint["headline"]["nmse_cross"]["value"] == pytest.approx(losses["cross"].item(), rel=1e-4)
+    nmse = joint["reconstruction"]["nmse"]
+    assert nmse["dino"]["dino"] == pytest.approx(losses["self/dino"].item(), rel=1e-4)
+    assert nmse["clip_txt"]["dino"] == pytest.approx(losses["cross/clip_txt<-dino"].item(), rel=1e-4)
+    alone = model.encode({"dino": rows["dino"]})["dino"]
+    error = (model.decode(alone, to="clip_txt") - model.normalize(rows)["clip_txt"]).square().sum(dim=1)
+    expected = (error / model.normalize(rows)["clip_txt"].square().sum(dim=1)).mean().item()
+    assert single["reconstruction"]["nmse"]["clip_txt"]["dino"] == pytest.approx(expected, rel=1e-4)
+    assert {family: len(pairs) for family, pairs in single["retrieval"].items()} == {
+        "self_reconstruction": 3,
+        "latent_alignment": 6,
+        "cross_reconstruction": 6,
+    }
+    assert 0 <= single["headline"]["jaccard"]["value"] <= joint["headline"]["jaccard"]["value"] <= 1
+    assert joint["headline"]["jaccard"]["value"] == pytest.approx(joint["alignment"]["mean"][-1])
+    dead = np.mean([count / 64 for count in joint["liveness"]["dead_in"].values()])
+    assert joint["headline"]["dead_share"]["value"] == pytest.approx(dead)
+    ranks = single["retrieval"]["latent_alignment"].values()
+    r_at_1 = single["headline"]["latent_alignment_r_at_1"]
+    assert r_at_1["value"] == pytest.approx(np.mean([figures["R@1"] for figures in ranks]))
+    assert r_at_1["low"] < r_at_1["value"] < r_at_1["high"]
 
 
-def test_one_stream_has_no_pairs():
+def test_local_selection_encodes_alike_either_way(pair):
+    results = pair["local"].results
+    assert results["joint"] == results["single"]
+    assert pair["global"].results["joint"] != pair["global"].results["single"]
+
+
+def test_a_taxonomy_gives_every_depth():
+    features = planted_features(60)
+    leaves = [{"LabelName": name} for name in features.label_names]
+    taxonomy = {
+        "LabelName": "cause",
+        "Subcategory": [
+            {"LabelName": "early", "Subcategory": leaves[:10]},
+            {"LabelName": "late", "Subcategory": leaves[10:]},
+        ],
+    }
+    features.taxonomy = taxonomy
+    found = evaluate_model(tiny_model(3), features, QUICK)
+    alignment = found.results["single"]["alignment"]
+    assert alignment["depths"] == [0, 1, 2]
+    assert alignment["mean"][0] >= alignment["mean"][1] >= alignment["mean"][2]
+    np.testing.assert_allclose(found.latents["single"]["jaccard/depth2"].mean(), alignment["mean"][2])
+    features.taxonomy = {"LabelName": "cause", "Subcategory": leaves[:10]}
+    with pytest.raises(ValueError, match="10 of 20 classes are not in the taxonomy"):
+        evaluate_model(tiny_model(3), features, QUICK)
+    features.taxonomy = ["cause"]
+    with pytest.raises(ValueError, match="LabelName"):
+        evaluate_model(tiny_model(3), features, QUICK)
+
+
+def test_unusual_features():
     features = planted_features(40)
-    results = evaluate_model(tiny_model(1), features)
-    assert results["joint"]["latent_r_at_1"] is None
-    assert results["joint"]["retrieval"] == {}
-    assert results["joint"]["jaccard"] == 0
+    one = evaluate_model(tiny_model(1), features, QUICK).results
+    assert "nmse_cross" not in one["joint"]["headline"]
+    assert one["joint"]["retrieval"]["latent_alignment"] == {}
+    assert one["joint"]["headline"]["jaccard"]["value"] == 0
+    assert one["joint"]["alignment"]["mean_live"] == [None]
+    single_row = evaluate_model(tiny_model(3), features.select([3]), QUICK).results
+    assert single_row["joint"]["headline"]["latent_alignment_r_at_1"]["value"] == 1
+    assert single_row["joint"]["reconstruction"]["fvu"]["dino"]["dino"] is None
+    json.dumps(single_row, allow_nan=False)
+    bare = FeatureDataset.from_arrays({name: features.array(name) for name in features.stream_names})
+    unlabelled = evaluate_model(tiny_model(3), bare, QUICK).results
+    assert "alignment" not in unlabelled["joint"]
+    assert "jaccard" not in unlabelled["joint"]["headline"]
+    assert unlabelled["joint"]["headline"]["dead_share"]["low"] is not None
+    with pytest.raises(ValueError, match=r"needs the streams \['siglip', 'vit'\]"):
+        evaluate_models({"a": tiny_model(3), "b": tiny_model(5)}, features, QUICK)
+    broken = {name: features.array(name) for name in features.stream_names}
+    broken["clip_img"][7] = 0
+    with pytest.raises(ValueError, match="stream `clip_img` holds only zeros in row 7"):
+        evaluate_model(tiny_model(3), FeatureDataset.from_arrays(broken), QUICK)
+    with pytest.raises(ValueError, match="`retrieval_rows`"):
+        EvaluationSettings(retrieval_rows=0)
 
 
-def test_results_are_written_whole(tmp_path):
-    write_results({"rows": 3}, tmp_path / "new" / "results.json")
-    assert json.loads((tmp_path / "new" / "results.json").read_text()) == {"rows": 3}
-    assert os.listdir(tmp_path / "new") == ["results.json"]
+def test_a_stream_whose_latents_are_all_dead():
+    model = tiny_model(3)
+    with torch.no_grad():
+        model.encoders["dino"].weight.zero_()
+        model.encoders["dino"].bias.fill_(-1.0)
+    results = evaluate_model(model, planted_features(60), QUICK).results
+    assert results["single"]["liveness"]["dead_in"]["dino"] == 64
+    assert results["single"]["retrieval"]["latent_alignment"]["dino->clip_img"]["median_rank"] == 60
+    assert 0 < results["single"]["headline"]["dead_share"]["value"] < 1
+
+
+def test_retrieval_on_some_rows():
+    features, model = planted_features(100), tiny_model(3)
+    few = evaluate_model(model, features, EvaluationSettings(replicates=0, probes=False, retrieval_rows=10))
+    part = features.select(np.linspace(0, 99, 10, dtype=int))
+    ranks = model_ranks(model, part, encode_features(model, part, encoding="single"))
+    found = few.results["single"]["retrieval"]["cross_reconstruction"]["dino->clip_txt"]
+    assert found["rows"] == 10
+    assert found["R@1"] == (ranks["cross_reconstruction"]["dino->clip_txt"] == 1).mean()
+    assert few.results["single"]["headline"]["nmse_self"]["low"] is None
+    with pytest.raises(ValueError, match="the codes have 100 rows"):
+        model_ranks(model, part, encode_features(model, features))
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**31 - 1), rows=st.integers(20, 60))
+def test_the_interval_of_a_mean_is_the_textbook_one(seed, rows):
+    values = np.random.default_rng(seed).normal(3, 2, rows)
+    found = bootstrap_intervals(
+        lambda weights: {"mean": float(np.average(values, weights=weights))}, rows, replicates=400, seed=seed
+    )["mean"]
+    half = 1.96 * values.std() / np.sqrt(rows)
+    assert found["value"] == pytest.approx(values.mean())
+    assert found["low"] == pytest.approx(values.mean() - half, abs=0.35 * half)
+    assert found["high"] == pytest.approx(values.mean() + half, abs=0.35 * half)
+
+
+def test_intervals_repeat_and_may_be_left_out():
+    def figures(weights):
+        return {"share": 0.5 if weights is None else float(weights[0] > 0), "nothing": float("nan")}
+
+    one, other = (bootstrap_intervals(figures, 9, replicates=30, seed=4) for _ in range(2))
+    assert one["share"] == other["share"]
+    assert one["nothing"]["low"] is None
+    assert one["share"]["high"] > 0.6
+    assert bootstrap_intervals(figures, 9, replicates=30, seed=4, bounds={"share": (0, 0.6)})["share"]["high"] == 0.6
+    assert bootstrap_intervals(figures, 9, replicates=0)["share"] == {"value": 0.5, "low": None, "high": None}
+
+
+def test_the_files_of_a_report(pair, tmp_path):
+    path = write_report(pair, tmp_path / "new" / "report")
+    folder = path.parent
+    assert sorted(os.listdir(folder)) == [
+        *("latents-global.csv", "latents-local.csv", "model-index.yaml", "report.html", "results.json")
+    ]
+    stored = json.loads((folder / "results.json").read_text())["models"]
+    assert stored == {name: evaluation.results for name, evaluation in pair.items()}
+    index = yaml.safe_load((folder / "model-index.yaml").read_text())["model-index"]
+    assert [entry["name"] for entry in index] == ["global", "local"]
+    metrics = {metric["type"] for result in index[0]["results"] for metric in result["metrics"]}
+    assert {"nmse_self", "jaccard", "latent_alignment_r_at_1"} <= metrics
+    with open(folder / "latents-global.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 64
+    column = [float(line["joint/jaccard/depth0"]) for line in lines]
+    np.testing.assert_allclose(column, pair["global"].latents["joint"]["jaccard/depth0"], rtol=1e-5)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        write_report(pair, tmp_path / "file")
+
+
+def test_the_page_shows_every_figure_and_needs_nothing_else(pair):
+    page = report_html(pair)
+    for name, evaluation in pair.items():
+        assert f"<h2>{name}</h2>" in page
+        for encoding in ("joint", "single"):
+            for figure in evaluation.results[encoding]["headline"].values():
+                assert f"{figure['value']:.3f}" in page or f"{figure['value']:.1%}" in page
+            ranks = evaluation.results[encoding]["retrieval"]["latent_alignment"]["dino->clip_img"]
+            assert f"{ranks['mrr']:.3f}" in page
+    assert page.count("data:image/png;base64,") >= 10
+    assert "http" not in page.replace("http-equiv", "")
+    assert "None" not in page
+    strange = report_html({"<b>&": pair["global"]})
+    assert "&lt;b&gt;&amp;" in strange
+
+
+def test_names_and_results_of_models(pair, tmp_path):
+    assert model_names(["runs/a/model", "runs/b"]) == {"model": "runs/a/model", "b": "runs/b"}
+    assert model_names(["runs/a/model", "runs/b/model"]) == {"a/model": "runs/a/model", "b/model": "runs/b/model"}
+    with pytest.raises(ValueError, match="once"):
+        model_names(["a", "a"])
+    write_report(pair, tmp_path)
+    path = tmp_path / "results.json"
+    assert results_of_model(path, "runs/local") == pair["local"].results
+    with pytest.raises(ValueError, match="none or several"):
+        results_of_model(path, "runs/other")
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"not a results\.json"):
+        results_of_model(path, "runs/local")

@@ -8,8 +8,10 @@ from conftest import planted_features, tiny_model
 from huggingface_hub import ModelCard
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.evaluation import evaluate_model
+from sparc_hf.evaluation import EvaluationSettings, evaluate_model
 from sparc_hf.hub import write_model_card
+
+QUICK = EvaluationSettings(replicates=10, probes=False, dataset="planted rows")
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def folder(tmp_path):
 
 
 def test_a_card_says_what_is_known(folder):
-    results = evaluate_model(tiny_model(3), planted_features(60))
+    results = evaluate_model(tiny_model(3), planted_features(60), QUICK).results
     path = write_model_card(
         folder, results=results, settings={"learning_rate": 0.001, "output_dir": "/home/me/secret"}
     )
@@ -33,8 +35,9 @@ def test_a_card_says_what_is_known(folder):
         "trust_remote_code=True",
     ):
         assert words in text
-    assert f"{results['single']['jaccard']:.3f}" in text
-    assert f"{results['nmse']['cross/dino<-clip_txt']:.3f}" in text
+    jaccard = results["single"]["headline"]["jaccard"]
+    assert f"{jaccard['value']:.3f} ({jaccard['low']:.3f} to {jaccard['high']:.3f})" in text
+    assert f"{results['joint']['reconstruction']['nmse']['dino']['clip_txt']:.3f}" in text
     assert "| `learning_rate` | 0.001 |" in text
     assert "secret" not in text
     assert "\n\n\n" not in text
@@ -42,10 +45,16 @@ def test_a_card_says_what_is_known(folder):
     card = ModelCard.load(path)
     assert card.data.library_name == "sparc-hf"
     assert {"sparse-autoencoder", "interpretability", "dino"} <= set(card.data.tags)
+    indexed = {entry.metric_name: entry for entry in card.data.eval_results}
+    entry = indexed["Label Jaccard between streams, mean over all latents (single encoding)"]
+    assert entry.metric_value == pytest.approx(jaccard["value"], abs=1e-6)
+    assert (entry.dataset_name, entry.dataset_type) == ("planted rows", "planted-rows")
 
 
 def test_tables_have_no_gaps(folder):
-    text = write_model_card(folder, results=evaluate_model(tiny_model(3), planted_features(60))).read_text()
+    text = write_model_card(
+        folder, results=evaluate_model(tiny_model(3), planted_features(60), QUICK).results
+    ).read_text()
     lines = text.splitlines()
     for line, following in pairwise(lines):
         assert not line.startswith("|") or not following or following.startswith("|"), line
@@ -71,7 +80,7 @@ def test_one_stream_with_a_hub_encoder(tmp_path):
     one = type(features).from_arrays(
         {"dino": features.array("dino")[:, :4]}, streams={"dino": record | {"name": "dino"}}
     )
-    text = write_model_card(tmp_path, results=evaluate_model(model, one)).read_text()
+    text = write_model_card(tmp_path, results=evaluate_model(model, one, QUICK).results).read_text()
     assert "[facebook/dinov2-base](https://huggingface.co/facebook/dinov2-base) @ `aaaaaaaaaaaa`" in text
     assert ModelCard.load(tmp_path / "README.md").data.base_model == ["facebook/dinov2-base"]
 

@@ -1,0 +1,166 @@
+"""The table of docs/results.md: train every variant on every data set with several seeds, evaluate, and write it.
+
+python benchmarks/results_table.py --caption_streams ../shared/data/caption_streams --table docs/results.md
+
+Settings lie in benchmarks/results. Finished runs in the output folder are used again where their settings are the
+same.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from sparc_hf.demo_run import world_features
+from sparc_hf.evaluation import EvaluationSettings, evaluate_model
+from sparc_hf.features import FeatureDataset
+from sparc_hf.training import SparcTrainer
+from sparc_hf.training_arguments import SparcTrainingArguments
+
+SETTINGS = Path(__file__).parent / "results"
+# Headline figure, its column's title, and the encoding it is shown for.
+COLUMNS = (
+    ("dead_share", "dead", "single"),
+    ("jaccard", "Jaccard, joint", "joint"),
+    ("jaccard", "Jaccard, single", "single"),
+    ("nmse_self", "nmse self", "joint"),
+    ("nmse_cross", "nmse cross", "joint"),
+    ("nmse_cross", "nmse cross, single", "single"),
+    ("latent_alignment_r_at_1", "codes R@1, joint", "joint"),
+    ("latent_alignment_r_at_1", "codes R@1, single", "single"),
+    ("cross_reconstruction_r_at_1", "cross-rec. R@1, single", "single"),
+)
+logger = logging.getLogger(__name__)
+
+
+def demo_rows(settings: dict[str, Any], args: argparse.Namespace) -> tuple[FeatureDataset, FeatureDataset]:
+    train, test = (
+        world_features(args.output / "demo", split, settings["rows"][split], 0) for split in ("train", "test")
+    )
+    return train, test
+
+
+def caption_rows(settings: dict[str, Any], args: argparse.Namespace) -> tuple[FeatureDataset, FeatureDataset]:
+    from safetensors.numpy import load_file
+
+    arrays = load_file(args.caption_streams / "features.safetensors")
+    info = json.loads((args.caption_streams / "info.json").read_text(encoding="utf-8"))
+    labels = arrays.pop("labels")
+    features = FeatureDataset.from_arrays(
+        arrays,
+        streams={name: {"normalize": "l2"} for name in arrays},
+        labels=labels,
+        label_names=info["label_names"],
+    )
+    return features.split(info["n_train"])
+
+
+def results_of_run(
+    folder: Path, settings: dict[str, Any], rows: Callable[[], tuple[FeatureDataset, FeatureDataset]], title: str
+) -> dict[str, Any] | None:
+    """Train and evaluate one run, or read what it gave before; None where its objective is not known."""
+    if unknown := set(settings) - {field.name for field in fields(SparcTrainingArguments)}:
+        logger.warning("%s is left out: training does not know %s", folder, sorted(unknown))
+        return None
+    done = folder / "run.json"
+    if done.exists() and (found := json.loads(done.read_text(encoding="utf-8")))["settings"] == settings:
+        return found["results"]
+    train, test = rows()
+    arguments = SparcTrainingArguments(
+        features="", output_dir=str(folder), checkpoint_every=0, overwrite=True, cpu=True, **settings
+    )
+    try:
+        model = SparcTrainer(arguments, train).train()
+    except ValueError as error:
+        if "objective" not in str(error):
+            raise
+        logger.warning("%s is left out: %s", folder, error)
+        return None
+    found = evaluate_model(model, test, EvaluationSettings(replicates=0, probes=False, dataset=title)).results
+    unfinished = done.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"settings": settings, "results": found}) + "\n", encoding="utf-8")
+    unfinished.replace(done)
+    return found
+
+
+def table_line(variant: str, runs: list[dict[str, Any]]) -> str:
+    cells = []
+    for name, _, encoding in COLUMNS:
+        values = [run[encoding]["headline"][name]["value"] for run in runs]
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.3f}{spread}")
+    return f"| {variant} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--caption_streams", type=Path, help="folder of the caption streams; without it, the demo only"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/results"), help="folder for features, models, figures"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, help="in place of the settings', to try the script out")
+    parser.add_argument("--table", type=Path, help="Markdown file to write (the table is printed too)")
+    args = parser.parse_args()
+    variants = yaml.safe_load((SETTINGS / "variants.yaml").read_text(encoding="utf-8"))
+    readers = {"demo": demo_rows} | ({"caption_streams": caption_rows} if args.caption_streams else {})
+    seeds = ", ".join(map(str, args.seeds))
+    lines = [
+        "# Results",
+        "",
+        "Made by `python benchmarks/results_table.py` from the settings in `benchmarks/results`, on rows no model was",
+        f"trained on. Mean ± standard deviation over seeds {seeds}. Joint: all streams of a sample encoded together;",
+        "single: each stream alone (with local selection they are the same). R@1 is the mean over the ordered pairs",
+        "of streams; chance is 1 / rows.",
+    ]
+    for name, reader in readers.items():
+        settings = yaml.safe_load((SETTINGS / f"{name}.yaml").read_text(encoding="utf-8"))
+        if args.epochs:
+            settings["train"]["epochs"] = args.epochs
+        cache: list[tuple[FeatureDataset, FeatureDataset]] = []
+
+        def rows(reader=reader, settings=settings, cache=cache):
+            if not cache:
+                cache.append(reader(settings, args))
+            return cache[0]
+
+        lines += ["", f"## {settings['title']}", ""]
+        table, left_out = [], []
+        for variant, replaced in variants.items():
+            runs = []
+            for seed in args.seeds:
+                chosen = settings["train"] | replaced | {"seed": seed}
+                folder = args.output / name / variant.replace(",", "").replace(" ", "-").lower() / f"seed{seed}"
+                print(folder, flush=True)
+                found = results_of_run(folder, chosen, rows, settings["title"])
+                runs += [found] if found else []
+            if runs:
+                table.append(table_line(variant, runs))
+                test_rows = runs[0]["rows"]
+            else:
+                left_out.append(variant)
+        told = ", ".join(f"{key} {value}" for key, value in settings["train"].items())
+        lines += [f"{test_rows:,} test rows; {told}.", ""]
+        lines += [f"| variant | {' | '.join(title for _, title, _ in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+        lines += table
+        if left_out:
+            lines += ["", f"Left out, because training does not know the objective: {', '.join(left_out)}."]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.table:
+        unfinished = args.table.with_suffix(".tmp")
+        unfinished.write_text(text, encoding="utf-8")
+        shutil.move(unfinished, args.table)
+
+
+if __name__ == "__main__":
+    main()

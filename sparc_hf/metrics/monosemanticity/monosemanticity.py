@@ -1,0 +1,91 @@
+"""Monosemanticity: how alike a latent's top samples are to an encoder that had no part in choosing them."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from scipy.sparse import csr_array
+
+_DESCRIPTION = """
+Mean cosine similarity of every two of a latent's top samples under the features of an independent stream,
+weighted by the product of the two activations (arXiv 2504.02821, monosemanticity score). 1: the samples look
+the same to that encoder; 0: as unrelated as orthogonal rows; centre the features first where their rows lie in
+a narrow cone.
+"""
+
+_CITATION = """
+@article{monosemantic2025,
+  title={Sparse Autoencoders Learn Monosemantic Features in Vision-Language Models},
+  journal={arXiv preprint arXiv:2504.02821},
+  year={2025}
+}
+"""
+
+_INPUTS = """
+Args:
+    rows: for every latent the row numbers of its top samples, int64 [m]; -1 where it has fewer.
+    values: for every latent their activations, float [m].
+    features: of an independent stream, float [rows of the dataset, hidden_size].
+Returns:
+    per_latent: list of N cosines from -1 to 1, nan where a latent has fewer than two samples; mean: over the others,
+    nan where there is none; latents: how many those are.
+"""
+
+
+def monosemanticity(rows: np.ndarray, values: np.ndarray, features: np.ndarray) -> dict[str, Any]:
+    """Return the monosemanticity of every latent (arXiv 2504.02821).
+
+    With unit features u and activations a, the score is the sum over pairs of a_i a_j u_i.u_j over the sum of a_i a_j,
+    which needs no pair: both are a squared sum less its squares.
+
+    Args:
+        rows: int [N, m], row numbers of each latent's top samples, -1 where it has fewer.
+        values: float [N, m], their activations, not negative.
+        features: float [rows, hidden_size], of a stream that had no part in the activations.
+
+    Returns:
+        {"per_latent": float64 [N], nan for fewer than two samples, "mean": float, "latents": int}
+
+    Raises:
+        ValueError: for arrays that do not fit together, or a row number outside the features.
+    """
+    rows, values, features = np.asarray(rows), np.asarray(values, np.float64), np.asarray(features, np.float64)
+    if rows.shape != values.shape or rows.ndim != 2 or features.ndim != 2:
+        raise ValueError(
+            "`rows` and `values` must both be [latents, m] and `features` [rows, hidden_size], but they are "
+            f"{list(rows.shape)}, {list(values.shape)} and {list(features.shape)}"
+        )
+    if rows.max(initial=-1) >= len(features):
+        raise ValueError(f"row {rows.max()} is named, but `features` has {len(features)} rows")
+    weights = np.where(rows >= 0, values, 0.0)
+    latents, places = np.nonzero(weights > 0)
+    strengths, samples = weights[latents, places], rows[latents, places]
+    spread = csr_array((strengths, (latents, samples)), shape=(len(rows), len(features)))
+    lengths = np.linalg.norm(features, axis=1)
+    units = features / np.maximum(lengths, 1e-12)[:, None]
+    summed = spread @ units
+    squares = np.bincount(latents, weights=strengths**2 * (lengths[samples] > 0), minlength=len(rows))
+    pairs = weights.sum(axis=1) ** 2 - (weights**2).sum(axis=1)
+    enough = (weights > 0).sum(axis=1) >= 2
+    scores = np.full(len(rows), np.nan)
+    scores[enough] = ((summed**2).sum(axis=1) - squares)[enough] / pairs[enough]
+    mean = float(scores[enough].mean()) if enough.any() else float("nan")
+    return {"per_latent": scores, "mean": mean, "latents": int(enough.sum())}
+
+
+class Monosemanticity(evaluate.Metric):
+    """`monosemanticity` behind the interface of `evaluate`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        numbers = datasets.List(datasets.Value("float32"))
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({"rows": datasets.List(datasets.Value("int64")), "values": numbers}),
+        )
+
+    def _compute(self, rows, values, features) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = monosemanticity(np.asarray(rows), np.asarray(values), features)
+        return found | {"per_latent": found["per_latent"].tolist()}

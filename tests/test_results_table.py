@@ -1,0 +1,37 @@
+"""The settings behind docs/results.md, and the table made of them."""
+
+import sys
+from dataclasses import fields
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from sparc_hf.training_arguments import SparcTrainingArguments
+
+SETTINGS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from results_table import COLUMNS, table_line  # noqa: E402
+
+
+@pytest.mark.parametrize("name", ["demo", "caption_streams"])
+def test_settings_are_known_to_training(name):
+    content = yaml.safe_load((SETTINGS / f"{name}.yaml").read_text())
+    variants = yaml.safe_load((SETTINGS / "variants.yaml").read_text())
+    known = {field.name for field in fields(SparcTrainingArguments)}
+    for replaced in variants.values():
+        settings = content["train"] | replaced
+        if "objective" in settings and "objective" not in known:
+            continue
+        SparcTrainingArguments(features="f", output_dir="o", **settings)
+
+
+def test_a_line_holds_means_and_deviations():
+    def run(value: float) -> dict:
+        return {
+            encoding: {"headline": {name: {"value": value} for name, _, _ in COLUMNS}}
+            for encoding in ("joint", "single")
+        }
+
+    assert table_line("ours", [run(1.0), run(2.0), run(3.0)]).split(" | ")[:2] == ["| ours", "2.000 ± 1.000"]
+    assert table_line("ours", [run(0.5)]).count("0.500") == len(COLUMNS)
