@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,11 +144,14 @@ def _fail(command: str, message: str, status: int) -> int:
     return status
 
 
-def _run_extract(args: Any) -> dict[str, Any]:
+def _run_extract(args: Any) -> dict[str, Any] | None:
     from sparc_hf.extraction import run_extraction
 
     features = run_extraction(args)
-    return {"features": args.output, "rows": len(features), "streams": features.streams}
+    if int(os.environ.get("RANK", "0")) > 0:  # of several processes one speaks
+        return None
+    skipped = features.rows_skipped
+    return {"features": args.output, "rows": len(features), "rows_skipped": skipped, "streams": features.streams}
 
 
 def _run_train(args: Any) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Frozen encoders: the only place that knows a backbone, its pooled vector, its patch tokens and its grid."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -10,45 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from sparc_hf.encoder_families import FAMILIES, MODALITIES, POOLINGS, Family
 from sparc_hf.pretrained import ImageInputs, LoadedModels, TextInputs, commit_of, frozen_model, load_part
-
-POOLINGS = ("cls", "mean", "pooler", "projection")
-MODALITIES = ("image", "text")
-
-
-@dataclass(frozen=True)
-class Family:
-    """What has to be known of the models of one `config.model_type`.
-
-    Args:
-        pooling: the vector of an image or text that the papers use: "cls" (first token of the last hidden state),
-            "mean" (mean of the patch tokens, or of the tokens of a text), "pooler" (the model's own pooling head) or
-            "projection" (the vector of the space that images and texts share).
-        modalities: what the model can encode.
-        class_token: whether a class token precedes the patch tokens (register tokens are read from the config).
-        attention_mask: whether the text tower was trained with padding masked, and not with padding to full length.
-        options: arguments of `from_pretrained`.
-    """
-
-    pooling: str
-    modalities: tuple[str, ...] = ("image",)
-    class_token: bool = True
-    attention_mask: bool = True
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-FAMILIES: Mapping[str, Family] = {
-    "clip": Family("projection", MODALITIES),
-    "metaclip_2": Family("projection", MODALITIES),
-    "siglip": Family("pooler", MODALITIES, class_token=False, attention_mask=False),
-    "clip_vision_model": Family("pooler"),
-    "siglip_vision_model": Family("pooler", class_token=False),
-    "dinov2": Family("cls"),
-    "dinov2_with_registers": Family("cls"),
-    "dinov3_vit": Family("cls"),
-    # Most ViT checkpoints have no pooler; without this option transformers would add one with random weights.
-    "vit": Family("cls", options=(("add_pooling_layer", False),)),
-}
+from sparc_hf.token_grid import resample_tokens
 
 
 class StreamEncoder:
@@ -59,7 +23,9 @@ class StreamEncoder:
         encoder: Hub id or folder of a transformers checkpoint, or "demo:clip" or "demo:dino" for those shipped here.
         modality: what it encodes.
         pooling: which vector stands for a sample, one of "cls", "mean", "pooler", "projection"; by default the one
-            the papers use for this family of models.
+            the papers use for this family of models. "tokens" makes every patch token a row of its own.
+        grid: rows and columns that patch tokens are resampled to, with pooling "tokens"; the model's own by default.
+        prefix_tokens: tokens before the patch tokens, where the family of the model is not known here.
         revision: branch, tag or commit on the Hub.
         device: where the model runs.
         dtype: of its weights; feature rows are float32 whatever it is.
@@ -79,6 +45,8 @@ class StreamEncoder:
         modality: Literal["image", "text"] | str,
         *,
         pooling: str | None = None,
+        grid: Sequence[int] | None = None,
+        prefix_tokens: int | None = None,
         revision: str | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -93,6 +61,8 @@ class StreamEncoder:
         pinned = self.revision or revision
         self.config = load_part(AutoConfig, self.encoder, "config", revision=pinned)
         self.pooling = self._checked_pooling(pooling)
+        self.grid = self._checked_grid(grid)
+        self._given_prefix = prefix_tokens
         self.image_backend = image_backend
         if modality == "image":
             self._prepare: Any = ImageInputs(self.encoder, pinned, image_backend)
@@ -131,6 +101,8 @@ class StreamEncoder:
             record["encoder"],
             record["modality"],
             pooling=record.get("pooling"),
+            grid=record.get("grid") if record.get("pooling") == "tokens" else None,
+            prefix_tokens=record.get("prefix_tokens"),
             revision=record.get("revision"),
             image_backend=record.get("image_backend", "pil"),
             device=device,
@@ -159,12 +131,20 @@ class StreamEncoder:
 
     @property
     def hidden_size(self) -> int:
-        """Width of a pooled row."""
+        """Width of a row."""
         return int(self._record["hidden_size"])
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of one sample: 1, or with pooling "tokens" one per place of the grid."""
+        grid: Any = self._record["grid"] if self.pooling == "tokens" else (1, 1)
+        return grid[0] * grid[1]
 
     @property
     def prefix_tokens(self) -> int:
         """Tokens before the patch tokens: class token and registers."""
+        if self._given_prefix is not None:
+            return self._given_prefix
         return int(self.family.class_token) + (getattr(self._tower_config, "num_register_tokens", 0) or 0)
 
     @property
@@ -206,14 +186,98 @@ class StreamEncoder:
         return self._prepare(samples)
 
     @torch.no_grad()
+    def rows(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the feature rows, float32 [batch * rows_per_sample, hidden_size], of what `prepare` made.
+
+        The tokens of a sample follow each other, the grid row by row.
+        """
+        if self.pooling == "tokens":
+            return self.patch_tokens(inputs).flatten(0, 1)
+        return self.pooled(inputs)
+
+    @torch.no_grad()
     def pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the feature rows, float32 [batch, hidden_size], of what `prepare` made."""
+        """Return one vector a sample, float32 [batch, hidden_size], of what `prepare` made.
+
+        Raises:
+            ValueError: for a stream of patch tokens.
+        """
         inputs = self._placed(inputs)
+        return self._vectors(self._output(inputs), inputs)
+
+    def attentions(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return what `pooled` does, and the attention map [batch, heads, tokens, tokens] of every block.
+
+        Where gradients are enabled both are in one graph, so that `torch.autograd.grad` of a target on the vectors
+        reaches the maps. The model computes its attention the plain way for this call.
+
+        Raises:
+            ValueError: for a stream of patch tokens, or a model that gives no attention maps.
+        """
+        inputs = self._placed(inputs)
+        with self._eager_attention():
+            if "pixel_values" in inputs and torch.is_grad_enabled():
+                # The weights are frozen: without this nothing would be in a graph.
+                inputs["pixel_values"] = inputs["pixel_values"].detach().clone().requires_grad_()
+            output = self._output(inputs, output_attentions=True)
+            vectors = self._vectors(output, inputs)
+        found: Any = getattr(output, "attentions", None) or ()
+        maps: tuple[Any, ...] = tuple(found)
+        if not maps or any(one is None for one in maps):
+            raise ValueError(f"`{self.encoder}` ({self.config.model_type}) gives no attention maps")
+        return vectors, maps
+
+    @torch.no_grad()
+    def patch_tokens(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the patch tokens of the last hidden state, float32 [batch, grid height * grid width, hidden].
+
+        They are resampled to the grid that was asked for, where one was (see `resample_tokens`).
+
+        Raises:
+            ValueError: for a text stream, or a model whose tokens are not prefix tokens plus one per patch.
+        """
+        if self.modality != "image":
+            raise ValueError(f"stream `{self.name}` encodes text, which has no patches")
+        hidden = self._tower(**self._placed(inputs)).last_hidden_state
+        tokens = self._patches(hidden, inputs["pixel_values"])
+        return (
+            tokens if self.grid is None else resample_tokens(tokens, self.grid_of(inputs["pixel_values"]), self.grid)
+        )
+
+    def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Return rows and columns of the patch grid for `pixel_values` [batch, 3, height, width]."""
+        height, width = self.patch_size
+        return pixel_values.shape[-2] // height, pixel_values.shape[-1] // width
+
+    def encode(self, samples: Sequence[Image.Image] | Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Return the feature rows of images or texts, float32 [samples * rows_per_sample, hidden_size]."""
+        starts = range(0, max(len(samples), 1), batch_size)
+        rows = [self.rows(self.prepare(samples[start : start + batch_size])) for start in starts]
+        return torch.cat(rows).cpu().numpy()
+
+    @property
+    def inputs_of(self) -> Any:
+        """The image processor or tokenizer that `prepare` uses, a callable that other processes can be given."""
+        return self._prepare
+
+    @property
+    def _tower_config(self) -> Any:
+        return getattr(self.config, "vision_config" if self.modality == "image" else "text_config", self.config)
+
+    @property
+    def _tower(self) -> nn.Module:
+        return getattr(self.model, "vision_model" if self.modality == "image" else "text_model", self.model)
+
+    def _output(self, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+        if self.pooling == "tokens":
+            raise ValueError(f"stream `{self.name}` has patch tokens as rows, and no one vector a sample; use `rows`")
         if self.pooling == "projection":
             get = self.model.get_image_features if self.modality == "image" else self.model.get_text_features
-            return get(**inputs).pooler_output.float()  # pyright: ignore[reportCallIssue]
-        output = self._tower(**inputs)
-        if self.pooling == "pooler":
+            return get(**inputs, **options)  # pyright: ignore[reportCallIssue]
+        return self._tower(**inputs, **options)
+
+    def _vectors(self, output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        if self.pooling in ("projection", "pooler"):
             return output.pooler_output.float()
         hidden = output.last_hidden_state
         if self.pooling == "cls":
@@ -223,36 +287,21 @@ class StreamEncoder:
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, :, None].float()
         return (hidden.float() * mask).sum(1) / mask.sum(1)
 
-    @torch.no_grad()
-    def patch_tokens(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the patch tokens of the last hidden state, float32 [batch, grid height * grid width, hidden].
-
-        Raises:
-            ValueError: for a text stream, or a model whose tokens are not prefix tokens plus one per patch.
-        """
-        if self.modality != "image":
-            raise ValueError(f"stream `{self.name}` encodes text, which has no patches")
-        hidden = self._tower(**self._placed(inputs)).last_hidden_state
-        return self._patches(hidden, inputs["pixel_values"])
-
-    def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Return rows and columns of the patch grid for `pixel_values` [batch, 3, height, width]."""
-        height, width = self.patch_size
-        return pixel_values.shape[-2] // height, pixel_values.shape[-1] // width
-
-    def encode(self, samples: Sequence[Image.Image] | Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Return the feature rows of images or texts, float32 [samples, hidden_size]."""
-        starts = range(0, max(len(samples), 1), batch_size)
-        rows = [self.pooled(self.prepare(samples[start : start + batch_size])) for start in starts]
-        return torch.cat(rows).cpu().numpy()
-
-    @property
-    def _tower_config(self) -> Any:
-        return getattr(self.config, "vision_config" if self.modality == "image" else "text_config", self.config)
-
-    @property
-    def _tower(self) -> nn.Module:
-        return getattr(self.model, "vision_model" if self.modality == "image" else "text_model", self.model)
+    @contextmanager
+    def _eager_attention(self) -> Iterator[None]:
+        """Let the model return its attention maps, with gradients also for token ids, which cannot carry any."""
+        model: Any = self.model
+        before = model.config._attn_implementation
+        of_ids = self.modality == "text" and torch.is_grad_enabled()
+        model.set_attn_implementation("eager")
+        if of_ids:
+            model.enable_input_require_grads()
+        try:
+            yield
+        finally:
+            if of_ids:
+                model.disable_input_require_grads()
+            model.set_attn_implementation(before)
 
     def _placed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return inputs where the model is, floating ones in its dtype."""
@@ -267,7 +316,8 @@ class StreamEncoder:
         if hidden.ndim != 3 or hidden.shape[1] != self.prefix_tokens + grid[0] * grid[1]:
             raise ValueError(
                 f"`{self.encoder}` gives {list(hidden.shape)} where {self.prefix_tokens} prefix tokens and a grid of "
-                f"{grid[0]} x {grid[1]} patches were expected; its family `{self.config.model_type}` is not known here"
+                f"{grid[0]} x {grid[1]} patches were expected; say in the stream record how many `prefix_tokens` "
+                f"its family `{self.config.model_type}` has"
             )
         return hidden[:, self.prefix_tokens :].float()
 
@@ -276,6 +326,8 @@ class StreamEncoder:
         if self.modality not in family.modalities:
             raise ValueError(f"`{self.encoder}` ({kind}) encodes {family.modalities[0]}, not {self.modality}")
         pooling = pooling or family.pooling
+        if pooling == "tokens" and self.modality != "image":
+            raise ValueError(f"stream `{self.name}` encodes text, which has no patch tokens; leave `pooling` out")
         if not pooling:
             raise ValueError(
                 f"`{self.encoder}` is of the unknown family `{kind}`; say which vector to take with "
@@ -289,12 +341,22 @@ class StreamEncoder:
             raise ValueError(f"`{self.encoder}` ({kind}, {self.modality}) has no `pooling` {pooling!r}; leave it out")
         return pooling
 
+    def _checked_grid(self, grid: Sequence[int] | None) -> tuple[int, int] | None:
+        if grid is None:
+            return None
+        if self.pooling != "tokens" or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+            raise ValueError(
+                f"`grid` must be two positive numbers, rows and columns, with `pooling` tokens, but stream "
+                f"`{self.name}` has {list(grid)} with `pooling` {self.pooling}"
+            )
+        return int(grid[0]), int(grid[1])
+
     def _facts(self) -> dict[str, Any]:
         """Run one sample through the model, so that the record says what it does and not what its config promises."""
         sample = Image.new("RGB", (64, 64)) if self.modality == "image" else "a"
         inputs = self.prepare([sample])  # pyright: ignore[reportArgumentType]
         try:
-            row = self.pooled(inputs)
+            row = self.rows(inputs)
         except AttributeError as error:
             raise ValueError(
                 f"`{self.encoder}` ({self.config.model_type}) has no `{self.pooling}` vector: {error}"
@@ -312,7 +374,9 @@ class StreamEncoder:
             facts["image_backend"] = self.image_backend
             facts["image_size"] = list(inputs["pixel_values"].shape[-2:])
             if getattr(self._tower_config, "patch_size", None) is not None:
-                facts["grid"] = list(self.grid_of(inputs["pixel_values"]))
+                facts["grid"] = list(self.grid or self.grid_of(inputs["pixel_values"]))
+        if self._given_prefix is not None:
+            facts["prefix_tokens"] = self._given_prefix
         return facts
 
 
@@ -325,7 +389,8 @@ def load_encoders(
     """Load the encoders of several streams; streams of one checkpoint and revision share its model.
 
     Args:
-        records: stream records with `name`, `encoder`, `modality` and, where wanted, `pooling` and `revision`.
+        records: stream records with `name`, `encoder`, `modality` and, where wanted, `pooling`, `revision`, `grid` and
+            `prefix_tokens`.
         device: where the models run.
         dtype: of their weights.
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "sparc_features.json"
+MEND = "copy it again, or run the command that made the dataset once more with `--repair`"
 
 StreamRecords = Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]]
 
@@ -61,12 +62,16 @@ def checked_streams(streams: StreamRecords) -> list[dict[str, Any]]:
 def write_shard(folder: Path, name: str, batch: pa.RecordBatch) -> dict[str, Any]:
     """Write one record batch as the file `name`, which appears only when it is whole; return its manifest entry."""
     temporary = folder / f"{name}.tmp"
-    with open(temporary, "wb") as file:
-        with pa.ipc.new_stream(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / name)
+    try:
+        with open(temporary, "wb") as file:
+            with pa.ipc.new_stream(file, batch.schema) as writer:
+                writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+    except OSError:  # half a shard on a full disk would take the room that the next try needs
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(folder)
     path = folder / name
     return {"file": name, "rows": batch.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -100,7 +105,7 @@ def read_manifest(folder: Path, kind: FolderKind = FEATURE_FOLDER) -> dict[str, 
     return manifest
 
 
-def open_shard(folder: Path, shard: Mapping[str, Any], verify: bool = False) -> pa.Table:
+def open_shard(folder: Path, shard: Mapping[str, Any], verify: bool = True) -> pa.Table:
     """Map one shard into memory after comparing it with its manifest entry, by SHA-256 if `verify` is true.
 
     Raises:
@@ -109,7 +114,7 @@ def open_shard(folder: Path, shard: Mapping[str, Any], verify: bool = False) -> 
     """
     file = folder / shard["file"]
     if not file.is_file():
-        raise FileNotFoundError(f"shard `{file}` is missing; copy its folder again")
+        raise FileNotFoundError(f"shard `{file}` is missing; {MEND}")
     problem = ""
     if file.stat().st_size != shard["bytes"]:
         problem = f"it has {file.stat().st_size} bytes instead of {shard['bytes']}"
@@ -123,7 +128,7 @@ def open_shard(folder: Path, shard: Mapping[str, Any], verify: bool = False) -> 
             problem = f"it has {table.num_rows} rows instead of {shard['rows']}"
         except (pa.ArrowException, OSError) as error:
             problem = str(error)
-    raise ValueError(f"shard `{file}` is damaged: {problem}; copy its folder again")
+    raise ValueError(f"shard `{file}` is damaged: {problem}; {MEND}")
 
 
 def finish_folder(

@@ -3,12 +3,14 @@
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from sparc_hf.batches import FeatureBatches
 from sparc_hf.feature_columns import (
@@ -56,6 +58,9 @@ class FeatureDataset:
         label_names: names of the label classes.
         taxonomy: nested label hierarchy.
         source: how the features were made.
+
+    Attributes:
+        rows_skipped: samples of the source that were left out when it was extracted; `skipped.jsonl` lists them.
     """
 
     def __init__(
@@ -73,17 +78,19 @@ class FeatureDataset:
         self.label_names = None if label_names is None else list(label_names)
         self.taxonomy = taxonomy
         self.source = source
+        self.rows_skipped = 0
         self._rows = rows
         self._columns = {name: ColumnRows(self.table.column(name)) for name in self.stream_names}
 
     @classmethod
-    def load(cls, path: str | os.PathLike, verify: bool = False) -> "FeatureDataset":
+    def load(cls, path: str | os.PathLike, verify: bool = True) -> "FeatureDataset":
         """Open a feature dataset, memory-mapped.
 
         Args:
             path: its folder, or where it was pushed: `hf://datasets/<owner>/<name>[@<revision>][/<split>]`, or the
                 folder of Parquet files of a dry run.
-            verify: also compare the SHA-256 of every shard, which reads all of it.
+            verify: compare the SHA-256 of every shard, which reads all of it once; without it only sizes and row
+                counts are compared.
 
         Raises:
             FileNotFoundError: if the folder, its manifest or a shard is missing.
@@ -94,14 +101,21 @@ class FeatureDataset:
             return cls(split.read_table(), **{name: split.facts[name] for name in FACTS})
         folder = Path(path)
         manifest = read_manifest(folder)
-        tables = [open_shard(folder, shard, verify) for shard in manifest["shards"]]
+        with ThreadPoolExecutor() as pool:  # checksums leave Python's lock alone
+            opened = pool.map(lambda shard: open_shard(folder, shard, verify), manifest["shards"])
+            # A bar appears only where this takes long.
+            tables = list(
+                tqdm(opened, total=len(manifest["shards"]), desc="check", unit=" shards", delay=2, leave=False)
+            )
         table = pa.concat_tables(tables)
         if table.num_rows != manifest["rows"]:
             raise ValueError(
                 f"`{folder}` should have {manifest['rows']} rows, but its shards have {table.num_rows}; make it again"
             )
         facts = {key: manifest.get(key) for key in ("label_names", "taxonomy", "source")}
-        return cls(table, manifest["streams"], **facts)
+        made = cls(table, manifest["streams"], **facts)
+        made.rows_skipped = int(manifest.get("rows_skipped", 0))
+        return made
 
     @classmethod
     def from_arrays(

@@ -169,10 +169,19 @@ def test_presets_hold_known_settings_only(preset):
     from sparc_hf.training_arguments import SparcTrainingArguments
 
     content = yaml.safe_load((ROOT / "sparc_hf" / "presets" / f"{preset}.yaml").read_text())
+    extract = ExtractionArguments(source="s", output="o", **content["extract"])
+    streams = parse_streams(extract.encoders)
+    if preset == "usae-imagenet":
+        assert [(record["name"], record["pooling"]) for record in streams] == [
+            ("siglip", "tokens"),
+            ("dino", "tokens"),
+            ("vit", "tokens"),
+        ]
+        assert (extract.grid, extract.normalize, extract.source_format) == ([14, 14], "standardize", "imagenet")
+        return
     args = SparcTrainingArguments(features="f", output_dir="o", **content["train"])
     if preset != "demo":
         assert (args.num_latents, args.k, args.batch_size, args.epochs) == (8192, 64, 256, 50)
-    streams = parse_streams(ExtractionArguments(source="s", output="o", **content["extract"]).encoders)
     assert [(record["name"], record["modality"]) for record in streams] == [
         ("dino", "image"),
         ("clip_img", "image"),

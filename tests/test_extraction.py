@@ -101,23 +101,28 @@ def test_stopped_run_goes_on_and_equals_a_straight_one(folder, encoders, tmp_pat
         calls.append(len(inputs["pixel_values"]))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return type(clip).pooled(clip, inputs)
+        return type(clip).rows(clip, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(clip, "pooled", failing)
+        patch.setattr(clip, "rows", failing)
         with pytest.raises(KeyboardInterrupt):
             extract_features(dataset, encoders, tmp_path / "set", batch_size=4, rows_per_shard=8)
     encoded = []
     with monkeypatch.context() as patch:
-        patch.setattr(clip, "pooled", lambda inputs: encoded.append(inputs) or type(clip).pooled(clip, inputs))
+        patch.setattr(clip, "rows", lambda inputs: encoded.append(inputs) or type(clip).rows(clip, inputs))
         resumed = extract_features(dataset, encoders, tmp_path / "set", batch_size=4, rows_per_shard=8)
-    assert sum(len(inputs["pixel_values"]) for inputs in encoded) == 21 - 12
+    assert sum(len(inputs["pixel_values"]) for inputs in encoded) == 21 - 8
     straight = extract_features(dataset, encoders, tmp_path / "straight", batch_size=4, rows_per_shard=8)
     for name in encoders:
         np.testing.assert_array_equal(resumed.array(name), straight.array(name))
     assert resumed.text == straight.text
-    with pytest.raises(ValueError, match="already holds a feature dataset"):
-        extract_features(dataset, encoders, tmp_path / "set", batch_size=4, rows_per_shard=8)
+    # The same again finds it done; anything else is refused.
+    with monkeypatch.context() as patch:
+        patch.setattr(clip, "rows", None)
+        again = extract_features(dataset, encoders, tmp_path / "set", batch_size=4, rows_per_shard=8)
+    assert again.text == straight.text
+    with pytest.raises(ValueError, match=r"already holds a feature dataset .*`columns` differ"):
+        extract_features(dataset, encoders, tmp_path / "set", batch_size=4, rows_per_shard=8, dtype="float16")
 
 
 def test_bad_rows_are_named(folder, encoders, tmp_path, monkeypatch):
@@ -126,19 +131,19 @@ def test_bad_rows_are_named(folder, encoders, tmp_path, monkeypatch):
     bad = folder / Path(dataset.cast_column("image", datasets.Image(decode=False))[9]["image"]["path"]).name
     whole = bad.read_bytes()
     bad.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=rf"the image of row 9 \(.*{bad.name}\) cannot be read"):
+    with pytest.raises(ValueError, match=rf"row 9 \(.*{bad.name}\): its image cannot be read"):
         extract_features(dataset, images, tmp_path / "set", batch_size=4)
-    with pytest.raises(ValueError, match=r"the image of row 9 \(k\d+\) cannot be read"):
+    with pytest.raises(ValueError, match=r"row 9 \(k\d+\): its image cannot be read"):
         extract_features(dataset, images, tmp_path / "other", batch_size=4, id_column="key")
     bad.write_bytes(whole)
     assert len(extract_features(dataset, images, tmp_path / "set", batch_size=4)) == 21
     texts = datasets.Dataset.from_dict({"id": ["x", "y"], "text": ["cat", "  "]})
-    with pytest.raises(ValueError, match=r"the text of row 1 \(y\) is empty"):
+    with pytest.raises(ValueError, match=r"row 1 \(y\): its text is empty"):
         extract_features(texts, {"clip_txt": encoders["clip_txt"]}, tmp_path / "texts")
     monkeypatch.setattr(
-        encoders["dino"], "pooled", lambda inputs: torch.full((len(inputs["pixel_values"]), 16), torch.nan)
+        encoders["dino"], "rows", lambda inputs: torch.full((len(inputs["pixel_values"]), 16), torch.nan)
     )
-    with pytest.raises(ValueError, match=r"`dino` gives a NaN or infinite number for row 0 \(k\d+\)"):
+    with pytest.raises(ValueError, match=r"row 0 \(k\d+\): encoder `dino` gives a NaN"):
         extract_features(dataset, images, tmp_path / "nan", id_column="key")
 
 
@@ -155,7 +160,7 @@ def test_labels(encoders, tmp_path):
     assert (made.label_names, made.column("labels")) == (["cat", "dog"], [[0], [1], [1]])
     made = extract_features(table, text, tmp_path / "many", labels_column="many", label_names=["cat", "dog"])
     assert made.labels_csr().toarray().tolist() == [[1, 0], [0, 0], [1, 1]]
-    with pytest.raises(ValueError, match="label 'dog' of row 2 is not among"):
+    with pytest.raises(ValueError, match="row 2: its label 'dog' is not among"):
         extract_features(table, text, tmp_path / "few", labels_column="many", label_names=["cat"])
 
 

@@ -1,0 +1,96 @@
+"""COCO: a captions JSON and an image folder, with the categories of an instances JSON as labels."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Literal
+
+from sparc_hf.label_hierarchy import hierarchy_of_paths
+from sparc_hf.sources import Source, read_json, rows_with_images
+
+LISTS = {"images": {"id", "file_name"}, "annotations": {"image_id"}, "categories": {"id", "name"}}
+
+
+def open_coco(
+    captions: str | Path,
+    images: str | Path,
+    *,
+    instances: str | Path | None = None,
+    rows: Literal["image", "caption"] = "image",
+) -> Source:
+    """Open photographs and captions in COCO's format.
+
+    Args:
+        captions: the captions JSON (`images` and `annotations`).
+        images: the folder with the image files.
+        instances: the instances JSON; its categories become the labels, in the order of their names in the file, and
+            its supercategories the taxonomy.
+        rows: "image" for one row an image, whose captions are a list that extraction joins; "caption" for one row a
+            caption, with id `<image id>-<caption id>`.
+
+    Raises:
+        ValueError: if a file is not in COCO's format, or an annotation is for an image that is not listed.
+    """
+    import datasets
+
+    listed = _listed(Path(captions), ("images", "annotations"), captions=True)
+    files = {image["id"]: str(Path(images) / image["file_name"]) for image in listed["images"]}
+    texts: dict[Any, list[tuple[Any, str]]] = defaultdict(list)
+    for annotation in listed["annotations"]:
+        if annotation["image_id"] not in files:
+            raise ValueError(f"`{captions}` has a caption for image {annotation['image_id']}, which it does not list")
+        texts[annotation["image_id"]].append((annotation["id"], annotation["caption"].strip()))
+    types: dict[str, Any] = {"labels": datasets.List(datasets.Value("int32"))}
+    columns: dict[str, list[Any]] = {"id": [], "image": []}
+    if rows == "image":
+        types["captions"] = datasets.List(datasets.Value("string"))
+        order = list(files)
+        columns |= {"id": [str(image) for image in order], "captions": [[t for _, t in texts[i]] for i in order]}
+    elif rows == "caption":
+        pairs = [(image, number, text) for image in files for number, text in texts[image]]
+        order = [image for image, _, _ in pairs]
+        columns |= {"id": [f"{image}-{number}" for image, number, _ in pairs], "caption": [text for *_, text in pairs]}
+    else:
+        raise ValueError(f"`rows` must be image or caption, but it is {rows!r}")
+    columns["image"] = [files[image] for image in order]
+    names, taxonomy = None, None
+    if instances is not None:
+        per_image, names, taxonomy = _labels(Path(instances))
+        columns["labels"] = [per_image.get(image, []) for image in order]
+    return Source(
+        rows_with_images(columns, types),
+        text_column="captions" if rows == "image" else "caption",
+        labels_column="labels" if instances is not None else None,
+        label_names=names,
+        taxonomy=taxonomy,
+        facts={"format": "coco", "rows_are": rows},
+    )
+
+
+def _labels(file: Path) -> tuple[dict[Any, list[int]], list[str], dict[str, Any]]:
+    """Return class ids per image, the class names, and the supercategories as a taxonomy."""
+    listed = _listed(file, ("annotations", "categories"))
+    position = {category["id"]: number for number, category in enumerate(listed["categories"])}
+    found: dict[Any, set[int]] = defaultdict(set)
+    for annotation in listed["annotations"]:
+        if annotation.get("category_id") not in position:
+            raise ValueError(
+                f"`{file}` has an annotation of category {annotation.get('category_id')}, not listed there"
+            )
+        found[annotation["image_id"]].add(position[annotation["category_id"]])
+    names = [category["name"] for category in listed["categories"]]
+    paths = [(*filter(None, [one.get("supercategory")]), one["name"]) for one in listed["categories"]]
+    return {image: sorted(ids) for image, ids in found.items()}, names, hierarchy_of_paths(paths)
+
+
+def _listed(file: Path, keys: tuple[str, ...], captions: bool = False) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"`{file}` is not in COCO's format: it must be an object with {list(LISTS)}")
+    for key in keys:
+        entries = content.get(key)
+        fields = LISTS[key] | ({"id", "caption"} if captions and key == "annotations" else set())
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and fields <= set(e) for e in entries):
+            raise ValueError(
+                f"`{file}` is not in COCO's format: `{key}` must be a list of objects with {sorted(fields)}"
+            )
+    return content
