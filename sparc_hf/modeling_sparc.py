@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
+from .buffers_sparc import FeatureStatistics, StepCounters
+from .checks_sparc import reject_loading_faults, reject_rows, reject_shape
 from .configuration_sparc import SparcConfig
 from .objectives_sparc import sparc_losses
 from .outputs_sparc import SparcOutput, SparseCodes
@@ -48,41 +50,6 @@ class _Encoded(NamedTuple):
     values: Tensor
 
 
-class _StepCounters(nn.Module):
-    """One int64 buffer [N] per stream: training steps since each latent last fired there."""
-
-    def __init__(self, names: list[str], num_latents: int):
-        super().__init__()
-        for name in names:
-            self.register_buffer(name, torch.zeros(num_latents, dtype=torch.int64))
-
-
-class _FeatureStatistics(nn.Module):
-    """Means and standard deviations of the standardised streams, rebuilt from the config and so never saved."""
-
-    def __init__(self, config: SparcConfig):
-        super().__init__()
-        self.records = [record for record in config.streams or [] if record["normalize"] == "standardize"]
-        for record in self.records:
-            for field in ("mean", "std"):
-                buffer = torch.empty_like(self._from_config(record[field]))
-                self.register_buffer(f"{record['name']}_{field}", buffer, persistent=False)
-
-    @staticmethod
-    def _from_config(value: Any) -> Tensor:
-        return torch.tensor(value if isinstance(value, list | tuple) else [value], dtype=torch.float32)
-
-    def fill(self) -> None:
-        for record in self.records:
-            for field in ("mean", "std"):
-                init.copy_(getattr(self, f"{record['name']}_{field}"), self._from_config(record[field]))
-
-    def of(self, name: str) -> tuple[Tensor, Tensor] | None:
-        if not hasattr(self, f"{name}_mean"):
-            return None
-        return getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
-
-
 class SparcModel(PreTrainedModel):
     """Encoders, atoms and biases of every stream over one space of `config.num_latents` latents.
 
@@ -111,8 +78,8 @@ class SparcModel(PreTrainedModel):
         self.encoders = nn.ModuleDict({name: nn.Linear(size, latents) for name, size in sizes.items()})
         self.atoms = nn.ParameterDict([(name, torch.empty(latents, size)) for name, size in sizes.items()])
         self.pre_bias = nn.ParameterDict([(name, torch.empty(size)) for name, size in sizes.items()])
-        self.steps_since_fired = _StepCounters(config.stream_names, latents)
-        self.feature_statistics = _FeatureStatistics(config)
+        self.steps_since_fired = StepCounters(config.stream_names, latents)
+        self.feature_statistics = FeatureStatistics(config)
         self.counter_group: Any = None
         self.max_preactivation_mb: float = 1024
         self.gradient_terms: dict[str, list[GradientTerm]] | None = None
@@ -133,10 +100,10 @@ class SparcModel(PreTrainedModel):
         elif module is self.pre_bias:
             for bias in self.pre_bias.values():
                 init.zeros_(bias)
-        elif isinstance(module, _StepCounters):
+        elif isinstance(module, StepCounters):
             for counter in module.buffers():
                 init.zeros_(counter)
-        elif isinstance(module, _FeatureStatistics):
+        elif isinstance(module, FeatureStatistics):
             module.fill()
 
     @classmethod
@@ -161,12 +128,7 @@ class SparcModel(PreTrainedModel):
             output_loading_info=True,
             **{**kwargs, "ignore_mismatched_sizes": True},
         )
-        faults = [f"{len(info[key])} {word}: {_listed(info[key])}" for key, word in _LOADING_FAULTS if info[key]]
-        if faults:
-            raise ValueError(
-                f"the weights in `{pretrained_model_name_or_path}` do not fit its config.json ({'; '.join(faults)}); "
-                "the two files must come from one `save_pretrained`"
-            )
+        reject_loading_faults(info, path)
         return (model, info) if wants_info else model  # pyright: ignore[reportReturnType]
 
     def forward(
@@ -301,23 +263,15 @@ class SparcModel(PreTrainedModel):
 
     def _normalized_stream(self, name: str, raw: Tensor, reject_zero_rows: bool) -> Tensor:
         record = self.config.stream(name)
-        if not isinstance(raw, Tensor) or raw.ndim != 2:
-            found = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            raise ValueError(f"stream `{name}` needs a tensor [batch, {record['hidden_size']}], but it got {found}")
-        if raw.shape[1] != record["hidden_size"]:
-            raise ValueError(
-                f"stream `{name}` has width {record['hidden_size']}, but its features have {raw.shape[1]}"
-            )
-        if raw.shape[0] == 0:
-            raise ValueError(f"stream `{name}` got an empty batch: 0 rows where at least 1 is needed")
+        reject_shape(raw, name, record["hidden_size"])
         raw = raw.to(device=self.device, dtype=self.pre_bias[name].dtype)
         # Reading a verdict back stalls a GPU, so training there leaves it to the loop, which watches the losses.
         checked = raw.device.type == "cpu" or not self.training
         if checked:
-            _reject_rows(~raw.isfinite().all(dim=-1), name, "NaN or infinite values")
+            reject_rows(~raw.isfinite().all(dim=-1), name, "NaN or infinite values")
         rows = normalize_rows(raw, record["normalize"], self.feature_statistics.of(name))
         if checked and reject_zero_rows:
-            _reject_rows(~rows.any(dim=-1), name, "only zeros, so that its relative error is undefined")
+            reject_rows(~rows.any(dim=-1), name, "only zeros, so that its relative error is undefined")
         return rows
 
     def _encoder(self, name: str) -> nn.Linear:
@@ -479,32 +433,12 @@ class SparcModel(PreTrainedModel):
             counter.copy_(torch.where(row > 0, 1, counter + int(new_step)))
 
 
-_LOADING_FAULTS = (("missing_keys", "missing"), ("unexpected_keys", "unexpected"), ("mismatched_keys", "mis-shaped"))
-
-
 def _codes_of(groups: Sequence[_Encoded], num_latents: int) -> dict[str, SparseCodes]:
     return {
         name: SparseCodes(selection.indices, value, num_latents)
         for names, selection, values in groups
         for name, value in zip(names, values.unbind(), strict=True)
     }
-
-
-def _listed(keys: Any, limit: int = 3) -> str:
-    # Mis-shaped keys come as (name, shape in the file, shape in the model).
-    texts = sorted(
-        key if isinstance(key, str) else f"{key[0]} is {list(key[1])} instead of {list(key[2])}" for key in keys
-    )
-    return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
-
-
-def _reject_rows(faulty: Tensor, name: str, fault: str) -> None:
-    if faulty.any():
-        numbers = faulty.nonzero().squeeze(-1).tolist()
-        raise ValueError(
-            f"row {numbers[0]} of stream `{name}` holds {fault} ({len(numbers)} of {faulty.numel()} rows do); "
-            "leave such rows out"
-        )
 
 
 SparcModel.register_for_auto_class("AutoModel")

@@ -46,11 +46,11 @@ class Selection:
         if self._transposed is None:
             flat = self.indices.reshape(-1)
             if ops := compiled_ops(flat):
-                self._transposed = ops.transpose(flat, self.num_latents)
+                order, offsets = ops.transpose(flat, self.num_latents)
             else:
                 latents, order = torch.sort(flat, stable=True)
-                starts = torch.arange(self.num_latents + 1, device=flat.device)
-                self._transposed = (order, torch.searchsorted(latents, starts))
+                offsets = torch.searchsorted(latents, torch.arange(self.num_latents + 1, device=flat.device))
+            self._transposed = order, offsets
         return self._transposed
 
     def sum_rows(self, rows: Tensor, values: Tensor) -> Tensor:

@@ -117,21 +117,21 @@ class SparcTrainer:
         self.eval_batches = self._batches(held_out, shuffle=False) if held_out is not None else None
         self.rows = len(features)
         set_seed(args.seed)
-        self.model = SparcModel(SparcConfig(streams=records, **args.model_settings()))
+        self.config = SparcConfig(streams=records, **args.model_settings())
+        self.model = SparcModel(self.config)
         self.model.counter_group = torch.distributed.group.WORLD if self.world_size > 1 else None
         if args.center:
             _center(self.model, features)
         self.model.max_preactivation_mb = args.max_preactivation_mb
         # In "evaluation mode" Accelerate moves the model and sets its precision, but leaves the gradients to us.
-        self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        self.optimizer = self.accelerator.prepare_optimizer(SparcAdam(self.model, args.learning_rate))
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        adam = SparcAdam(self.model, args.learning_rate)
+        self.optimizer = self.accelerator.prepare_optimizer(adam)
         self.total_steps = len(self.batches) * args.epochs
         if self._takes_terms():
             self.model.gradient_terms = {}
         # Stepped once per optimizer step by hand: a prepared scheduler advances once per process.
-        self.scheduler = get_scheduler(
-            args.lr_schedule, self.optimizer.optimizer, args.warmup_steps, max(self.total_steps, 1)
-        )
+        self.scheduler = get_scheduler(args.lr_schedule, adam, args.warmup_steps, max(self.total_steps, 1))
         self.step = 0
         self._sums = _TermSums(self.accelerator.device)
         self._stop_signal = 0
@@ -145,7 +145,7 @@ class SparcTrainer:
                 with self.accelerator.local_main_process_first():
                     compiled = load_step_kernel()
         if self.world_size > 1:
-            as_terms, dense = exchanged_bytes(self.model.config, self.batches.batch_size)
+            as_terms, dense = exchanged_bytes(self.config, self.batches.batch_size)
             return as_terms < dense
         return compiled and not self._needs_dense_gradients
 

@@ -19,6 +19,8 @@ FLOORS = {
     "feature_columns": 0,
     "feature_files": 0,
     "outputs_sparc": 0,
+    "buffers_sparc": 1,
+    "checks_sparc": 0,
     "objectives_sparc": 1,
     "encoders": 1,
     "pretrained": 0,
@@ -47,7 +49,15 @@ FLOORS = {
     "demo_run": 8,
     "cli": 9,
 }
-REMOTE_CODE = {"configuration_sparc", "sparse_ops", "outputs_sparc", "objectives_sparc", "modeling_sparc"}
+REMOTE_CODE = {
+    "configuration_sparc",
+    "sparse_ops",
+    "outputs_sparc",
+    "buffers_sparc",
+    "checks_sparc",
+    "objectives_sparc",
+    "modeling_sparc",
+}
 
 
 def modules() -> list[Path]:
