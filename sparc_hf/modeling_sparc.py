@@ -267,7 +267,8 @@ class SparcModel(PreTrainedModel):
         raw = raw.to(device=self.device, dtype=self.pre_bias[name].dtype)
         # Reading a verdict back stalls a GPU, so training there leaves it to the loop, which watches the losses.
         checked = raw.device.type == "cpu" or not self.training
-        if checked:
+        # A sum is finite only where every value is, and takes one pass.
+        if checked and not raw.sum().isfinite():
             reject_rows(~raw.isfinite().all(dim=-1), name, "NaN or infinite values")
         rows = normalize_rows(raw, record["normalize"], self.feature_statistics.of(name))
         if checked and reject_zero_rows:
