@@ -2,8 +2,9 @@
 
     python benchmarks/bench_step.py --batch 256 1024 --output step.json
 
-Prints a table and writes JSON: medians over the rounds, the ratio to dense, and the ratio to the floor, the encoder
-product alone. Memory is the peak of torch's own allocations during one step, beyond what lives between steps.
+The step is measured twice, with torch's operators alone and with the compiled ones. Prints a table and writes JSON:
+medians over the rounds, the ratios to dense, and the ratio to the floor, the encoder product alone. Memory is the peak
+of torch's own allocations during one step, gradients among them, beyond what lives between steps.
 """
 
 import argparse
@@ -12,12 +13,15 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from dense_baseline import DenseSparc
 from torch.profiler import ProfilerActivity, profile
 
-from sparc_hf import SparcConfig, SparcModel
+from sparc_hf import SparcConfig, SparcModel, sparse_ops
+from sparc_hf.optimizer import SparcAdam
+from sparc_hf.step_kernel import load_step_kernel
 
 
 def random_rows(widths: dict[str, int], batch: int) -> dict[str, torch.Tensor]:
@@ -35,11 +39,18 @@ class Steps:
         self.dense.load_state_dict(self.model.state_dict())
         self.rows = random_rows(widths, batch)
         self.dead = torch.rand(latents) < dead
-        self.fast_optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
+        self.has_kernel = load_step_kernel()
+        self.optimizer = SparcAdam(self.model, lr=1e-4)
         self.plain_optimizer = torch.optim.Adam(self.dense.parameters(), lr=1e-4)
 
-    def fast(self) -> None:
-        self._step(self.model, self.fast_optimizer)
+    def compiled(self) -> None:
+        self.model.gradient_terms = {}
+        self._step(self.model, self.optimizer)
+
+    def sparse(self) -> None:
+        self.model.gradient_terms = None
+        with mock.patch.object(sparse_ops, "compiled_ops", return_value=None):
+            self._step(self.model, self.optimizer)
 
     def plain(self) -> None:
         self._step(self.dense, self.plain_optimizer)
@@ -54,12 +65,16 @@ class Steps:
             getattr(model.steps_since_fired, name)[self.dead] = 10**7
         optimizer.zero_grad(set_to_none=True)
         model(self.rows)["loss"].backward()
-        model.prepare_atoms_for_step()
+        if model is self.dense:
+            model.prepare_atoms_for_step()
         optimizer.step()
 
 
-def peak_memory(work) -> int:
-    """Return the peak of allocations during a call, in bytes above the start."""
+def peak_memory(steps: Steps, work) -> int:
+    """Return the peak of allocations during a step, gradients among them, in bytes above what lives between steps."""
+    work()
+    for module in (steps.model, steps.dense):
+        module.zero_grad(set_to_none=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     level = peak = 0
@@ -71,7 +86,9 @@ def peak_memory(work) -> int:
 
 
 def measure(steps: Steps, rounds: int) -> dict[str, float]:
-    works = {"dense": steps.plain, "sparse": steps.fast, "encoder product": steps.floor}
+    works = {"dense": steps.plain, "torch": steps.sparse, "product": steps.floor}
+    if steps.has_kernel:
+        works["compiled"] = steps.compiled
     times: dict[str, list[float]] = {name: [] for name in works}
     for round_number in range(rounds + 1):
         for name, work in works.items():
@@ -79,15 +96,15 @@ def measure(steps: Steps, rounds: int) -> dict[str, float]:
             work()
             if round_number:  # the first round warms up
                 times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    per_round = list(zip(*times.values(), strict=True))
-    return {
-        **{f"{name} s": value for name, value in medians.items()},
-        "dense / sparse": statistics.median(d / s for d, s, _ in per_round),
-        "sparse / product": statistics.median(s / f for _, s, f in per_round),
-        "dense peak MB": peak_memory(steps.plain) / 2**20,
-        "sparse peak MB": peak_memory(steps.fast) / 2**20,
-    }
+    result = {f"{name} ms": 1e3 * statistics.median(values) for name, values in times.items()}
+    for name in works.keys() - {"dense", "product"}:
+        result[f"dense / {name}"] = _median_ratio(times["dense"], times[name])
+        result[f"{name} / product"] = _median_ratio(times[name], times["product"])
+    return result | {f"{name} peak MB": peak_memory(steps, work) / 2**20 for name, work in works.items()}
+
+
+def _median_ratio(one: list[float], other: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
 def main() -> None:

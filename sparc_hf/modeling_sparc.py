@@ -1,8 +1,8 @@
 """SparcModel: several streams of frozen features, one sparse code space (SPARC, arXiv 2507.06265)."""
 
 import os
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,20 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
+from .buffers_sparc import FeatureStatistics, StepCounters
+from .checks_sparc import reject_loading_faults, reject_rows, reject_shape
 from .configuration_sparc import SparcConfig
 from .objectives_sparc import sparc_losses
 from .outputs_sparc import SparcOutput, SparseCodes
 from .sparse_ops import (
+    GradientTerm,
     Selection,
+    decode_errors,
     gather_preactivations,
     normalize_rows,
+    row_energy,
     sparse_decode,
-    sum_of,
+    top_k,
     unit_norm,
     unit_norm_,
 )
@@ -26,41 +31,23 @@ from .sparse_ops import (
 __all__ = ["SparcModel", "SparcOutput", "SparseCodes"]
 
 REINITIALIZED_STD = 0.01
+# Rows that a CPU multiplies at full speed; more at once only take memory.
+ROWS_PER_PRODUCT = 512
 
 
-class _StepCounters(nn.Module):
-    """One int64 buffer [N] per stream: training steps since each latent last fired there."""
+class _Rows(NamedTuple):
+    """A stream's normalised rows x and, outside the graph, x - b: both [batch, d]."""
 
-    def __init__(self, names: list[str], num_latents: int):
-        super().__init__()
-        for name in names:
-            self.register_buffer(name, torch.zeros(num_latents, dtype=torch.int64))
+    normalized: Tensor
+    centered: Tensor
 
 
-class _FeatureStatistics(nn.Module):
-    """Means and standard deviations of the standardised streams, rebuilt from the config and so never saved."""
+class _Encoded(NamedTuple):
+    """Streams that share a selection, and their values [streams, batch, k]."""
 
-    def __init__(self, config: SparcConfig):
-        super().__init__()
-        self.records = [record for record in config.streams or [] if record["normalize"] == "standardize"]
-        for record in self.records:
-            for field in ("mean", "std"):
-                buffer = torch.empty_like(self._from_config(record[field]))
-                self.register_buffer(f"{record['name']}_{field}", buffer, persistent=False)
-
-    @staticmethod
-    def _from_config(value: Any) -> Tensor:
-        return torch.tensor(value if isinstance(value, list | tuple) else [value], dtype=torch.float32)
-
-    def fill(self) -> None:
-        for record in self.records:
-            for field in ("mean", "std"):
-                init.copy_(getattr(self, f"{record['name']}_{field}"), self._from_config(record[field]))
-
-    def of(self, name: str) -> tuple[Tensor, Tensor] | None:
-        if not hasattr(self, f"{name}_mean"):
-            return None
-        return getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+    names: list[str]
+    selection: Selection
+    values: Tensor
 
 
 class SparcModel(PreTrainedModel):
@@ -72,6 +59,10 @@ class SparcModel(PreTrainedModel):
     Attributes:
         counter_group: process group over which training steps agree on what fired; None keeps counters local.
         max_preactivation_mb: memory for pre-activations, in MiB; larger batches are encoded in blocks of rows.
+        gradient_terms: parameter name -> list that a backward pass gives the gradient of `encoders.<stream>.weight`
+            and `atoms.<stream>` to, in place of the dense `.grad`; None, the default, makes dense gradients.
+        finds_dead_on_host: whether the auxiliary term may ask the device which latents are dead; otherwise it works
+            on all latents, masked, so that the host never waits. None means: on a CPU only.
     """
 
     config_class = SparcConfig
@@ -87,10 +78,12 @@ class SparcModel(PreTrainedModel):
         self.encoders = nn.ModuleDict({name: nn.Linear(size, latents) for name, size in sizes.items()})
         self.atoms = nn.ParameterDict([(name, torch.empty(latents, size)) for name, size in sizes.items()])
         self.pre_bias = nn.ParameterDict([(name, torch.empty(size)) for name, size in sizes.items()])
-        self.steps_since_fired = _StepCounters(config.stream_names, latents)
-        self.feature_statistics = _FeatureStatistics(config)
+        self.steps_since_fired = StepCounters(config.stream_names, latents)
+        self.feature_statistics = FeatureStatistics(config)
         self.counter_group: Any = None
         self.max_preactivation_mb: float = 1024
+        self.gradient_terms: dict[str, list[GradientTerm]] | None = None
+        self.finds_dead_on_host: bool | None = None
         self.post_init()
 
     @torch.no_grad()
@@ -107,10 +100,10 @@ class SparcModel(PreTrainedModel):
         elif module is self.pre_bias:
             for bias in self.pre_bias.values():
                 init.zeros_(bias)
-        elif isinstance(module, _StepCounters):
+        elif isinstance(module, StepCounters):
             for counter in module.buffers():
                 init.zeros_(counter)
-        elif isinstance(module, _FeatureStatistics):
+        elif isinstance(module, FeatureStatistics):
             module.fill()
 
     @classmethod
@@ -135,12 +128,7 @@ class SparcModel(PreTrainedModel):
             output_loading_info=True,
             **{**kwargs, "ignore_mismatched_sizes": True},
         )
-        faults = [f"{len(info[key])} {word}: {_listed(info[key])}" for key, word in _LOADING_FAULTS if info[key]]
-        if faults:
-            raise ValueError(
-                f"the weights in `{pretrained_model_name_or_path}` do not fit its config.json ({'; '.join(faults)}); "
-                "the two files must come from one `save_pretrained`"
-            )
+        reject_loading_faults(info, path)
         return (model, info) if wants_info else model  # pyright: ignore[reportReturnType]
 
     def forward(
@@ -160,24 +148,25 @@ class SparcModel(PreTrainedModel):
         """
         if self.training and (missing := [name for name in self.config.stream_names if name not in features]):
             raise ValueError(f"training needs every stream of the model, but {missing} are missing from `features`")
-        rows = self._normalized_rows(features, reject_zero_rows=True)
-        codes, selections = self._encode(rows, selection)
+        rows = self._rows(features, reject_zero_rows=True)
+        groups = self._encode(rows, selection)
+        codes = _codes_of(groups, self.config.num_latents)
         if self.training:
             self._update_counters(codes, new_step)
-        auxiliary = self._auxiliary(rows)
-        stacked = self._reconstructions(codes, selections)
+        errors, residuals = self._errors(rows, groups)
         losses = sparc_losses(
-            rows,
-            stacked,
-            auxiliary,
-            self.pre_bias,  # pyright: ignore[reportArgumentType]
+            {name: row_energy(value.normalized) for name, value in rows.items()},
+            errors,
+            self._auxiliary(rows, residuals),
             cross_coef=self.config.cross_coef,
             auxk_coef=self.config.auxk_coef,
         )
-        reconstructions = {
-            target: dict(zip(codes if len(value) > 1 else [target], value.unbind(), strict=True))
-            for target, value in stacked.items()
-        }
+        reconstructions = None
+        if not self.training:
+            reconstructions = {
+                target: {source: rows[target].normalized + residual for source, residual in sources.items()}
+                for target, sources in residuals.items()
+            }
         return SparcOutput(loss=losses.pop("loss"), losses=losses, codes=codes, reconstructions=reconstructions)
 
     def encode(self, features: Mapping[str, Tensor], selection: str | None = None) -> dict[str, SparseCodes]:
@@ -196,8 +185,7 @@ class SparcModel(PreTrainedModel):
         Raises:
             ValueError: for unknown streams, wrong widths, an empty batch, or rows that hold NaN or infinity.
         """
-        rows = self._normalized_rows(features)
-        return self._encode(rows, selection)[0]
+        return _codes_of(self._encode(self._rows(features), selection), self.config.num_latents)
 
     def decode(self, codes: SparseCodes, to: str) -> Tensor:
         """Decode codes of any stream to normalised rows [batch, hidden_size] of stream `to`.
@@ -254,6 +242,10 @@ class SparcModel(PreTrainedModel):
             counter[latents] = 0
         return counts
 
+    def _rows(self, features: Mapping[str, Tensor], reject_zero_rows: bool = False) -> dict[str, _Rows]:
+        rows = self._normalized_rows(features, reject_zero_rows)
+        return {name: _Rows(value, (value - self.pre_bias[name]).detach()) for name, value in rows.items()}
+
     def _normalized_rows(self, features: Mapping[str, Tensor], reject_zero_rows: bool = False) -> dict[str, Tensor]:
         names = self.config.stream_names
         if not isinstance(features, Mapping) or not features:
@@ -271,32 +263,23 @@ class SparcModel(PreTrainedModel):
 
     def _normalized_stream(self, name: str, raw: Tensor, reject_zero_rows: bool) -> Tensor:
         record = self.config.stream(name)
-        if not isinstance(raw, Tensor) or raw.ndim != 2:
-            found = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            raise ValueError(f"stream `{name}` needs a tensor [batch, {record['hidden_size']}], but it got {found}")
-        if raw.shape[1] != record["hidden_size"]:
-            raise ValueError(
-                f"stream `{name}` has width {record['hidden_size']}, but its features have {raw.shape[1]}"
-            )
-        if raw.shape[0] == 0:
-            raise ValueError(f"stream `{name}` got an empty batch: 0 rows where at least 1 is needed")
+        reject_shape(raw, name, record["hidden_size"])
         raw = raw.to(device=self.device, dtype=self.pre_bias[name].dtype)
         # Reading a verdict back stalls a GPU, so training there leaves it to the loop, which watches the losses.
         checked = raw.device.type == "cpu" or not self.training
-        if checked:
-            _reject_rows(~raw.isfinite().all(dim=-1), name, "NaN or infinite values")
+        # A sum is finite only where every value is, and takes one pass.
+        if checked and not raw.sum().isfinite():
+            reject_rows(~raw.isfinite().all(dim=-1), name, "NaN or infinite values")
         rows = normalize_rows(raw, record["normalize"], self.feature_statistics.of(name))
         if checked and reject_zero_rows:
-            _reject_rows(~rows.any(dim=-1), name, "only zeros, so that its relative error is undefined")
+            reject_rows(~rows.any(dim=-1), name, "only zeros, so that its relative error is undefined")
         return rows
 
     def _encoder(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.encoders[name])
 
-    def _encode(
-        self, rows: Mapping[str, Tensor], selection: str | None
-    ) -> tuple[dict[str, SparseCodes], dict[str, Selection]]:
-        """Return the codes of normalised rows, stream -> [batch, d], and what was selected for each.
+    def _encode(self, rows: Mapping[str, _Rows], selection: str | None) -> list[_Encoded]:
+        """Encode normalised rows.
 
         The pre-activations, the one dense product of a step, are made outside the graph, for as many rows at a time
         as `max_preactivation_mb` holds. A selection concerns one row, so blocks of rows change nothing.
@@ -304,84 +287,138 @@ class SparcModel(PreTrainedModel):
         selection = selection or self.config.selection
         if selection not in ("global", "local"):
             raise ValueError(f'`selection` must be "global" or "local", but it is {selection!r}')
-        blocks = zip(*(value.split(self._rows_at_once(len(rows))) for value in rows.values()), strict=True)
-        found = [self._select(dict(zip(rows, block, strict=True)), selection) for block in blocks]
-        # One Selection object where the streams share it, so that its transpose is made once.
-        chosen: dict[int, Selection] = {}
-        selections, codes = {}, {}
-        for name, value in rows.items():
-            parts = [block[name] for block in found]
-            shared = chosen.setdefault(id(parts[0][0]), self._joined([indices for indices, _ in parts]))
-            values = self._with_gradient(name, value, shared, torch.cat([gathered for _, gathered in parts])).relu()
-            selections[name], codes[name] = shared, SparseCodes(shared.indices, values, self.config.num_latents)
-        return codes, selections
+        groups = [list(rows)] if selection == "global" else [[name] for name in rows]
+        at_once = self._rows_at_once(len(rows))
+        blocks = zip(*(value.centered.split(at_once) for value in rows.values()), strict=True)
+        scratch = self._scratch(rows, at_once)
+        found = [self._select(dict(zip(rows, block, strict=True)), groups, scratch) for block in blocks]
+        encoded = []
+        for names, parts in zip(groups, zip(*found, strict=True), strict=True):
+            shared = self._joined([indices for indices, _ in parts])
+            gathered = torch.cat([values for _, values in parts], dim=1)
+            values = [self._with_gradient(name, rows[name], shared, gathered[at]) for at, name in enumerate(names)]
+            encoded.append(_Encoded(names, shared, torch.stack(values).relu()))
+        return encoded
 
     def _rows_at_once(self, arrays: int) -> int:
         """Rows whose pre-activations of `arrays` streams, and their sum, fit into the budget."""
         bytes_per_row = 4 * self.config.num_latents * (arrays + 1)
-        return max(1, int(self.max_preactivation_mb * 2**20) // bytes_per_row)
+        most = ROWS_PER_PRODUCT if self.device.type == "cpu" else 2**31
+        return max(1, min(most, int(self.max_preactivation_mb * 2**20) // bytes_per_row))
 
     def _joined(self, indices: list[Tensor]) -> Selection:
         return Selection(indices[0] if len(indices) == 1 else torch.cat(indices), self.config.num_latents)
 
     @torch.no_grad()
-    def _select(self, rows: Mapping[str, Tensor], selection: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return stream -> (selected latents, their pre-activations), both [batch, k], of one block of rows."""
-        dense = {
-            name: F.linear(value - self.pre_bias[name], self._encoder(name).weight, self._encoder(name).bias)
+    def _select(
+        self, centered: Mapping[str, Tensor], groups: Sequence[list[str]], scratch: Mapping[str, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return, per group, the latents [batch, k] and the streams' pre-activations there [streams, batch, k]."""
+        dense = {name: self._preactivations(name, value, scratch.get(name)) for name, value in centered.items()}
+        return [top_k([dense[name] for name in names], self.config.k) for names in groups]
+
+    def _preactivations(self, name: str, centered: Tensor, scratch: Tensor | None = None) -> Tensor:
+        weight, bias = self._encoder(name).weight, self._encoder(name).bias
+        if scratch is None:
+            return F.linear(centered, weight, bias)
+        return torch.addmm(bias, centered, weight.t(), out=scratch[: len(centered)])
+
+    def _scratch(self, rows: Mapping[str, _Rows], at_once: int) -> dict[str, Tensor]:
+        """Return stream -> [rows, N] to make one block's pre-activations in after the other.
+
+        On a CPU fresh memory of that size costs a quarter of the product. Autocast has no such form of the product.
+        """
+        if self.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return {}
+        return {
+            name: value.centered.new_empty(min(at_once, len(value.centered)), self.config.num_latents)
             for name, value in rows.items()
         }
-        if selection == "global":
-            shared = sum_of(list(dense.values())).topk(self.config.k, dim=-1).indices
-            return {name: (shared, value.gather(1, shared)) for name, value in dense.items()}
-        top = {name: value.topk(self.config.k, dim=-1) for name, value in dense.items()}
-        return {name: (best.indices, best.values) for name, best in top.items()}
 
-    def _with_gradient(self, name: str, rows: Tensor, selection: Selection, gathered: Tensor) -> Tensor:
+    def _terms(self, parameter: str) -> list[GradientTerm] | None:
+        return None if self.gradient_terms is None else self.gradient_terms.setdefault(parameter, [])
+
+    def _with_gradient(self, name: str, rows: _Rows, selection: Selection, gathered: Tensor) -> Tensor:
         encoder = self._encoder(name)
-        return gather_preactivations(rows, encoder.weight, encoder.bias, self.pre_bias[name], selection, gathered)
+        return gather_preactivations(
+            rows.normalized,
+            encoder.weight,
+            encoder.bias,
+            self.pre_bias[name],
+            rows.centered,
+            gathered,
+            selection,
+            self._terms(f"encoders.{name}.weight"),
+        )
 
-    def _reconstructions(
-        self, codes: Mapping[str, SparseCodes], selections: Mapping[str, Selection]
-    ) -> dict[str, Tensor]:
-        """Return target -> [sources, batch, hidden_size], all sources of a target decoded at once."""
-        batch = len(next(iter(codes.values())))
+    def _decode_errors(
+        self, name: str, values: Tensor, selection: Selection, rows: Tensor, centered: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        terms = self._terms(f"atoms.{name}")
+        return decode_errors(values, self.atoms[name], self.pre_bias[name], rows, centered, selection, terms)
+
+    def _errors(
+        self, rows: Mapping[str, _Rows], groups: Sequence[_Encoded]
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+        """Return target -> source -> squared errors [batch], and reconstruction minus rows [batch, hidden_size]."""
+        errors, residuals = {}, {}
         # A run without the cross term has no use for the other pairs while it trains.
-        if self.training and self.config.cross_coef == 0:
-            stacks = {target: (codes[target].values, selections[target]) for target in codes}
-        else:
-            shared = torch.cat([code.values for code in codes.values()]), Selection.stack(list(selections.values()))
-            stacks = dict.fromkeys(codes, shared)
-        return {
-            target: (sparse_decode(values, self.atoms[target], selection) + self.pre_bias[target]).unflatten(
-                0, (-1, batch)
-            )
-            for target, (values, selection) in stacks.items()
-        }
+        only_own = self.training and self.config.cross_coef == 0
+        for target, value in rows.items():
+            errors[target], residuals[target] = {}, {}
+            for names, selection, values in groups:
+                if only_own and target not in names:
+                    continue
+                if only_own:
+                    at = names.index(target)
+                    names, values = [target], values[at : at + 1]
+                found = self._decode_errors(target, values, selection, value.normalized, value.centered)
+                errors[target].update(zip(names, found[0].unbind(), strict=True))
+                residuals[target].update(zip(names, found[1].unbind(), strict=True))
+        return errors, residuals
 
-    def _auxiliary(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return stream -> [batch, d] decoded from the largest dead pre-activations, where anything is dead."""
-        decoded = {}
+    def _auxiliary(
+        self, rows: Mapping[str, _Rows], residuals: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return stream -> squared errors of the largest dead pre-activations, decoded, and their target's energy.
+
+        The target is what the stream's own code leaves over, x - x^ + b.
+        """
+        found = {}
         for name in rows if self.config.auxk > 0 else ():
-            dead = self.dead_latents(name).nonzero().squeeze(-1)
-            if not len(dead):
+            selection, gathered, any_dead = self._select_dead(name, rows[name].centered)
+            if selection is None:
                 continue
-            selection, gathered = self._select_dead(name, rows[name], dead)
-            values = self._with_gradient(name, rows[name], selection, gathered).relu()
-            decoded[name] = sparse_decode(values, self.atoms[name], selection) + self.pre_bias[name]
-        return decoded
+            values = self._with_gradient(name, rows[name], selection, gathered).relu().unsqueeze(0)
+            left = -residuals[name][name]
+            target = left + self.pre_bias[name].detach()
+            errors = self._decode_errors(name, values, selection, target, left)[0][0]
+            # Nothing dead gives a term of 0, with a gradient of 0.
+            found[name] = errors, row_energy(target) * any_dead
+        return found
 
     @torch.no_grad()
-    def _select_dead(self, name: str, rows: Tensor, dead: Tensor) -> tuple[Selection, Tensor]:
-        """Select the `auxk` largest (or as many as there are) among the latents `dead`, int64 [dead latents]."""
-        weight, bias = self._encoder(name).weight[dead], self._encoder(name).bias[dead]
-        count = min(self.config.auxk, len(dead))
-        tops = [
-            F.linear(block - self.pre_bias[name], weight, bias).topk(count, dim=-1)
-            for block in rows.split(self._rows_at_once(1))
-        ]
-        selection = self._joined([dead[top.indices] for top in tops])
-        return selection, torch.cat([top.values for top in tops])
+    def _select_dead(self, name: str, centered: Tensor) -> tuple[Selection | None, Tensor, Tensor | float]:
+        """Select the `auxk` largest dead pre-activations (or as many as there are); say whether anything is dead."""
+        dead = self.dead_latents(name)
+        on_host = self.finds_dead_on_host
+        if self.device.type == "cpu" if on_host is None else on_host:
+            latents = dead.nonzero().squeeze(-1)
+            if not len(latents):
+                return None, centered, 0.0
+            weight, bias = self._encoder(name).weight[latents], self._encoder(name).bias[latents]
+            count = min(self.config.auxk, len(latents))
+            blocks = centered.split(self._rows_at_once(1))
+            found = [top_k([F.linear(block, weight, bias)], count) for block in blocks]
+            selection, any_dead = self._joined([latents[best] for best, _ in found]), 1.0
+        else:
+            # Where fewer are dead, the rest of the selection is -inf: no value, no gradient.
+            found = [
+                top_k([self._preactivations(name, block).masked_fill(~dead, -torch.inf)], self.config.auxk)
+                for block in centered.split(self._rows_at_once(1))
+            ]
+            selection, any_dead = self._joined([best for best, _ in found]), dead.any()
+        return selection, torch.cat([values[0] for _, values in found]), any_dead
 
     @torch.no_grad()
     def _update_counters(self, codes: Mapping[str, SparseCodes], new_step: bool) -> None:
@@ -397,24 +434,12 @@ class SparcModel(PreTrainedModel):
             counter.copy_(torch.where(row > 0, 1, counter + int(new_step)))
 
 
-_LOADING_FAULTS = (("missing_keys", "missing"), ("unexpected_keys", "unexpected"), ("mismatched_keys", "mis-shaped"))
-
-
-def _listed(keys: Any, limit: int = 3) -> str:
-    # Mis-shaped keys come as (name, shape in the file, shape in the model).
-    texts = sorted(
-        key if isinstance(key, str) else f"{key[0]} is {list(key[1])} instead of {list(key[2])}" for key in keys
-    )
-    return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
-
-
-def _reject_rows(faulty: Tensor, name: str, fault: str) -> None:
-    if faulty.any():
-        numbers = faulty.nonzero().squeeze(-1).tolist()
-        raise ValueError(
-            f"row {numbers[0]} of stream `{name}` holds {fault} ({len(numbers)} of {faulty.numel()} rows do); "
-            "leave such rows out"
-        )
+def _codes_of(groups: Sequence[_Encoded], num_latents: int) -> dict[str, SparseCodes]:
+    return {
+        name: SparseCodes(selection.indices, value, num_latents)
+        for names, selection, values in groups
+        for name, value in zip(names, values.unbind(), strict=True)
+    }
 
 
 SparcModel.register_for_auto_class("AutoModel")

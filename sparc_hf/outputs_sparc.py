@@ -65,7 +65,8 @@ class SparcOutput(ModelOutput):
         losses: name -> scalar: "self", "cross", "auxk" and one entry per stream and pair ("self/dino",
             "cross/clip_img<-dino", "auxk/dino").
         codes: stream -> SparseCodes.
-        reconstructions: target -> source -> [batch, hidden_size of the target], of normalised rows.
+        reconstructions: target -> source -> [batch, hidden_size of the target], of normalised rows and outside the
+            graph; None while training, which needs only their errors (`SparcModel.decode` gives any of them).
     """
 
     loss: Tensor | None = None

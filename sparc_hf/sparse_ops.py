@@ -1,11 +1,15 @@
 """The only place that computes a selection, a sparse encode, a sparse decode and the unit norm of atoms.
 
-A code has k of N latents active, so everything after the pre-activations works on indices and values of shape
-[batch, k]. The backward passes write each latent's gradient row once: the selection is sorted by latent, and the
-rows that chose a latent are summed as one bag (`embedding_bag` over the transposed selection).
+A code has k of N latents active, so everything after the pre-activations works on indices [batch, k] and values
+[P, batch, k], where P codes share one selection. The gradient of a parameter [N, d] is a sum of few terms, each a
+weighted sum of rows per latent (`GradientTerm`). By default a backward pass adds them up to the dense array that torch
+optimizers want, writing each latent's row once; an optimizer that takes the terms themselves saves that array.
+
+Compiled operators (step_kernel.py) are used where they are loaded and fit: float32 on a CPU.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +19,12 @@ from torch import Tensor
 NORM_EPS = 1e-8
 ROWS_IN_CACHE = 256
 STD_EPS = 1e-5
+
+
+def compiled_ops(like: Tensor) -> Any:
+    """Return the compiled operators where they are loaded and take a tensor such as this, else None."""
+    fits = like.device.type == "cpu" and like.dtype in (torch.float32, torch.int64)
+    return torch.ops.sparc_hf if fits and hasattr(torch.ops.sparc_hf, "residuals") else None
 
 
 class Selection:
@@ -28,41 +38,35 @@ class Selection:
     def __init__(self, indices: Tensor, num_latents: int):
         self.indices = indices
         self.num_latents = num_latents
-        self._transposed: tuple[Tensor, Tensor, Tensor] | None = None
-        self._parts: list[Selection] = []
+        self._transposed: tuple[Tensor, Tensor] | None = None
 
     @property
-    def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(order, rows, offsets): entries sorted by latent, the row of each, and where each latent's entries start."""
+    def transposed(self) -> tuple[Tensor, Tensor]:
+        """(order [batch * k], offsets [N + 1]): entries sorted by latent, and where each latent's entries start."""
         if self._transposed is None:
             flat = self.indices.reshape(-1)
-            order = torch.argsort(flat, stable=True)
-            counts = torch.bincount(flat, minlength=self.num_latents)
-            self._transposed = (order, order // self.indices.shape[1], counts.cumsum(0) - counts)
+            if ops := compiled_ops(flat):
+                order, offsets = ops.transpose(flat, self.num_latents)
+            else:
+                latents, order = torch.sort(flat, stable=True)
+                offsets = torch.searchsorted(latents, torch.arange(self.num_latents + 1, device=flat.device))
+            self._transposed = order, offsets
         return self._transposed
 
-    @classmethod
-    def stack(cls, parts: Sequence["Selection"]) -> "Selection":
-        """Return the selection of all rows of several, [sum of batches, k], one after the other."""
-        stacked = cls(torch.cat([part.indices for part in parts]), parts[0].num_latents)
-        stacked._parts = list(parts)
-        return stacked
-
     def sum_rows(self, rows: Tensor, values: Tensor) -> Tensor:
-        """Return [N, d]: for each latent, the rows [batch, d] that chose it, weighted by values [batch, k]."""
-        if self._parts:
-            # Part by part: a part's rows stay in the processor's cache, and parts may share their transpose.
-            sizes = [part.indices.shape[0] for part in self._parts]
-            pieces = zip(self._parts, rows.split(sizes), values.split(sizes), strict=True)
-            part, piece, weights = next(pieces)
-            total = part.sum_rows(piece, weights)
-            for part, piece, weights in pieces:
-                total += part.sum_rows(piece, weights)
-            return total
-        order, row_of_entry, offsets = self.transposed
-        weights = values.reshape(-1)[order]
+        """Return [N, d]: for each latent, the rows [P, batch, d] that chose it, weighted by values [P, batch, k]."""
+        order, offsets = self.transposed
+        codes, batch, k = values.shape
+        # A latent's entries are those of all codes, so that its row is written once.
+        first_rows = torch.arange(0, codes * batch, batch, device=order.device)
+        row_of_entry = ((order // k).unsqueeze(1) + first_rows).reshape(-1)
+        weights = values.to(rows.dtype).flatten(1)[:, order].t().reshape(-1)
         return F.embedding_bag(
-            row_of_entry, rows.contiguous(), offsets, mode="sum", per_sample_weights=weights.to(rows.dtype)
+            row_of_entry,
+            rows.reshape(codes * batch, -1),
+            offsets[:-1] * codes,
+            mode="sum",
+            per_sample_weights=weights,
         )
 
     def sum_values(self, values: Tensor) -> Tensor:
@@ -71,6 +75,48 @@ class Selection:
         return torch.zeros(self.num_latents, dtype=flat.dtype, device=flat.device).index_add_(
             0, self.indices.reshape(-1), flat
         )
+
+
+@dataclass
+class GradientTerm:
+    """A part of the gradient of a parameter [N, d]: for each latent a weighted sum of rows.
+
+    Attributes:
+        selection: the latents of each row.
+        coefficients: [P, batch, k], the weight of a row in the gradient of each of its latents.
+        rows: [P, batch, d].
+        dots: [P, batch, k], the products of each row with the parameter's rows of its latents, where they are known.
+    """
+
+    selection: Selection
+    coefficients: Tensor
+    rows: Tensor
+    dots: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """Return the term as [N, d]."""
+        return self.selection.sum_rows(self.rows, self.coefficients)
+
+
+def _gradient(terms: list[GradientTerm] | None, term: GradientTerm) -> Tensor | None:
+    """Give a term to the list that asks for it, or return it as a dense gradient."""
+    if terms is None:
+        return term.dense()
+    terms.append(term)
+    return None
+
+
+def top_k(preactivations: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Select the latents whose sum over several pre-activations [batch, N] is largest, largest first.
+
+    Returns:
+        int64 [batch, k], and each one's pre-activations there, [P, batch, k].
+    """
+    if ops := compiled_ops(preactivations[0]):
+        indices = ops.top_k_of_sum([part.contiguous() for part in preactivations], k)
+    else:
+        indices = sum_of(preactivations).topk(k, dim=-1).indices
+    return indices, torch.stack([part.gather(1, indices) for part in preactivations])
 
 
 def sum_of(preactivations: Sequence[Tensor]) -> Tensor:
@@ -91,35 +137,134 @@ class _GatherPreactivations(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, pre_bias: Tensor, gathered: Tensor, selection):
-        ctx.save_for_backward(rows, weight, pre_bias)
-        ctx.selection = selection
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        pre_bias: Tensor,
+        centered: Tensor,
+        gathered: Tensor,
+        selection: Selection,
+        terms: list[GradientTerm] | None,
+    ):
+        ctx.save_for_backward(centered, weight)
+        ctx.selection, ctx.terms = selection, terms
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, weight, pre_bias = ctx.saved_tensors
+        centered, weight = ctx.saved_tensors
         selection: Selection = ctx.selection
         grad = grad_outputs[0].to(weight.dtype)
-        grad_bias = selection.sum_values(grad)
-        grad_rows = _bag(selection.indices, weight, grad) if ctx.needs_input_grad[0] else None
-        grad_weight = selection.sum_rows(rows - pre_bias, grad) if ctx.needs_input_grad[1] else None
-        grad_pre_bias = -(grad_bias @ weight) if ctx.needs_input_grad[3] else None
-        return grad_rows, grad_weight, grad_bias, grad_pre_bias, None, None
+        wants_rows, wants_weight, wants_bias, wants_pre_bias = ctx.needs_input_grad[:4]
+        # With terms, what the weight adds to the pre-bias's gradient is left to who takes them.
+        wants_pre_bias = wants_pre_bias and ctx.terms is None
+        grad_bias = selection.sum_values(grad) if wants_bias or wants_pre_bias else None
+        grad_rows = _bag(selection.indices, weight, grad) if wants_rows else None
+        term = GradientTerm(selection, grad.unsqueeze(0), centered.unsqueeze(0))
+        grad_weight = _gradient(ctx.terms, term) if wants_weight else None
+        grad_pre_bias = -(grad_bias @ weight) if grad_bias is not None and wants_pre_bias else None
+        return grad_rows, grad_weight, grad_bias, grad_pre_bias, None, None, None, None
 
 
 def gather_preactivations(
-    rows: Tensor, weight: Tensor, bias: Tensor, pre_bias: Tensor, selection: Selection, gathered: Tensor
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pre_bias: Tensor,
+    centered: Tensor,
+    gathered: Tensor,
+    selection: Selection,
+    terms: list[GradientTerm] | None = None,
 ) -> Tensor:
     """Give the selected pre-activations W_i (x - b) + c_i, [batch, k], a gradient without the dense ones.
 
     Args:
         rows: [batch, d], normalised features x.
         weight: [N, d]; bias: [N]; pre_bias: [d].
-        selection: the latents of each row.
+        centered: [batch, d], x - b, outside the graph.
         gathered: [batch, k], the pre-activations at the selection, from the dense product already made.
+        selection: the latents of each row.
+        terms: takes the weight's gradient in place of its `.grad`; the pre-bias's gradient then lacks - dc W, which
+            needs a pass over the weight.
     """
-    return _GatherPreactivations.apply(rows, weight, bias, pre_bias, gathered.to(weight.dtype), selection)  # pyright: ignore[reportReturnType]
+    return _GatherPreactivations.apply(  # pyright: ignore[reportReturnType]
+        rows, weight, bias, pre_bias, centered, gathered.to(weight.dtype), selection, terms
+    )
+
+
+class _DecodeErrors(torch.autograd.Function):
+    """Squared errors e = |D^T z + b - x|^2 of P codes, with r = D^T z + b - x and u_j = <D_j, r>.
+
+    With g the gradient of e: dz_j = 2 g u_j, dD_i = sum of 2 g z r over the rows that chose i, db = sum of 2 g r and
+    dx = - 2 g r. r and u are made in the forward pass, where the atoms are in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        atoms: Tensor,
+        pre_bias: Tensor,
+        rows: Tensor,
+        centered: Tensor,
+        selection: Selection,
+        terms: list[GradientTerm] | None,
+    ):
+        if ops := compiled_ops(atoms):
+            residuals, errors, dots = ops.residuals(
+                values.contiguous(), atoms, selection.indices.contiguous(), centered.contiguous()
+            )
+        else:
+            residuals = torch.stack([_bag(selection.indices, atoms, part) for part in values]).sub_(centered)
+            errors = row_energy(residuals)
+            dots = values
+            if any(ctx.needs_input_grad):
+                dots = torch.stack([_bag_weight_gradient(selection.indices, atoms, part) for part in residuals])
+        ctx.save_for_backward(values, residuals, dots)
+        ctx.selection, ctx.terms = selection, terms
+        ctx.mark_non_differentiable(residuals)
+        return errors, residuals
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, residuals, dots = ctx.saved_tensors
+        wants_values, wants_atoms, wants_pre_bias, wants_rows = ctx.needs_input_grad[:4]
+        scale = 2 * grad_outputs[0]
+        term = GradientTerm(ctx.selection, scale.unsqueeze(-1) * values, residuals, dots)
+        grad_values = scale.unsqueeze(-1) * dots if wants_values else None
+        grad_atoms = _gradient(ctx.terms, term) if wants_atoms else None
+        grad_pre_bias = scale.reshape(-1) @ residuals.flatten(0, 1) if wants_pre_bias else None
+        grad_rows = -(scale.unsqueeze(-1) * residuals).sum(dim=0) if wants_rows else None
+        return grad_values, grad_atoms, grad_pre_bias, grad_rows, None, None, None
+
+
+def decode_errors(
+    values: Tensor,
+    atoms: Tensor,
+    pre_bias: Tensor,
+    rows: Tensor,
+    centered: Tensor,
+    selection: Selection,
+    terms: list[GradientTerm] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Decode P codes that share a selection and compare them with the rows of one stream.
+
+    Args:
+        values: [P, batch, k].
+        atoms: D, [N, d]; pre_bias: b, [d].
+        rows: x, [batch, d].
+        centered: [batch, d], x - b, outside the graph.
+        selection: the latents of each row.
+        terms: takes the atoms' gradient in place of their `.grad`.
+
+    Returns:
+        Squared errors [P, batch], and the residuals D^T z + b - x, [P, batch, d], outside the graph.
+    """
+    return _DecodeErrors.apply(  # pyright: ignore[reportReturnType]
+        values.to(atoms.dtype), atoms, pre_bias, rows, centered, selection, terms
+    )
 
 
 class _Decode(torch.autograd.Function):
@@ -135,7 +280,7 @@ class _Decode(torch.autograd.Function):
         selection: Selection = ctx.selection
         grad = grad_outputs[0].contiguous()
         grad_values = _bag_weight_gradient(selection.indices, atoms, grad) if ctx.needs_input_grad[0] else None
-        grad_atoms = selection.sum_rows(grad, values) if ctx.needs_input_grad[1] else None
+        grad_atoms = selection.sum_rows(grad.unsqueeze(0), values.unsqueeze(0)) if ctx.needs_input_grad[1] else None
         return grad_values, grad_atoms, None
 
 
@@ -158,6 +303,11 @@ def _bag_weight_gradient(indices: Tensor, table: Tensor, grad: Tensor) -> Tensor
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         grad, table, flat, offsets, row_of_entry, 0, -1
     ).view(batch, k)
+
+
+def row_energy(rows: Tensor) -> Tensor:
+    """Return |x|^2 of rows [..., d], in float32 under autocast too."""
+    return rows.square().sum(dim=-1)
 
 
 def unit_norm(rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -18,13 +19,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed, tqdm
+from accelerate.utils import set_seed, tqdm
 from torch import Tensor
 from transformers import get_scheduler
 
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.features import FeatureBatches, FeatureDataset
+from sparc_hf.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.optimizer import SparcAdam, add_up_terms
 from sparc_hf.run_folder import (
     LOG_FILE,
     SETTINGS_FILE,
@@ -37,8 +40,12 @@ from sparc_hf.run_folder import (
     save_model,
     write_json,
 )
+from sparc_hf.step_kernel import built_library, load_step_kernel
 from sparc_hf.training_arguments import SparcTrainingArguments
 from sparc_hf.version import __version__
+
+# Parameters times steps of a run of about a minute, beyond which building the compiled step pays.
+WORTH_BUILDING = 2e10
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +110,6 @@ class SparcTrainer:
             mixed_precision=precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=str(self.output_dir),
-            # Counters are reduced by the model itself; broadcasting rank 0's would overwrite that.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         features.check_rows(streams=self.streams)
@@ -112,22 +117,41 @@ class SparcTrainer:
         self.eval_batches = self._batches(held_out, shuffle=False) if held_out is not None else None
         self.rows = len(features)
         set_seed(args.seed)
-        self.model = SparcModel(SparcConfig(streams=records, **args.model_settings()))
+        self.config = SparcConfig(streams=records, **args.model_settings())
+        self.model = SparcModel(self.config)
         self.model.counter_group = torch.distributed.group.WORLD if self.world_size > 1 else None
         if args.center:
             _center(self.model, features)
         self.model.max_preactivation_mb = args.max_preactivation_mb
-        self.wrapped, self.optimizer = self.accelerator.prepare(
-            self.model, torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, fused=True)
-        )
+        # In "evaluation mode" Accelerate moves the model and sets its precision, but leaves the gradients to us.
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        adam = SparcAdam(self.model, args.learning_rate)
+        self.optimizer = self.accelerator.prepare_optimizer(adam)
         self.total_steps = len(self.batches) * args.epochs
+        if self._takes_terms():
+            self.model.gradient_terms = {}
         # Stepped once per optimizer step by hand: a prepared scheduler advances once per process.
-        self.scheduler = get_scheduler(
-            args.lr_schedule, self.optimizer.optimizer, args.warmup_steps, max(self.total_steps, 1)
-        )
+        self.scheduler = get_scheduler(args.lr_schedule, adam, args.warmup_steps, max(self.total_steps, 1))
         self.step = 0
         self._sums = _TermSums(self.accelerator.device)
         self._stop_signal = 0
+
+    def _takes_terms(self) -> bool:
+        """Return whether gradients stay factored: to send less, or for the compiled step, which is loaded here."""
+        compiled = False
+        if self.accelerator.device.type == "cpu" and self.args.step_kernel != "off":
+            work = self.total_steps * self.model.num_parameters()
+            if self.args.step_kernel == "on" or work >= WORTH_BUILDING or built_library().is_file():
+                with self.accelerator.local_main_process_first():
+                    compiled = load_step_kernel()
+        if self.world_size > 1:
+            as_terms, dense = exchanged_bytes(self.config, self.batches.batch_size)
+            return as_terms < dense
+        return compiled and not self._needs_dense_gradients
+
+    @property
+    def _needs_dense_gradients(self) -> bool:
+        return self.args.max_grad_norm is not None or self.accelerator.scaler is not None
 
     def _batches(self, features: FeatureDataset, shuffle: bool) -> FeatureBatches:
         return FeatureBatches(
@@ -165,7 +189,7 @@ class SparcTrainer:
 
     def _train_step(self, share: dict[str, Tensor], rows_of_step: int) -> None:
         """Make one optimizer step from this process's share of the step's rows."""
-        self.wrapped.train()
+        self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         # Processes differ by at most one row, so the smallest share bounds the micro-batches all can make.
         pieces = min(self.args.gradient_accumulation_steps, rows_of_step // self.world_size)
@@ -173,22 +197,28 @@ class SparcTrainer:
         for number, values in enumerate(micro_batches):
             on_device = [value.to(self.accelerator.device, non_blocking=True) for value in values]
             features = dict(zip(share, on_device, strict=True))
-            last = number == pieces - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                output = self.wrapped(features, new_step=number == 0)
-                weight = values[0].shape[0] / rows_of_step
-                self._sums.add(output.loss, output.losses, weight)
-                if last:
-                    self._check_signals(at_once=self.accelerator.device.type == "cpu")
-                # Gradients are averaged over processes; this makes the average the mean over the step's rows.
-                self.accelerator.backward(output.loss * (weight * self.world_size))
+            output = self.model(features, new_step=number == 0)
+            weight = values[0].shape[0] / rows_of_step
+            self._sums.add(output.loss, output.losses, weight)
+            if number == pieces - 1:
+                self._check_signals(at_once=self.accelerator.device.type == "cpu")
+            self.accelerator.backward(output.loss * weight)
+        self._share_gradients(math.ceil(math.ceil(rows_of_step / self.world_size) / pieces))
         if self.args.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-        self.model.prepare_atoms_for_step()
         self.optimizer.step()
         self.scheduler.step()
         self._sums.count_step()
         self._rows_since += rows_of_step
+
+    def _share_gradients(self, rows: int) -> None:
+        """Make every process's gradients those of the whole step; `rows` is the most any has in a micro-batch."""
+        terms = self.model.gradient_terms
+        if self.world_size > 1:
+            self._exchanged = gather_terms(terms, rows) if terms is not None else 0
+            self._exchanged += sum_gradients(self.model.parameters())
+        if self._needs_dense_gradients:
+            add_up_terms(self.model)
 
     def _after_step(self, epoch: int) -> None:
         """Do what is due after a step: re-initialise, log, save, stop."""
@@ -242,6 +272,8 @@ class SparcTrainer:
         self._clock, self._rows_since = now, 0
         entry = {f"train/{name}": value for name, value in means.items()}
         entry |= {"dead_share": self._dead_share(), "rows_per_second": rate}
+        if self.world_size > 1:
+            entry["exchanged_megabytes_per_step"] = self._exchanged / 1e6
         entry["learning_rate"] = float(self.scheduler.get_last_lr()[0])
         self._bar.set_postfix(
             {"loss": f"{means['loss']:.4f}", "dead": f"{entry['dead_share']:.1%}", "rows/s": f"{rate:,.0f}"},
@@ -267,7 +299,7 @@ class SparcTrainer:
         """Return the mean losses over the validation rows, leaving the model as it was."""
         if self.eval_batches is None:
             return {}
-        self.wrapped.eval()
+        self.model.eval()
         sums = _TermSums(self.accelerator.device)
         for share in self.eval_batches:
             features = {name: value.to(self.accelerator.device) for name, value in share.items()}

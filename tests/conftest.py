@@ -1,7 +1,10 @@
 """Shared fixtures: tiny models, planted features and the reference data beside the repository."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 # Read when the libraries are imported: no test may wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparc_hf import SparcConfig, SparcModel
+from sparc_hf import SparcConfig, SparcModel, optimizer, sparse_ops
 from sparc_hf.features import FeatureDataset
+from sparc_hf.step_kernel import load_step_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -82,3 +86,25 @@ def planted_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("planted") / "features"
     planted_features().save(folder)
     return folder
+
+
+@contextlib.contextmanager
+def torch_operators_only() -> Iterator[None]:
+    """Leave the compiled operators out, wherever they are loaded."""
+    with (
+        mock.patch.object(sparse_ops, "compiled_ops", return_value=None),
+        mock.patch.object(optimizer, "compiled_ops", return_value=None),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module", params=["torch", "compiled"])
+def step_kernel(request) -> Iterator[str]:
+    """Run a test with torch's operators, then with the compiled ones, which are built where there is a compiler."""
+    if request.param == "torch":
+        with torch_operators_only():
+            yield "torch"
+    else:
+        if not load_step_kernel():
+            pytest.skip("the compiled step needs a C++ compiler and ninja")
+        yield "compiled"

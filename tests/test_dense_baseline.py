@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparc_hf import SparcConfig, SparcModel
+from sparc_hf.optimizer import SparcAdam, add_up_terms
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from dense_baseline import DenseSparc
@@ -36,13 +37,17 @@ def pair(widths: list[int], seed: int, **sizes) -> tuple[SparcModel, DenseSparc,
     cross_coef=st.sampled_from([0.0, 1.0]),
     dead=st.sampled_from([0.0, 0.2, 1.0]),
     seed=st.integers(0, 2**31 - 1),
+    on_host=st.booleans(),
     data=st.data(),
 )
-def test_losses_gradients_and_counters_are_the_dense_ones(widths, latents, selection, cross_coef, dead, seed, data):
+def test_losses_gradients_and_counters_are_the_dense_ones(
+    step_kernel, widths, latents, selection, cross_coef, dead, seed, on_host, data
+):
     k, auxk = data.draw(st.integers(1, latents)), data.draw(st.integers(1, latents))
     model, dense, rows = pair(
         widths, seed, num_latents=latents, k=k, auxk=auxk, selection=selection, cross_coef=cross_coef
     )
+    model.finds_dead_on_host = on_host
     dying = torch.rand(latents, generator=torch.Generator().manual_seed(seed)) < dead
     for side in (model, dense):
         for name in rows:
@@ -64,18 +69,73 @@ def test_losses_gradients_and_counters_are_the_dense_ones(widths, latents, selec
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("steps", [5])
-def test_a_few_optimizer_steps_stay_together(steps):
-    model, dense, rows = pair([6, 4], 0, num_latents=32, k=4, auxk=4)
-    optimizers = [
-        torch.optim.Adam(model.parameters(), lr=1e-3, fused=True),
-        torch.optim.Adam(dense.parameters(), lr=1e-3),
-    ]
-    for _ in range(steps):
-        for side, optimizer in zip((model, dense), optimizers, strict=True):
+@settings(deadline=None, max_examples=30)
+@given(
+    widths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    latents=st.integers(1, 40),
+    selection=st.sampled_from(["global", "local"]),
+    seed=st.integers(0, 2**31 - 1),
+    data=st.data(),
+)
+def test_bfloat16_rounds_the_encoder_product_and_nothing_else(step_kernel, widths, latents, selection, seed, data):
+    """The gradients are those of the dense form with the selected values put in place of the exact ones."""
+    k = data.draw(st.integers(1, latents))
+    model, dense, rows = pair(widths, seed, num_latents=latents, k=k, auxk=0, selection=selection)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = model(rows)
+    mine.loss.backward()
+    own, crossed = [], []
+    for source, x in rows.items():
+        code = mine.codes[source].to_dense().detach()
+        exact = dense.encoders[source](x - dense.pre_bias[source])
+        values = (exact + (code - exact).detach()) * (code > 0)
+        for target, y in rows.items():
+            terms = own if source == target else crossed
+            terms.append(dense._nmse(values @ dense.atoms[target] + dense.pre_bias[target], y))
+    loss = sum(own) / len(own) + sum(crossed) / max(1, len(crossed))
+    loss.backward()
+    torch.testing.assert_close(mine.loss, loss, rtol=1e-5, atol=1e-5)
+    for (name, one), (_, other) in zip(model.named_parameters(), dense.named_parameters(), strict=True):
+        scale = max(1.0, other.grad.abs().max().item())
+        assert torch.allclose(one.grad / scale, other.grad / scale, rtol=1e-5, atol=1e-5), name
+        assert one.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("widths", [[6, 4], [200, 129, 64]], ids=str)
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_a_few_optimizer_steps_stay_together(step_kernel, widths, selection):
+    """Torch's Adam beside SparcAdam, which takes dense gradients and, the second time, terms."""
+    for as_terms in (False, True):
+        model, dense, rows = pair(widths, 0, num_latents=32, k=4, auxk=4, selection=selection)
+        model.gradient_terms = {} if as_terms else None
+        plain, optimizer = torch.optim.Adam(dense.parameters(), lr=1e-3), SparcAdam(model, lr=1e-3)
+        for _ in range(6):
+            plain.zero_grad()
+            dense(rows)["loss"].backward()
+            dense.prepare_atoms_for_step()
+            plain.step()
             optimizer.zero_grad()
-            side(rows)["loss"].backward()
-            side.prepare_atoms_for_step()
+            model(rows).loss.backward()
             optimizer.step()
-    for one, other in zip(model.parameters(), dense.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        for one, other in zip(model.parameters(), dense.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        mine, theirs = optimizer.state_dict()["state"], plain.state_dict()["state"]
+        for number, state in theirs.items():
+            assert mine[number].keys() == state.keys()
+            for key, value in state.items():
+                torch.testing.assert_close(mine[number][key], value, rtol=1e-4, atol=1e-7)
+
+
+def test_terms_add_up_to_the_dense_gradients(step_kernel):
+    """Two micro-batches, with and without terms."""
+    gradients = []
+    for as_terms in (False, True):
+        model, _, rows = pair([6, 4], 0, num_latents=32, k=4, auxk=4)
+        model.steps_since_fired.stream0[:9] = 100
+        model.gradient_terms = {} if as_terms else None
+        for part in (slice(0, 2), slice(2, 5)):
+            model({name: value[part] for name, value in rows.items()}).loss.backward()
+        add_up_terms(model)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)

@@ -20,6 +20,8 @@ FLOORS = {
     "feature_files": 0,
     "outputs_sparc": 0,
     "token_grid": 0,
+    "buffers_sparc": 1,
+    "checks_sparc": 0,
     "objectives_sparc": 1,
     "encoders": 1,
     "encoder_families": 0,
@@ -46,6 +48,9 @@ FLOORS = {
     "imagenet_source": 2,
     "modeling_sparc": 2,
     "extraction": 4,
+    "step_kernel": 0,
+    "gradient_exchange": 1,
+    "optimizer": 3,
     "codes": 3,
     "top_samples": 4,
     "run_folder": 3,
@@ -62,7 +67,15 @@ FLOORS = {
     "demo_run": 8,
     "cli": 9,
 }
-REMOTE_CODE = {"configuration_sparc", "sparse_ops", "outputs_sparc", "objectives_sparc", "modeling_sparc"}
+REMOTE_CODE = {
+    "configuration_sparc",
+    "sparse_ops",
+    "outputs_sparc",
+    "buffers_sparc",
+    "checks_sparc",
+    "objectives_sparc",
+    "modeling_sparc",
+}
 
 
 def modules() -> list[Path]:

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from sparc_hf.sparse_ops import (
     ROWS_IN_CACHE,
     Selection,
+    decode_errors,
     gather_preactivations,
     normalize_rows,
     sparse_decode,
+    top_k,
     unit_norm,
     unit_norm_,
 )
@@ -44,7 +46,8 @@ def test_encode_and_decode_have_the_dense_gradients(shape, data):
         selection = top(dense.detach(), k)
         if sparse:
             gathered = dense.detach().gather(1, selection.indices)
-            values = gather_preactivations(rows, weight, bias, pre_bias, selection, gathered).relu()
+            centered = (rows - pre_bias).detach()
+            values = gather_preactivations(rows, weight, bias, pre_bias, centered, gathered, selection).relu()
             decoded = sparse_decode(values, atoms, selection)
         else:
             mask = torch.zeros_like(dense).scatter(1, selection.indices, 1.0)
@@ -59,9 +62,11 @@ def test_encode_and_decode_have_the_dense_gradients(shape, data):
 def test_sum_rows_by_hand():
     selection = Selection(torch.tensor([[2, 0], [2, 3]]), num_latents=5)
     rows = torch.tensor([[1.0, 10.0], [2.0, 20.0]])
-    summed = selection.sum_rows(rows, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    expected = [[2.0, 20.0], [0.0, 0.0], [7.0, 70.0], [8.0, 80.0], [0.0, 0.0]]
-    assert summed.tolist() == expected
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    expected = torch.tensor([[2.0, 20.0], [0.0, 0.0], [7.0, 70.0], [8.0, 80.0], [0.0, 0.0]])
+    assert torch.equal(selection.sum_rows(rows.unsqueeze(0), values.unsqueeze(0)), expected)
+    two_codes = selection.sum_rows(torch.stack([rows, rows + 1]), torch.stack([values, torch.zeros(2, 2)]))
+    assert torch.equal(two_codes, expected)
     assert selection.sum_values(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [2.0, 0.0, 4.0, 4.0, 0.0]
 
 
@@ -94,25 +99,67 @@ def test_blocks_of_atoms_cover_all_rows():
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-@settings(deadline=None, max_examples=30)
-@given(shape=SHAPES, times=st.integers(1, 4), shared=st.booleans())
-def test_a_stack_of_selections_is_their_rows_one_after_the_other(shape, times, shared):
+@settings(deadline=None, max_examples=60)
+@given(shape=SHAPES, codes=st.integers(1, 5), data=st.data())
+def test_decode_errors_have_the_dense_gradients(step_kernel, shape, codes, data):
     batch, width, latents, seed = shape
+    k = data.draw(st.integers(1, latents))
     draws = _draws(seed)
-    k = 1 + seed % latents
-    made = [top(torch.randn(batch, latents, generator=draws), k) for _ in range(times)]
-    selections = [made[0]] * times if shared else made
-    stacked = Selection.stack(selections)
-    rows = torch.randn(times * batch, width, generator=draws)
-    values = torch.randn(times * batch, k, generator=draws)
-    expected = sum(
-        selection.sum_rows(row, value)
-        for selection, row, value in zip(selections, rows.split(batch), values.split(batch), strict=True)
-    )
-    torch.testing.assert_close(stacked.sum_rows(rows, values), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        stacked.sum_values(values), torch.zeros(latents).index_add(0, stacked.indices.reshape(-1), values.reshape(-1))
-    )
+    selection = top(torch.randn(batch, latents, generator=draws), k)
+    sizes = ((codes, batch, k), (latents, width), (width,), (batch, width))
+    tensors = [torch.randn(*size, generator=draws) for size in sizes]
+    weights = torch.randn(codes, batch, generator=draws)
+
+    def gradients(sparse: bool) -> list[torch.Tensor]:
+        values, atoms, pre_bias, rows = (tensor.clone().requires_grad_() for tensor in tensors)
+        if sparse:
+            centered = (rows - pre_bias).detach()
+            errors, _ = decode_errors(values, atoms, pre_bias, rows, centered, selection)
+        else:
+            dense = values.new_zeros(codes, batch, latents).scatter(2, selection.indices.expand(codes, -1, -1), values)
+            errors = (dense @ atoms + pre_bias - rows).pow(2).sum(dim=-1)
+        return [errors, *torch.autograd.grad((errors * weights).sum(), [values, atoms, pre_bias, rows])]
+
+    for mine, reference in zip(gradients(True), gradients(False), strict=True):
+        scale = max(1.0, reference.abs().max().item())
+        torch.testing.assert_close(mine / scale, reference / scale, rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=SHAPES, parts=st.integers(1, 4), rounded=st.booleans(), data=st.data())
+def test_top_k_is_that_of_the_sum(step_kernel, shape, parts, rounded, data):
+    batch, _, latents, seed = shape
+    latents = 7 * latents
+    k = data.draw(st.integers(1, latents))
+    made = [torch.randn(batch, latents, generator=_draws(seed + part)) for part in range(parts)]
+    if rounded:
+        made = [part.round() for part in made]  # many equal sums
+    indices, gathered = top_k(made, k)
+    total = sum(made[1:], made[0])
+    torch.testing.assert_close(total.gather(1, indices), total.topk(k, dim=1).values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+    for part, values in zip(made, gathered, strict=True):
+        assert torch.equal(values, part.gather(1, indices))
+
+
+def test_top_k_survives_nan_and_infinity(step_kernel):
+    rows = torch.randn(4, 1000)
+    rows[0, 5], rows[1] = torch.nan, torch.nan
+    rows[2, 7], rows[2, 8] = torch.inf, -torch.inf
+    indices, _ = top_k([rows], 64)
+    assert indices.min() >= 0
+    assert indices.max() < 1000
+    assert all(len(set(row)) == 64 for row in indices.tolist())
+    assert indices[0, 0] == 5
+    assert indices[2, 0] == 7
+    assert 8 not in indices[2]
+
+
+def test_transpose_lists_every_entry_under_its_latent(step_kernel):
+    selection = Selection(torch.tensor([[2, 0], [2, 3]]), num_latents=5)
+    order, offsets = selection.transposed
+    assert order.tolist() == [1, 0, 2, 3]
+    assert offsets.tolist() == [0, 1, 1, 3, 4, 4]
 
 
 def test_normalisation_by_hand():

@@ -1,0 +1,44 @@
+"""What a SparcModel keeps beside its parameters: dead counters, and the statistics of standardised streams."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_sparc import SparcConfig
+
+
+class StepCounters(nn.Module):
+    """One int64 buffer [N] per stream: training steps since each latent last fired there."""
+
+    def __init__(self, names: list[str], num_latents: int):
+        super().__init__()
+        for name in names:
+            self.register_buffer(name, torch.zeros(num_latents, dtype=torch.int64))
+
+
+class FeatureStatistics(nn.Module):
+    """Means and standard deviations of the standardised streams, rebuilt from the config and so never saved."""
+
+    def __init__(self, config: SparcConfig):
+        super().__init__()
+        self.records = [record for record in config.streams or [] if record["normalize"] == "standardize"]
+        for record in self.records:
+            for field in ("mean", "std"):
+                buffer = torch.empty_like(self._from_config(record[field]))
+                self.register_buffer(f"{record['name']}_{field}", buffer, persistent=False)
+
+    @staticmethod
+    def _from_config(value: Any) -> Tensor:
+        return torch.tensor(value if isinstance(value, list | tuple) else [value], dtype=torch.float32)
+
+    def fill(self) -> None:
+        for record in self.records:
+            for field in ("mean", "std"):
+                init.copy_(getattr(self, f"{record['name']}_{field}"), self._from_config(record[field]))
+
+    def of(self, name: str) -> tuple[Tensor, Tensor] | None:
+        if not hasattr(self, f"{name}_mean"):
+            return None
+        return getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
