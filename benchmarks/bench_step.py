@@ -31,17 +31,22 @@ def random_rows(widths: dict[str, int], batch: int) -> dict[str, torch.Tensor]:
 class Steps:
     """The three things that are timed, on the same rows."""
 
-    def __init__(self, widths: dict[str, int], latents: int, k: int, auxk: int, batch: int, dead: float):
+    def __init__(self, args: argparse.Namespace, widths: dict[str, int], batch: int, dead: float):
+        latents, k, auxk = args.latents, args.k, args.auxk
         settings = {"num_latents": latents, "k": k, "auxk": auxk, "dead_after_steps": 10**6}
         config = SparcConfig(streams={name: {"hidden_size": width} for name, width in widths.items()}, **settings)
         torch.manual_seed(0)
-        self.model, self.dense = SparcModel(config).train(), DenseSparc(config).train()
-        self.dense.load_state_dict(self.model.state_dict())
+        self.model = SparcModel(config).train()
+        self.model.max_preactivation_mb = args.budget_mb
+        self.dense = None
+        if not args.without_dense:
+            self.dense = DenseSparc(config).train()
+            self.dense.load_state_dict(self.model.state_dict())
+            self.plain_optimizer = torch.optim.Adam(self.dense.parameters(), lr=1e-4)
         self.rows = random_rows(widths, batch)
         self.dead = torch.rand(latents) < dead
         self.has_kernel = load_step_kernel()
         self.optimizer = SparcAdam(self.model, lr=1e-4)
-        self.plain_optimizer = torch.optim.Adam(self.dense.parameters(), lr=1e-4)
 
     def compiled(self) -> None:
         self.model.gradient_terms = {}
@@ -73,7 +78,7 @@ class Steps:
 def peak_memory(steps: Steps, work) -> int:
     """Return the peak of allocations during a step, gradients among them, in bytes above what lives between steps."""
     work()
-    for module in (steps.model, steps.dense):
+    for module in filter(None, (steps.model, steps.dense)):
         module.zero_grad(set_to_none=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -86,7 +91,8 @@ def peak_memory(steps: Steps, work) -> int:
 
 
 def measure(steps: Steps, rounds: int) -> dict[str, float]:
-    works = {"dense": steps.plain, "torch": steps.sparse, "product": steps.floor}
+    works = {"dense": steps.plain} if steps.dense is not None else {}
+    works |= {"torch": steps.sparse, "product": steps.floor}
     if steps.has_kernel:
         works["compiled"] = steps.compiled
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -97,8 +103,9 @@ def measure(steps: Steps, rounds: int) -> dict[str, float]:
             if round_number:  # the first round warms up
                 times[name].append(time.perf_counter() - start)
     result = {f"{name} ms": 1e3 * statistics.median(values) for name, values in times.items()}
-    for name in works.keys() - {"dense", "product"}:
-        result[f"dense / {name}"] = _median_ratio(times["dense"], times[name])
+    for name in sorted(works.keys() - {"dense", "product"}):
+        if "dense" in works:
+            result[f"dense / {name}"] = _median_ratio(times["dense"], times[name])
         result[f"{name} / product"] = _median_ratio(times[name], times["product"])
     return result | {f"{name} peak MB": peak_memory(steps, work) / 2**20 for name, work in works.items()}
 
@@ -115,6 +122,8 @@ def main() -> None:
     parser.add_argument("--auxk", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--dead", type=float, nargs="+", default=[0.0, 0.1], help="share of dead latents")
+    parser.add_argument("--budget_mb", type=float, default=1024, help="memory for pre-activations, in MiB")
+    parser.add_argument("--without_dense", action="store_true", help="leave out the dense step, for large N")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -122,7 +131,7 @@ def main() -> None:
     results = []
     for batch in args.batch:
         for dead in args.dead:
-            steps = Steps(widths, args.latents, args.k, args.auxk, batch, dead)
+            steps = Steps(args, widths, batch, dead)
             results.append({"batch": batch, "dead": dead, **measure(steps, args.rounds)})
             print(" | ".join(f"{key} {value:.4g}" for key, value in results[-1].items()), flush=True)
     if args.output:

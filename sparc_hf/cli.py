@@ -257,6 +257,12 @@ def _run_card(args: Any) -> dict[str, Any]:
     return {"card": str(write_model_card(args.model, results=results, settings=settings, repo=args.repo))}
 
 
+def _run_push(args: Any) -> dict[str, Any]:
+    from sparc_hf.push import run_push
+
+    return run_push(args)
+
+
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "make scenes, extract features, train and evaluate, all from what ships with the package",
@@ -293,6 +299,11 @@ COMMANDS: dict[str, Command] = {
         "write the model card of a saved model",
         "sparc_hf.command_arguments:CardArguments",
         _run_card,
+    ),
+    "push": Command(
+        "publish a model, a feature dataset, a metric or the Space on the Hub",
+        "sparc_hf.push:PushArguments",
+        _run_push,
     ),
 }
 

@@ -94,7 +94,8 @@ class FeatureDataset:
 
         Raises:
             FileNotFoundError: if the folder, its manifest or a shard is missing.
-            ValueError: for a pushed dataset that cannot be opened (see `open_parquet`), a newer format, or a shard that is not the one that was written.
+            ValueError: for a pushed dataset that cannot be opened (see `open_parquet`), a newer format, or a shard
+                that is not the one that was written.
         """
         if is_parquet_address(path):
             split = open_parquet(path)

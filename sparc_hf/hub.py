@@ -1,14 +1,17 @@
-"""Model cards: what a model folder says about itself."""
+"""Cards: what a model or a feature dataset says about itself on the Hub."""
 
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.version import __version__
+
+if TYPE_CHECKING:
+    from sparc_hf.features import FeatureDataset
 
 # Facts of the run that say nothing about the model.
 UNTOLD_SETTINGS = {
@@ -92,6 +95,73 @@ def write_model_card(
     unfinished.write_text(text.rstrip() + "\n", encoding="utf-8")
     os.replace(unfinished, path)
     return path
+
+
+def write_dataset_card(
+    folder: Path, splits: Mapping[str, "FeatureDataset"], *, repo: str | None = None, license: str | None = None
+) -> Path:
+    """Write the card README.md of a folder of pushed features.
+
+    Args:
+        folder: the folder.
+        splits: split -> its dataset, all with the same streams.
+        repo: the Hub id readers will load it from (default: the folder).
+        license: an identifier the Hub knows; without it the card says that it is to be filled in.
+    """
+    from huggingface_hub import DatasetCardData
+
+    first = next(iter(splits.values()))
+    repo = repo or str(folder)
+    rows = sum(map(len, splits.values()))
+    data = DatasetCardData(
+        license=license or "other",
+        tags=["features", "sparse-autoencoder", "sparc", *first.stream_names],
+        size_categories=[_size_category(rows)],
+        pretty_name=repo.rsplit("/", 1)[-1],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
+            }
+        ],
+    )
+    unknown = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
+    text = (
+        _environment()
+        .get_template("dataset_card.md")
+        .render(
+            card_data=data.to_yaml(),
+            title=data.pretty_name,
+            repo=repo,
+            home=HOME,
+            streams=[unknown | {"normalize": "none"} | record for record in first.streams],
+            splits={split: len(features) for split, features in splits.items()},
+            label_names=first.label_names,
+            source=_source_text(first.source),
+            license=license,
+            version=__version__,
+        )
+    )
+    path = folder / "README.md"
+    path.write_text(text.rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+HOME = "https://pypi.org/project/sparc-hf/"
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+
+
+def _size_category(rows: int) -> str:
+    """Return the Hub's word for a number of rows."""
+    return SIZES[min(len(SIZES) - 1, max(0, len(str(rows)) - 3))]
+
+
+def _source_text(source: Any) -> str | None:
+    """Return where samples came from, without folders of the machine that read them."""
+    if not isinstance(source, Mapping):
+        return None if source is None or os.path.exists(str(source)) else str(source)
+    told = {key: value for key, value in source.items() if value is not None and not os.path.exists(str(value))}
+    return ", ".join(f"{key} `{value}`" for key, value in told.items()) or None
 
 
 METRIC_NAMES = {

@@ -123,7 +123,7 @@ def write_parquet_split(features: SavableFeatures, folder: Path, split: str, fil
 
 
 def is_parquet_address(address: str | os.PathLike) -> bool:
-    """Return whether this is `hf://datasets/...`, or a folder that `write_parquet_split` wrote, or a split below one."""
+    """Return whether this is `hf://datasets/...`, a folder that `write_parquet_split` wrote, or a split of one."""
     if str(address).startswith(HUB_PREFIX):
         return True
     folder = Path(address)
@@ -157,7 +157,9 @@ def _open_remote(address: str, streaming: bool) -> ParquetSplit:
     from huggingface_hub import HfApi, HfFileSystem, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    match = re.fullmatch(r"(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<split>\w+))?", address[len(HUB_PREFIX) :])
+    match = re.fullmatch(
+        r"(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<split>\w+))?", address[len(HUB_PREFIX) :]
+    )
     if match is None:
         raise ValueError(f"`{address}` is not of the form {HUB_PREFIX}<owner>/<name>[@<revision>][/<split>]")
     repo, revision, split = match["repo"], match["revision"], match["split"]
@@ -178,7 +180,9 @@ def _open_remote(address: str, streaming: bool) -> ParquetSplit:
             "`hf auth login` where it is private"
         ) from error
     except (LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
-        raise ValueError(f"cannot reach `{address}`: {(str(error).strip().splitlines() or [repr(error)])[0]}") from error
+        raise ValueError(
+            f"cannot reach `{address}`: {(str(error).strip().splitlines() or [repr(error)])[0]}"
+        ) from error
     files = _files_of_split([str(path) for path in _local_files(Path(folder))], split, address)
     return ParquetSplit(files, _facts(pq.read_schema(files[0]), files[0]))
 

@@ -16,8 +16,8 @@ class StreamedBatches:
     """Batches of a pushed feature dataset, read file by file without keeping it.
 
     Shuffling is that of a stream: the files in random order, and rows drawn from a buffer; `FeatureBatches` shuffles
-    fully. Every process reads its own files where their number allows, its own rows otherwise. An epoch iterated to its
-    end is followed by the next one.
+    fully. Every process reads its own files where their number allows, its own rows otherwise. An epoch iterated to
+    its end is followed by the next one.
 
     Args:
         address: `hf://datasets/<owner>/<name>[@<revision>][/<split>]`, or the folder that was pushed.

@@ -89,8 +89,8 @@ class Repo:
 class Fault:
     """What goes wrong with the next requests of a kind.
 
-    `status` answers with it; "drop" closes the connection before the request takes effect, "lost" after it; "cut" sends
-    half of the body; "slow" sends the body in parts with pauses; "hang" holds the request until the server stops.
+    `status` answers with it; "drop" closes the connection before the request takes effect, "lost" after it; "cut"
+    sends half of the body; "slow" sends the body in parts with pauses; "hang" holds the request until the end.
     """
 
     method: str
@@ -171,7 +171,9 @@ class HubServer:
     def create(self, kind: str, repo: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repo:
         """Make a repository with an initial commit."""
         made = self.repos[kind, repo] = Repo(kind, repo, private)
-        content = {path: File(data, False) for path, data in ({".gitattributes": b"*.bin lfs\n"} | (files or {})).items()}
+        content = {
+            path: File(data, False) for path, data in ({".gitattributes": b"*.bin lfs\n"} | (files or {})).items()
+        }
         made.add("initial commit", content)
         return made
 
@@ -373,7 +375,11 @@ class _Handler(BaseHTTPRequestHandler):
             elif key == "deletedFolder":
                 files = {path: file for path, file in files.items() if not path.startswith(value["path"])}
         commit = repo.add(title, files, revision)
-        return {"commitOid": commit.oid, "commitUrl": f"{self.server_hub.url}/{id}/commit/{commit.oid}", "hookOutput": ""}
+        return {
+            "commitOid": commit.oid,
+            "commitUrl": f"{self.server_hub.url}/{id}/commit/{commit.oid}",
+            "hookOutput": "",
+        }
 
     def tree(self, body: bytes, kind: str, id: str, revision: str, folder: str | None = None) -> Any:
         files = self._repo(kind, id).at(revision).files
@@ -399,7 +405,9 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, body: bytes, kind: str, id: str, revision: str = "main") -> Any:
         repo = self._repo(kind, id)
         commit = repo.at(revision)
-        match = re.match(r"---\n(.*?)\n---", commit.files.get("README.md", File(b"", False)).content.decode(), re.DOTALL)
+        match = re.match(
+            r"---\n(.*?)\n---", commit.files.get("README.md", File(b"", False)).content.decode(), re.DOTALL
+        )
         card = yaml.safe_load(match.group(1)) if match else {}
         library = [card["library_name"]] if "library_name" in card else []
         tags = [*library, *(card.get("tags") or [])]
