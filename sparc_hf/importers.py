@@ -138,7 +138,7 @@ def import_features(
             for block in found.blocks(start):
                 writer.append(block)
                 progress.update(len(block["id"]))
-    return FeatureDataset.load(output)
+    return FeatureDataset.load(output, verify=False)  # these very files were just written
 
 
 def _stream_files(sources: Sequence[str]) -> dict[str, Path] | None:
