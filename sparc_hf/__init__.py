@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sparc_hf.configuration_sparc import SparcConfig
     from sparc_hf.features import FeatureBatches, FeatureDataset
     from sparc_hf.modeling_sparc import SparcModel, SparcOutput, SparseCodes
+    from sparc_hf.pipeline import SparcPipeline
 
 __all__ = [
     "FeatureBatches",
@@ -18,6 +19,7 @@ __all__ = [
     "SparcConfig",
     "SparcModel",
     "SparcOutput",
+    "SparcPipeline",
     "SparseCodes",
     "__version__",
 ]
@@ -28,6 +30,7 @@ _MODULE_OF = {
     "SparcConfig": "configuration_sparc",
     "SparcModel": "modeling_sparc",
     "SparcOutput": "modeling_sparc",
+    "SparcPipeline": "pipeline",
     "SparseCodes": "modeling_sparc",
 }
 

@@ -64,6 +64,7 @@ FLOORS = {
     "evaluation": 6,
     "hub": 6,
     "report": 7,
+    "pipeline": 5,
     "push": 8,
     "demo_run": 8,
     "cli": 9,

@@ -11,8 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, planted_features, random_features, tiny_model
 from hub_server import HubServer
+from tiny_encoders import save_dinov2
 
+from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
+from sparc_hf.encoders import StreamEncoder
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import write_model_card
 from sparc_hf.push import PushArguments, run_push
@@ -93,6 +96,31 @@ print(losses[0] == losses[1], losses[0])
     fresh_process(
         hub, tmp_path, 'from sparc_hf import SparcModel; SparcModel.from_pretrained("me/concepts")', offline=True
     )
+
+
+def test_a_pipeline_finds_model_names_and_encoders_on_the_hub(hub, tmp_path):
+    encoder = save_dinov2(tmp_path / "encoder")
+    files = {path.name: path.read_bytes() for path in encoder.iterdir()}
+    commit = hub.create("model", "them/tiny-dino", files).at("main").oid
+    record = StreamEncoder("dino", str(encoder), "image").record | {"encoder": "them/tiny-dino", "revision": commit}
+    model = SparcModel(SparcConfig(streams=[record], num_latents=32, k=4, auxk=4))
+    save_model(model, tmp_path / "run")
+    names = {"concepts": {str(latent): {"name": f"concept {latent}"} for latent in range(32)}}
+    (tmp_path / "run" / "concepts.json").write_text(json.dumps(names))
+    push(repo="me/concepts", model=str(tmp_path / "run"))
+    assert "https://huggingface.co/them/tiny-dino" in hub.repos["model", "me/concepts"].files["README.md"].decode()
+    code = """
+from PIL import Image
+from transformers import pipeline
+from sparc_hf import SparcPipeline
+image = Image.new("RGB", (40, 30), "red")
+found = SparcPipeline.from_pretrained("me/concepts", device="cpu")(images=image)["dino"]
+assert found == pipeline("concept-extraction", model="me/concepts", device="cpu")(images=image)["dino"]
+print(all(concept["name"] == f"concept {concept['latent']}" for concept in found), len(found))
+"""
+    named, count = fresh_process(hub, tmp_path, code).split()
+    assert named == "True"
+    assert 1 <= int(count) <= 4
 
 
 def test_features_load_as_splits_and_stream_into_training(hub, tmp_path):

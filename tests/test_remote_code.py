@@ -2,25 +2,30 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_features, tiny_model
+from conftest import ROOT, random_features, tiny_model
 from safetensors.torch import load_file, save_file
 
 from sparc_hf import SparcModel
+from sparc_hf.configuration_sparc import FORMAT_VERSION
 
 CODE = """
 import sys
 import torch
 from transformers import AutoConfig, AutoModel
-try:
-    import sparc_hf
-    sys.exit("sparc_hf must not be importable here")
-except ImportError:
-    pass
+for absent in ("sparc_hf", "datasets", "accelerate", "evaluate", "scipy"):
+    try:
+        __import__(absent)
+        sys.exit(f"{absent} must not be importable here")
+    except ImportError:
+        pass
 folder, inputs, outputs = sys.argv[1:]
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -42,20 +47,42 @@ assert fresh.atoms["dino"].norm(dim=1).allclose(torch.ones(64)), "a fresh model 
 """
 
 
-def test_remote_code_gives_the_packages_numbers(tmp_path):
+@pytest.fixture
+def clean_environment(tmp_path):
+    """A folder of libraries with torch, transformers, safetensors and what these need, and nothing else."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    done, waiting = set(), ["torch", "transformers", "safetensors", "numpy"]
+    while waiting:
+        name = re.sub("[-_.]+", "-", waiting.pop()).lower()
+        if name in done:
+            continue
+        done.add(name)
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # for another platform or Python
+        waiting += [re.match(r"[\w.-]+", line)[0] for line in distribution.requires or [] if "extra ==" not in line]
+        for top in {Path(str(file)).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(Path(str(distribution.locate_file(top))).resolve())
+    return folder
+
+
+def test_remote_code_gives_the_packages_numbers(tmp_path, clean_environment):
     model = tiny_model(3)
     model.save_pretrained(tmp_path / "model")
     features = random_features(model)
     torch.save(features, tmp_path / "inputs.pt")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(clean_environment)
     for folder in ("model", "model-again"):  # what remote code saves must load as well
-        # -S -E would hide the libraries too, so the package is hidden by name.
-        hidden = "import sys; sys.modules['sparc_hf'] = None\n" + CODE
         command = [
             sys.executable,
+            "-S",  # leaves the installed libraries out
             "-c",
-            hidden,
+            CODE,
             *(str(tmp_path / name) for name in (folder, "inputs.pt", "outputs.pt")),
         ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
@@ -110,3 +137,21 @@ def test_loading_info_can_still_be_asked_for(tmp_path):
     assert isinstance(model, SparcModel)
     assert not info["missing_keys"]
     assert SparcModel.from_pretrained(tmp_path, dtype=torch.bfloat16).atoms["dino"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_a_frozen_checkpoint_of_every_format_keeps_its_outputs(version):
+    """Files written by the first code of a format version, with what that code made of some rows."""
+    folder = ROOT / "tests" / "frozen" / f"format_{version}"
+    assert json.loads((folder / "config.json").read_text())["format_version"] == version
+    frozen = load_file(folder / "outputs.safetensors")
+    model = SparcModel.from_pretrained(folder)
+    features = {name: frozen[f"features.{name}"] for name in model.config.stream_names}
+    out = model(features)
+    found = {f"joint.{name}": code.to_dense() for name, code in out.codes.items()}
+    found |= {f"single.{name}": model.encode({name: features[name]})[name].to_dense() for name in features}
+    found |= {f"decoded.{one}.{to}": model.decode(out.codes[one], to=to) for one in features for to in features}
+    found |= {f"loss.{name}": value for name, value in out.losses.items()} | {"loss": out.loss}
+    assert {f"features.{name}" for name in features} | set(found) == set(frozen)
+    for name, value in found.items():
+        torch.testing.assert_close(value, frozen[name])
