@@ -247,6 +247,21 @@ def _run_demo(args: Any) -> str:
     return run_demo(args)
 
 
+def _run_concepts(args: Any) -> dict[str, Any]:
+    from sparc_hf.codes import encode_features
+    from sparc_hf.concepts import name_concepts, save_concepts
+    from sparc_hf.features import FeatureDataset
+    from sparc_hf.modeling_sparc import SparcModel
+
+    features = FeatureDataset.load(args.features)
+    model = SparcModel.from_pretrained(args.model)
+    codes = encode_features(model, features, encoding="single", batch_size=args.batch_size)
+    concepts = name_concepts(codes, features, samples=args.samples)
+    path = save_concepts(concepts, args.model, features=Path(args.features).name, rows=len(features))
+    named = sum(concept.name is not None for concept in concepts)
+    return {"concepts": str(path), "latents_that_fire": len(concepts), "named": named}
+
+
 def _run_card(args: Any) -> dict[str, Any]:
     from sparc_hf.hub import write_model_card
     from sparc_hf.report import results_of_model
@@ -294,6 +309,11 @@ COMMANDS: dict[str, Command] = {
         "bring features and checkpoints of the two earlier projects into today's formats",
         "sparc_hf.importers:ImportArguments",
         _run_import,
+    ),
+    "concepts": Command(
+        "name a model's latents by the labels and captions of the samples they fire on",
+        "sparc_hf.command_arguments:ConceptsArguments",
+        _run_concepts,
     ),
     "card": Command(
         "write the model card of a saved model",

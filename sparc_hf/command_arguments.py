@@ -55,6 +55,16 @@ class EvaluateArguments:
 
 
 @dataclass
+class ConceptsArguments:
+    """Flags of `sparc concepts`."""
+
+    model: str = field(metadata={"help": "Folder of the model; gets concepts.json."})
+    features: str = field(metadata={"help": "Feature dataset with labels, captions, or both, to name latents by."})
+    samples: int = field(default=20, metadata={"help": "Top samples of a latent in a stream."})
+    batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+
+
+@dataclass
 class CardArguments:
     """Flags of `sparc card`."""
 

@@ -73,6 +73,9 @@ def write_model_card(
         eval_results=eval_results(results) if results else None,
     )
     example = ", ".join(f'"{record["name"]}": {record["name"]}_rows' for record in streams)
+    if results:
+        _write_picture(folder / PICTURE_FILE, results)
+    runnable = all(record["encoder"] and record["modality"] for record in streams)
     text = (
         _environment()
         .get_template("model_card.md")
@@ -83,6 +86,9 @@ def write_model_card(
             config=config,
             streams=streams,
             example="{" + example + "}",
+            modalities=sorted({record["modality"] for record in streams}) if runnable else [],
+            concepts=example_concepts(folder),
+            picture=PICTURE_FILE if results else None,
             results=results,
             results_split=results_split,
             settings={name: value for name, value in (settings or {}).items() if name not in UNTOLD_SETTINGS},
@@ -95,6 +101,31 @@ def write_model_card(
     unfinished.write_text(text.rstrip() + "\n", encoding="utf-8")
     os.replace(unfinished, path)
     return path
+
+
+PICTURE_FILE = "reconstruction.png"
+
+
+def _write_picture(path: Path, results: Mapping[str, Any]) -> None:
+    """Draw the reconstruction matrices of both encodings."""
+    from sparc_hf.plots import reconstruction_matrix
+
+    panels = {f"{encoding} encoding": results[encoding]["reconstruction"]["nmse"] for encoding in ("joint", "single")}
+    figure = reconstruction_matrix(panels, "normalised squared error")
+    unfinished = path.with_name(path.name + ".tmp")
+    figure.savefig(unfinished, dpi=110, format="png", bbox_inches="tight")
+    os.replace(unfinished, path)
+
+
+def example_concepts(folder: Path, count: int = 8) -> list[Any]:
+    """Return the surest named concepts of a model that fire in every stream, at most one of a name."""
+    from sparc_hf.concepts import load_concepts
+
+    chosen: dict[str, Any] = {}
+    for concept in sorted(load_concepts(folder), key=lambda one: -one.score):
+        if concept.name is not None and min(concept.fires.values()) > 0:
+            chosen.setdefault(concept.name, concept)
+    return list(chosen.values())[:count]
 
 
 def write_dataset_card(

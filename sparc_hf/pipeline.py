@@ -3,7 +3,6 @@
 Importing this module registers it with transformers, as the task "concept-extraction".
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,11 @@ from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils.hub import cached_file
 
+from sparc_hf.concepts import CONCEPTS_FILE, load_concepts
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.modeling_sparc import SparcModel
 
 TASK = "concept-extraction"
-NAMES_FILE = "concepts.json"
 ImageLike = Image.Image | str | os.PathLike
 
 
@@ -193,16 +192,15 @@ def _names_of(model: SparcModel) -> dict[int, str]:
     where = str(model.config._name_or_path or "")
     if not where:
         return {}
-    file = Path(where) / NAMES_FILE
-    if not file.is_file():
+    folder = Path(where)
+    if not folder.is_dir():
         revision = getattr(model.config, "_commit_hash", None)
         missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = None if Path(where).is_dir() else cached_file(where, NAMES_FILE, revision=revision, **missing)
+        found = cached_file(where, CONCEPTS_FILE, revision=revision, **missing)
         if found is None:
             return {}
-        file = Path(found)
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return {int(latent): entry["name"] for latent, entry in content["concepts"].items()}
+        folder = Path(found).parent
+    return {concept.latent: concept.name for concept in load_concepts(folder) if concept.name is not None}
 
 
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=SparcPipeline, pt_model=AutoModel, type="multimodal")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparc_hf.concepts import CONCEPTS_FILE
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import write_dataset_card, write_model_card
 from sparc_hf.parquet_features import DATA_FOLDER, write_parquet_split
@@ -23,7 +24,7 @@ MODEL_FILES = (
     "config.json",
     "*.safetensors",
     "*.py",
-    "concepts.json",
+    CONCEPTS_FILE,
     "results.json",
     SETTINGS_FILE,
     "imported_from.json",

@@ -1,7 +1,5 @@
 """SparcPipeline on the encoders that ship with the package."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from PIL import Image
 from transformers import pipeline
 
 from sparc_hf import SparcConfig, SparcModel, SparcPipeline
+from sparc_hf.concepts import Concept, save_concepts
 from sparc_hf.encoders import StreamEncoder
 
 STREAMS = (("dino", "demo:dino", "image"), ("clip_img", "demo:clip", "image"), ("clip_txt", "demo:clip", "text"))
@@ -20,8 +19,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pipeline") / "model"
     SparcModel(SparcConfig(streams=records, num_latents=128, k=8, auxk=8)).save_pretrained(folder)
-    names = {"concepts": {str(latent): {"name": f"concept {latent}"} for latent in range(0, 128, 2)}}
-    (folder / "concepts.json").write_text(json.dumps(names))
+    save_concepts([Concept(latent, f"concept {latent}", 5.0, {}) for latent in range(0, 128, 2)], folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from tiny_encoders import save_dinov2
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
+from sparc_hf.concepts import Concept, save_concepts
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import write_model_card
@@ -105,8 +106,7 @@ def test_a_pipeline_finds_model_names_and_encoders_on_the_hub(hub, tmp_path):
     record = StreamEncoder("dino", str(encoder), "image").record | {"encoder": "them/tiny-dino", "revision": commit}
     model = SparcModel(SparcConfig(streams=[record], num_latents=32, k=4, auxk=4))
     save_model(model, tmp_path / "run")
-    names = {"concepts": {str(latent): {"name": f"concept {latent}"} for latent in range(32)}}
-    (tmp_path / "run" / "concepts.json").write_text(json.dumps(names))
+    save_concepts([Concept(latent, f"concept {latent}", 5.0, {"dino": 0.1}) for latent in range(32)], tmp_path / "run")
     push(repo="me/concepts", model=str(tmp_path / "run"))
     assert "https://huggingface.co/them/tiny-dino" in hub.repos["model", "me/concepts"].files["README.md"].decode()
     code = """
@@ -232,7 +232,7 @@ def test_a_busy_hub_is_asked_again(hub, model_folder, monkeypatch):
     push(repo="me/concepts", model=str(model_folder))
     assert hub.seen("PUT", "/lfs/") == [503, 503, 200]
     hub.fail("POST", "/commit/", status=503, times=2)
-    (model_folder / "concepts.json").write_text("{}")
+    (model_folder / "training_arguments.json").write_text(json.dumps({"k": 9}))
     push(repo="me/concepts", model=str(model_folder))
     assert hub.seen("POST", "/commit/") == [200, 503, 503, 200]
 

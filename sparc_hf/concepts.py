@@ -1,0 +1,230 @@
+"""What a latent means, from the samples it fires on: a label, words of captions, and how sure that is.
+
+Names come from single-stream codes, so that a latent is named for what it is when a stream stands alone.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparc_hf.codes import CodeTable
+from sparc_hf.features import FeatureDataset
+from sparc_hf.top_samples import TopSamples, top_samples
+
+CONCEPTS_FILE = "concepts.json"
+FORMAT_VERSION = 1
+WORD = re.compile(r"[^\W\d_]{2,}")
+# Words that carry no concept; a background count alone does not silence them in short captions.
+_STOP_WORDS = """a an and are as at be by for from has have he her his in into is it its of on or out over she some
+that the their them there they this to two up was were which who with"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+SURE = 3.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One label or word a latent goes with.
+
+    Attributes:
+        name: the label or word.
+        lift: how many times more often it is among the latent's samples than among all.
+        count: the latent's samples that have it.
+        z: the log odds of that difference in standard deviations (Monroe et al. 2008, equation 22).
+    """
+
+    name: str
+    lift: float
+    count: int
+    z: float
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A latent and what it goes with.
+
+    Attributes:
+        latent: its number.
+        name: the label, or else the word, of the strongest evidence; None where nothing is sure enough (z below 3).
+        score: that evidence's z, 0 without a name.
+        fires: stream -> share of the samples it fires on, each stream alone.
+        labels: labels, the surest first.
+        words: words of the captions of its top samples, the surest first.
+        samples: stream -> names of its top samples, the strongest first.
+    """
+
+    latent: int
+    name: str | None
+    score: float
+    fires: dict[str, float]
+    labels: list[Evidence] = field(default_factory=list)
+    words: list[Evidence] = field(default_factory=list)
+    samples: dict[str, list[str]] = field(default_factory=dict)
+
+
+def name_concepts(codes: CodeTable, features: FeatureDataset, *, samples: int = 20, kept: int = 5) -> list[Concept]:
+    """Name every latent that fires.
+
+    Args:
+        codes: single-stream codes of the features.
+        features: the rows, with labels, captions, or both.
+        samples: top samples of a latent in a stream whose captions count, and whose names are kept.
+        kept: most labels and words to keep of a latent.
+
+    Raises:
+        ValueError: where codes and features have different rows, or the features neither labels nor captions.
+    """
+    if len(codes) != len(features):
+        raise ValueError(f"there are codes of {len(codes)} rows but features of {len(features)}")
+    if codes.encoding != "single":
+        raise ValueError(f"concepts are named from single-stream codes, but these are {codes.encoding}")
+    has_labels = features.label_names is not None and "labels" in features.column_names
+    texts = features.text
+    if not has_labels and texts is None:
+        raise ValueError("naming needs features with `labels` and label names, or with `text`")
+    best = top_samples(codes, samples)
+    firing: dict[str, Any] = {stream: codes.csr(stream).astype(bool) for stream in codes.streams}
+    labels = _label_evidence(firing, features, kept) if has_labels else {}
+    words = _word_evidence(best, texts, kept) if texts is not None else {}
+    found = []
+    fired = {stream: np.asarray(active.sum(axis=0)).ravel() for stream, active in firing.items()}
+    for latent in np.flatnonzero(np.sum(list(fired.values()), axis=0)).tolist():
+        own_labels, own_words = labels.get(latent, []), words.get(latent, [])
+        named = next((one for one in [*own_labels[:1], *own_words[:1]] if one.z >= SURE), None)
+        found.append(
+            Concept(
+                latent=latent,
+                name=named.name if named else None,
+                score=named.z if named else 0.0,
+                fires={stream: float(counts[latent] / len(features)) for stream, counts in fired.items()},
+                labels=own_labels,
+                words=own_words,
+                samples={stream: _sample_names(top.rows[latent], features) for stream, top in best.items()},
+            )
+        )
+    return found
+
+
+def log_odds_z(inside: np.ndarray, inside_total: float, everywhere: np.ndarray, total: float) -> np.ndarray:
+    """Return z scores [...] of weighted log odds with the whole as prior (Monroe et al. 2008, equations 16 to 22).
+
+    Args:
+        inside: counts of each label or word among a latent's samples, [...].
+        inside_total: all counts there.
+        everywhere: counts in all samples, [...]; they are also the prior, scaled to the latent's size.
+        total: all counts in all samples.
+    """
+    prior = everywhere * (inside_total / max(total, 1)) + 0.01
+    prior_total = inside_total + 0.01 * np.size(everywhere)
+    outside, outside_total = everywhere - inside, total - inside_total
+
+    def log_odds(counts: np.ndarray, whole: float) -> np.ndarray:
+        with_prior = counts + prior
+        return np.log(with_prior / np.maximum(whole + prior_total - with_prior, 1e-9))
+
+    spread = np.sqrt(1 / (inside + prior) + 1 / (outside + prior))
+    return (log_odds(inside, inside_total) - log_odds(outside, outside_total)) / spread
+
+
+def _label_evidence(firing: Mapping[str, Any], features: FeatureDataset, kept: int) -> dict[int, list[Evidence]]:
+    """Return latent -> its labels; the samples of all streams count together."""
+    labels = features.labels_csr().astype(np.float64)
+    counts = np.sum([(active.astype(np.float64).T @ labels).toarray() for active in firing.values()], axis=0)
+    sizes = np.sum([np.asarray(active.sum(axis=0)).ravel() for active in firing.values()], axis=0)
+    streams, rows = len(firing), len(features)
+    everywhere = np.asarray(labels.sum(axis=0)).ravel() * streams
+    names = list(features.label_names or [])
+    found = {}
+    for latent in np.flatnonzero(sizes).tolist():
+        # A label is a yes or no of each sample: the whole is the samples, not the labels.
+        z = log_odds_z(counts[latent], sizes[latent], everywhere, rows * streams)
+        base = np.maximum(everywhere, 1) / (rows * streams)
+        lift = counts[latent] / sizes[latent] / base
+        found[latent] = _strongest(names, lift, counts[latent], z, kept)
+    return found
+
+
+def _word_evidence(best: Mapping[str, TopSamples], texts: Sequence[str], kept: int) -> dict[int, list[Evidence]]:
+    """Return latent -> the words of its top samples' captions, each counted once a sample."""
+    words_of = [sorted({word for word in WORD.findall(text.lower()) if word not in STOP_WORDS}) for text in texts]
+    vocabulary = sorted({word for words in words_of for word in words})
+    number = {word: at for at, word in enumerate(vocabulary)}
+    everywhere = np.bincount([number[word] for words in words_of for word in words], minlength=len(vocabulary))
+    streams, rows = len(best), len(texts)
+    found = {}
+    for latent in range(len(next(iter(best.values())).rows)):
+        chosen = [row for top in best.values() for row in top.rows[latent] if row >= 0]
+        if not chosen or not vocabulary:
+            continue
+        seen = [number[word] for row in chosen for word in words_of[row]]
+        counts = np.bincount(seen, minlength=len(vocabulary)).astype(np.float64)
+        z = log_odds_z(counts, len(chosen), everywhere * streams, rows * streams)
+        lift = counts / len(chosen) / (np.maximum(everywhere, 1) / rows)
+        found[latent] = _strongest(vocabulary, lift, counts, z, kept)
+    return found
+
+
+def _strongest(names: list[str], lift: np.ndarray, counts: np.ndarray, z: np.ndarray, kept: int) -> list[Evidence]:
+    order = np.argsort(-z, kind="stable")[:kept].tolist()
+    return [
+        Evidence(names[at], round(float(lift[at]), 3), int(counts[at]), round(float(z[at]), 3))
+        for at in order
+        if z[at] > 0 and counts[at] > 0
+    ]
+
+
+def _sample_names(rows: np.ndarray, features: FeatureDataset) -> list[str]:
+    # `row_name` is for messages; here the bare id, or the row's number.
+    ids = features.ids
+    return [str(row) if ids is None else ids[row] for row in rows.tolist() if row >= 0]
+
+
+def save_concepts(concepts: Sequence[Concept], folder: str | os.PathLike, **facts: Any) -> Path:
+    """Write `concepts.json` beside a model; complete or not at all.
+
+    Args:
+        concepts: what `name_concepts` returned.
+        folder: the model's folder.
+        **facts: what else the file shall say, such as the rows the names come from.
+    """
+    content = {
+        "format_version": FORMAT_VERSION,
+        **facts,
+        "concepts": {str(concept.latent): asdict(concept) for concept in concepts},
+    }
+    path = Path(folder) / CONCEPTS_FILE
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def load_concepts(folder: str | os.PathLike) -> list[Concept]:
+    """Read what `save_concepts` wrote; an empty list where a model has no names.
+
+    Raises:
+        ValueError: for a newer format, or a file that cannot be read.
+    """
+    path = Path(folder) / CONCEPTS_FILE
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version > FORMAT_VERSION:
+            raise ValueError(f"format version {version}, where this version of sparc_hf reads up to {FORMAT_VERSION}")
+        return [
+            Concept(
+                **entry
+                | {"labels": [Evidence(**one) for one in entry["labels"]]}
+                | {"words": [Evidence(**one) for one in entry["words"]]}
+            )
+            for entry in content["concepts"].values()
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"`{path}` cannot be read: {error}") from error
