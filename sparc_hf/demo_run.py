@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sparc_hf.codes import encode_features
 from sparc_hf.command_arguments import DemoArguments
+from sparc_hf.concepts import name_concepts, save_concepts
 from sparc_hf.demo.scenes import CLASS_NAMES, TAXONOMY, make_scenes_dataset
 from sparc_hf.encoders import load_encoders
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
@@ -60,6 +62,8 @@ def run_demo(args: DemoArguments) -> str:
     )
     results = evaluation.results
     write_report({"demo": evaluation}, output / "evaluation")
+    alone = encode_features(model, test_rows, encoding="single")
+    save_concepts(name_concepts(alone, test_rows), output / "model", features="test", rows=len(test_rows))
     card = write_model_card(
         output / "model", results=results, settings=settings.to_dict(), title="SPARC on the embedded world"
     )
