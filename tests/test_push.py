@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -17,9 +18,11 @@ from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
 from sparc_hf.concepts import Concept, save_concepts
 from sparc_hf.encoders import StreamEncoder
+from sparc_hf.evaluation import EvaluationSettings, evaluate_model
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import write_model_card
 from sparc_hf.push import PushArguments, run_push
+from sparc_hf.report import write_report
 from sparc_hf.run_folder import save_model
 
 
@@ -44,10 +47,10 @@ def model_folder(tmp_path):
     return folder
 
 
-def fresh_process(hub: HubServer, tmp_path, code: str, *, offline: bool = False, **variables: str) -> str:
-    """Run code as somebody else would, with an empty cache and this Hub."""
+def user_environment(hub: HubServer, tmp_path, *, offline: bool = False, **variables: str) -> dict[str, str]:
+    """Return the variables of somebody with an empty cache, whose Hub this is."""
     known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment = known | {
+    return known | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": str(int(offline)),
@@ -56,6 +59,11 @@ def fresh_process(hub: HubServer, tmp_path, code: str, *, offline: bool = False,
         "PYTHONPATH": str(ROOT),
         **variables,
     }
+
+
+def fresh_process(hub: HubServer, tmp_path, code: str, **given) -> str:
+    """Run code as somebody else would."""
+    environment = user_environment(hub, tmp_path, **given)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -152,6 +160,27 @@ print(batches.rows, sum(len(batch["dino"]) for batch in batches if model(batch).
     assert np.array_equal(np.load(tmp_path / "back.npy"), test.array("dino"))
     offline = 'from sparc_hf import FeatureDataset; print(len(FeatureDataset.load("hf://datasets/me/rows/held_out")))'
     assert fresh_process(hub, tmp_path, offline, offline=True).split() == ["40"]
+
+
+@pytest.mark.slow
+def test_the_readmes_hub_section_word_for_word(hub, tmp_path):
+    section = (ROOT / "README.md").read_text().split("## Publish and load from the Hub")[1].split("\n## ")[0]
+    commands, code = (re.search(rf"```{kind}\n(.*?)```", section, re.S)[1] for kind in ("bash", "python"))
+    model = tiny_model(3)
+    save_model(model, tmp_path / "runs/coco")
+    for name, features in {"train": planted_features(300), "test": planted_features(60, seed=1)}.items():
+        features.save(tmp_path / "features" / name)
+    quick = EvaluationSettings(replicates=10, probes=False)
+    write_report({"coco": evaluate_model(model, planted_features(60), quick)}, tmp_path / "runs/coco/evaluation")
+    own_command = f'sparc() {{ "{sys.executable}" -m sparc_hf.cli "$@"; }}\nset -e\n'
+    environment = user_environment(hub, tmp_path, HF_TOKEN="hf_me")
+    run = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    pushed = subprocess.run(["bash", "-c", own_command + commands], **run)
+    assert pushed.returncode == 0, pushed.stderr[-3000:]
+    loaded = subprocess.run([sys.executable, "-c", code], **run)
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    assert {id for _, id in hub.repos} == {"me/coco-concepts", "me/coco-features", "me/cross_retrieval"}
+    assert "reconstruction.png" in hub.repos["model", "me/coco-concepts"].files
 
 
 def test_a_second_push_of_fewer_files_leaves_no_old_ones(hub, tmp_path):
