@@ -27,7 +27,9 @@ class SparcConfig(PreTrainedConfig):
         dead_after_steps: a latent is dead in a stream after more than this many training steps without firing.
         dead_threshold: a latent fires in a stream when its value exceeds this.
         selection: "global" (one top-k of the summed pre-activations) or "local" (one top-k per stream).
-        objective: the training objective.
+        objective: "sparc", or "usae" for Universal Sparse Autoencoders: batch norm after the encoder, a selection per
+            stream, atoms brought to unit norm at use, no pre-biases. The paper has k 32, auxk N // 2, auxk_coef 0.1.
+        distance: of the USAE objective, "l1" (mean absolute) or "l2" (mean squared).
         format_version: version of the checkpoint format; a newer one than this package knows is refused.
 
     Raises:
@@ -45,7 +47,8 @@ class SparcConfig(PreTrainedConfig):
     dead_after_steps: int = 1000
     dead_threshold: float | int = 1e-3
     selection: Literal["global", "local"] = "global"
-    objective: Literal["sparc"] = "sparc"
+    objective: Literal["sparc", "usae"] = "sparc"
+    distance: Literal["l1", "l2"] = "l1"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any):
@@ -59,6 +62,10 @@ class SparcConfig(PreTrainedConfig):
             raise ValueError(
                 f"this checkpoint has `format_version` {self.format_version}, but this version of sparc_hf reads up "
                 f"to {FORMAT_VERSION}; upgrade with `pip install -U sparc-hf`"
+            )
+        if self.objective == "usae" and self.selection != "local":
+            raise ValueError(
+                '`objective="usae"` selects latents in every stream alone; set `selection="local"` with it'
             )
         for field in ("num_latents", "k"):
             if getattr(self, field) < 1:

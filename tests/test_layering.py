@@ -23,6 +23,8 @@ FLOORS = {
     "buffers_sparc": 1,
     "checks_sparc": 0,
     "objectives_sparc": 1,
+    "objectives_usae": 1,
+    "step_sparc": 1,
     "encoders": 1,
     "encoder_families": 0,
     "pretrained": 0,
@@ -77,6 +79,8 @@ REMOTE_CODE = {
     "buffers_sparc",
     "checks_sparc",
     "objectives_sparc",
+    "objectives_usae",
+    "step_sparc",
     "modeling_sparc",
 }
 
