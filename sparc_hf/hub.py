@@ -66,7 +66,7 @@ def write_model_card(
     card_data = ModelCardData(
         library_name="sparc-hf",
         license="apache-2.0",
-        tags=["sparse-autoencoder", "interpretability", "sparc", *config.stream_names],
+        tags=["sparse-autoencoder", "interpretability", config.objective, *config.stream_names],
         base_model=encoders or None,
         pipeline_tag="feature-extraction",
         model_name=title,

@@ -55,7 +55,8 @@ class ImportArguments:
         default="float32", metadata={"help": "How features are stored.", "choices": ["float32", "float16"]}
     )
     run_config: str | None = field(
-        default=None, metadata={"help": "The checkpoint's run_config.json (default: the one beside it)."}
+        default=None,
+        metadata={"help": "The run_config.json or YAML of a checkpoint (default: the one beside it)."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is in the output folder."})
 
@@ -75,9 +76,16 @@ def run_import(args: ImportArguments) -> "FeatureDataset | SparcModel":
     if checkpoint is not None:
         # Not at the top: transformers' model classes take more memory than the import of features.
         from sparc_hf.legacy_checkpoints import import_checkpoint
+        from sparc_hf.legacy_usae import import_usae_checkpoints
 
-        return import_checkpoint(
-            checkpoint, args.output, run_config=args.run_config, records=records, overwrite=args.overwrite
+        is_usae = only.is_dir() and checkpoint.name != CHECKPOINT_FILES[0]
+        load = import_usae_checkpoints if is_usae else import_checkpoint
+        return load(
+            only if is_usae else checkpoint,
+            args.output,
+            run_config=args.run_config,
+            records=records,
+            overwrite=args.overwrite,
         )
     if paths is not None:
         found: LegacyFeatures = FeatureFiles(paths)

@@ -63,7 +63,7 @@ def import_checkpoint(
     source, output = Path(source), Path(output)
     checkpoint = source / CHECKPOINT_NAME if source.is_dir() else source
     settings_file = Path(run_config) if run_config is not None else checkpoint.with_name(RUN_CONFIG_NAME)
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     tensors = read_tensors(checkpoint)
     content = _read_run_config(settings_file)
     config = _config(tensors, content, checkpoint, settings_file, records)
@@ -77,20 +77,22 @@ def import_checkpoint(
         "run": arguments.get("exp_name"),
         "data": content.get("config_file_content", {}).get("dataset"),
     }
-    _save(model, output, origin, {ours: arguments[theirs] for theirs, ours in SETTINGS.items() if theirs in arguments})
+    save_imported(
+        model, output, origin, {ours: arguments[theirs] for theirs, ours in SETTINGS.items() if theirs in arguments}
+    )
     return SparcModel.from_pretrained(output)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a `.pth` state dict without running anything in it.
+def read_checkpoint(path: Path) -> Any:
+    """Read a `.pth` file without running anything in it.
 
     Raises:
-        ValueError: if it is missing or damaged, needs code to be read, or holds something else than named tensors.
+        ValueError: if it is missing or damaged, or needs code to be read.
     """
     if not path.is_file():
         raise ValueError(f"there is no checkpoint `{path}`; give the .pth file or the folder with {CHECKPOINT_NAME}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"`{path}` cannot be read as plain tensors, and files that need code to be read are refused: "
@@ -100,10 +102,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"`{path}` is no readable checkpoint: {(str(error).splitlines() or [repr(error)])[0]}"
         ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a `.pth` state dict without running anything in it.
+
+    Raises:
+        ValueError: as `read_checkpoint`, and if it holds something else than named tensors.
+    """
+    found = read_checkpoint(path)
     if isinstance(found, dict) and "model_state_dict" in found:
         raise ValueError(
-            f"`{path}` is a checkpoint of Universal Sparse Autoencoders, which needs a model with "
-            '`objective="usae"`; this version of sparc_hf has only "sparc" and cannot import it'
+            f"`{path}` is one model of a run of Universal Sparse Autoencoders; import the run's folder, which has the "
+            "checkpoints of all its models"
         )
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"`{path}` holds {type(found).__name__} and not a state dict of tensors")
@@ -189,7 +200,8 @@ def _load(model: SparcModel, tensors: Mapping[str, Tensor], checkpoint: Path) ->
     model.load_state_dict(state)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise ValueError where `output` holds something that may not be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / "config.json").is_file():
@@ -198,7 +210,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"`{output}` already holds a model; choose another path or pass `overwrite`")
 
 
-def _save(model: SparcModel, output: Path, origin: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def save_imported(model: SparcModel, output: Path, origin: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Write an imported model with its settings and where it came from; the folder appears when it is whole."""
     unfinished = output.with_name(output.name + ".saving")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
-from sparc_hf.importers import ImportArguments, run_import
 from sparc_hf.legacy_checkpoints import import_checkpoint
 from sparc_hf.legacy_hdf5 import FeatureFiles, configured_files
 
@@ -112,15 +111,6 @@ def test_nothing_in_a_checkpoint_runs(run_folder, tmp_path):
     with pytest.raises(ValueError, match="files that need code to be read are refused"):
         import_checkpoint(run_folder, tmp_path / "model")
     assert not (tmp_path / "ran").exists()
-    assert not (tmp_path / "model").exists()
-
-
-def test_checkpoints_of_universal_saes_are_refused_for_now(golden, tmp_path):
-    for source in (golden / "usae_weights" / "tiny_L1", next((golden / "usae_weights").glob("*/ViT/*.pth"))):
-        with pytest.raises(
-            ValueError, match='Universal Sparse Autoencoders, which needs a model with `objective="usae"`'
-        ):
-            run_import(ImportArguments(source=[str(source)], output=str(tmp_path / "model")))
     assert not (tmp_path / "model").exists()
 
 
