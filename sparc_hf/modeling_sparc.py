@@ -39,7 +39,8 @@ class SparcModel(PreTrainedModel):
     also the batch norm `encoder_norm.<stream>` over N, and atoms of any norm.
 
     Attributes:
-        counter_group: process group over which training steps agree on what fired; None keeps counters local.
+        counter_group: process group over which training steps agree on what fired, and on the statistics of batch
+            norms; None keeps both local.
         max_preactivation_mb: memory for pre-activations, in MiB; larger batches are encoded in blocks of rows.
         gradient_terms: parameter name -> list that a backward pass gives the gradient of `encoders.<stream>.weight`
             and `atoms.<stream>` to, in place of the dense `.grad`; None, the default, makes dense gradients.
@@ -220,6 +221,8 @@ class SparcModel(PreTrainedModel):
         The earlier code does both between backward and the optimizer's step, so that is where the training loop
         calls this; the gradient was taken at the atoms before the division.
         """
+        if self._is_usae:  # which brings its atoms to unit norm at every use
+            return
         with torch.no_grad():
             for atoms in self.atoms.values():
                 unit_norm_(atoms, atoms.grad)
@@ -254,7 +257,8 @@ class SparcModel(PreTrainedModel):
 
     def _usae_encode(self, name: str, rows: Tensor) -> tuple[Tensor, SparseCodes]:
         """Return q [batch, N] and the code."""
-        positive = usae_preactivations(rows, self._encoder(name), self.encoder_norm[name])
+        norm = cast(nn.BatchNorm1d, self.encoder_norm[name])
+        positive = usae_preactivations(rows, self._encoder(name), norm, self.counter_group)
         return positive, SparseCodes(*usae_code(positive, self.config.k), self.config.num_latents)
 
     def _usae_forward(self, features: Mapping[str, Tensor], new_step: bool, source: str | None) -> SparcOutput:

@@ -1,6 +1,7 @@
 """Universal Sparse Autoencoders (arXiv 2502.03714): their encoder and their loss, on the modules of a SparcModel."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,33 @@ from torch import Tensor, nn
 from .sparse_ops import Selection, sparse_decode, unit_norm
 
 
-def usae_preactivations(rows: Tensor, encoder: nn.Linear, norm: nn.Module) -> Tensor:
+def usae_preactivations(rows: Tensor, encoder: nn.Linear, norm: nn.BatchNorm1d, group: Any = None) -> Tensor:
     """Return q = max(0, BatchNorm(W x + c)), [batch, N], of rows x [batch, d].
 
-    In training the batch norm uses, and keeps, the statistics of these rows; otherwise those it has kept.
+    In training the batch norm uses, and keeps, the statistics of the rows of all processes of `group`; otherwise those
+    it has kept.
     """
-    return norm(F.linear(rows, encoder.weight, encoder.bias)).relu()
+    hidden = F.linear(rows, encoder.weight, encoder.bias)
+    if group is None or not norm.training:
+        return norm(hidden).relu()
+    return _shared_batch_norm(hidden, norm, group).relu()
+
+
+def _shared_batch_norm(hidden: Tensor, norm: nn.BatchNorm1d, group: Any) -> Tensor:
+    """Batch norm over the rows of several processes, with the gradient of the statistics through all of them."""
+    from torch.distributed.nn.functional import all_reduce
+
+    rows = torch.tensor(float(len(hidden)), device=hidden.device)
+    torch.distributed.all_reduce(rows, group=group)
+    mean = all_reduce(hidden.sum(dim=0), group=group) / rows
+    centered = hidden - mean
+    variance = all_reduce(centered.square().sum(dim=0), group=group) / rows
+    with torch.no_grad():
+        unbiased = variance * (rows / (rows - 1).clamp(min=1))
+        for kept, seen in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            cast(Tensor, kept).lerp_(seen, cast(float, norm.momentum))
+        cast(Tensor, norm.num_batches_tracked).add_(1)
+    return centered * (variance + norm.eps).rsqrt() * norm.weight + norm.bias
 
 
 def usae_code(positive: Tensor, k: int) -> tuple[Tensor, Tensor]:

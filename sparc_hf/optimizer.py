@@ -76,6 +76,30 @@ class SparcAdam(torch.optim.Adam):
             biases[1].grad -= sums
 
 
+class UsaeAdamW(torch.optim.AdamW):
+    """AdamW of Universal Sparse Autoencoders: a group of parameters a stream, of which a step moves the source's only.
+
+    Args:
+        model: the model.
+        lr: learning rate.
+        weight_decay: as of AdamW.
+    """
+
+    def __init__(self, model: SparcModel, lr: float, weight_decay: float):
+        self.names = model.config.stream_names
+        groups = {name: [] for name in self.names}
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups[key.split(".")[1]].append(parameter)
+        super().__init__([{"params": groups[name]} for name in self.names], lr=lr, weight_decay=weight_decay)
+
+    def keep_source(self, source: str) -> None:
+        """Drop the gradients of all other streams: in the paper's code they are never used either."""
+        for name, group in zip(self.names, self.param_groups, strict=True):
+            for parameter in group["params"] if name != source else ():
+                parameter.grad = None
+
+
 def add_up_terms(model: SparcModel) -> None:
     """Turn the gradient terms of a model into dense gradients, in `.grad`."""
     for name, terms in (model.gradient_terms or {}).items():

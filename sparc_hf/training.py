@@ -27,7 +27,7 @@ from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.features import FeatureBatches, FeatureDataset
 from sparc_hf.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
 from sparc_hf.modeling_sparc import SparcModel
-from sparc_hf.optimizer import SparcAdam, add_up_terms
+from sparc_hf.optimizer import SparcAdam, UsaeAdamW, add_up_terms
 from sparc_hf.run_folder import (
     LOG_FILE,
     SETTINGS_FILE,
@@ -41,9 +41,12 @@ from sparc_hf.run_folder import (
     write_json,
 )
 from sparc_hf.step_kernel import built_library, load_step_kernel
+from sparc_hf.term_sums import TermSums
 from sparc_hf.training_arguments import SparcTrainingArguments
 from sparc_hf.version import __version__
 
+# Tells the draws of source streams apart from other draws of the same seed.
+SOURCE_DRAWS = 0x5053
 # Parameters times steps of a run of about a minute, beyond which building the compiled step pays.
 WORTH_BUILDING = 2e10
 
@@ -125,16 +128,28 @@ class SparcTrainer:
         self.model.max_preactivation_mb = args.max_preactivation_mb
         # In "evaluation mode" Accelerate moves the model and sets its precision, but leaves the gradients to us.
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        adam = SparcAdam(self.model, args.learning_rate)
+        self.is_usae = args.objective == "usae"
+        adam = (
+            UsaeAdamW(self.model, args.learning_rate, args.weight_decay)
+            if self.is_usae
+            else SparcAdam(self.model, args.learning_rate)
+        )
+        self._adam = adam
         self.optimizer = self.accelerator.prepare_optimizer(adam)
         self.total_steps = len(self.batches) * args.epochs
-        if self._takes_terms():
+        if not self.is_usae and self._takes_terms():
             self.model.gradient_terms = {}
         # Stepped once per optimizer step by hand: a prepared scheduler advances once per process.
-        self.scheduler = get_scheduler(args.lr_schedule, adam, args.warmup_steps, max(self.total_steps, 1))
+        self.scheduler = get_scheduler(
+            "cosine_with_min_lr" if args.lr_schedule == "cosine" else args.lr_schedule,
+            adam,
+            args.warmup_steps,
+            max(self.total_steps, 1),
+            {"min_lr": args.final_learning_rate} if args.lr_schedule == "cosine" else None,
+        )
         self.step = 0
-        self._sums = _TermSums(self.accelerator.device)
-        self._stop_signal = 0
+        self._sums = TermSums(self.accelerator.device)
+        self._stop_signal = self._asked_to_stop = 0
 
     def _takes_terms(self) -> bool:
         """Return whether gradients stay factored: to send less, or for the compiled step, which is loaded here."""
@@ -191,18 +206,21 @@ class SparcTrainer:
         """Make one optimizer step from this process's share of the step's rows."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
+        source = {"source": self._source_of_step()} if self.is_usae else {}
         # Processes differ by at most one row, so the smallest share bounds the micro-batches all can make.
         pieces = min(self.args.gradient_accumulation_steps, rows_of_step // self.world_size)
         micro_batches = zip(*(value.tensor_split(pieces) for value in share.values()), strict=True)
         for number, values in enumerate(micro_batches):
             on_device = [value.to(self.accelerator.device, non_blocking=True) for value in values]
             features = dict(zip(share, on_device, strict=True))
-            output = self.model(features, new_step=number == 0)
+            output = self.model(features, new_step=number == 0, **source)
             weight = values[0].shape[0] / rows_of_step
             self._sums.add(output.loss, output.losses, weight)
             if number == pieces - 1:
                 self._check_signals(at_once=self.accelerator.device.type == "cpu")
             self.accelerator.backward(output.loss * weight)
+        if isinstance(self._adam, UsaeAdamW):
+            self._adam.keep_source(source["source"])
         self._share_gradients(math.ceil(math.ceil(rows_of_step / self.world_size) / pieces))
         if self.args.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
@@ -210,6 +228,11 @@ class SparcTrainer:
         self.scheduler.step()
         self._sums.count_step()
         self._rows_since += rows_of_step
+
+    def _source_of_step(self) -> str:
+        """Draw the source stream of a step, the same on every process and in a resumed run."""
+        names = self.config.stream_names
+        return names[int(np.random.default_rng([self.args.seed, SOURCE_DRAWS, self.step]).integers(len(names)))]
 
     def _share_gradients(self, rows: int) -> None:
         """Make every process's gradients those of the whole step; `rows` is the most any has in a micro-batch."""
@@ -266,7 +289,7 @@ class SparcTrainer:
 
     def _log_progress(self, epoch: int) -> None:
         means = self._sums.means(self.world_size)
-        self._sums = _TermSums(self.accelerator.device)
+        self._sums = TermSums(self.accelerator.device)
         now = time.perf_counter()
         rate = self._rows_since / max(now - self._clock, 1e-9)
         self._clock, self._rows_since = now, 0
@@ -300,7 +323,7 @@ class SparcTrainer:
         if self.eval_batches is None:
             return {}
         self.model.eval()
-        sums = _TermSums(self.accelerator.device)
+        sums = TermSums(self.accelerator.device)
         for share in self.eval_batches:
             features = {name: value.to(self.accelerator.device) for name, value in share.items()}
             with self.accelerator.autocast():
@@ -383,39 +406,6 @@ class SparcTrainer:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-
-
-class _TermSums:
-    """Row-weighted sums of the loss terms of some steps, kept on the device until they are read."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.names: list[str] = []
-        self.sums: Tensor | None = None
-        self.steps = 0
-
-    def add(self, loss: Tensor, losses: dict[str, Tensor], weight: float) -> None:
-        # Single terms come before their means, so that the first broken one names a stream.
-        self.names = [*sorted(losses, key=lambda name: "/" not in name), "loss"]
-        values = torch.stack([*(losses[name] for name in self.names[:-1]), loss]).detach().float() * weight
-        self.sums = values if self.sums is None else self.sums + values
-
-    def count_step(self) -> None:
-        self.steps += 1
-
-    def first_broken_term(self) -> str | None:
-        if self.sums is None or self.sums[-1].isfinite():
-            return None
-        return self.names[int((~self.sums.isfinite()).nonzero()[0])]
-
-    def means(self, world_size: int) -> dict[str, float]:
-        """Return name -> mean per step, over all processes (each step's weights sum to 1 over them)."""
-        if self.sums is None:
-            return {}
-        sums = self.sums.clone()
-        if world_size > 1:
-            torch.distributed.all_reduce(sums)
-        return dict(zip(self.names, (sums / max(self.steps, 1)).tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ MODEL_FIELDS = (
     "dead_after_steps",
     "dead_threshold",
     "selection",
+    "objective",
+    "distance",
 )
 # A resumed run repeats the uninterrupted one only if these are as they were.
 TRAJECTORY_FIELDS = (
@@ -22,7 +24,9 @@ TRAJECTORY_FIELDS = (
     "epochs",
     "learning_rate",
     "lr_schedule",
+    "final_learning_rate",
     "warmup_steps",
+    "weight_decay",
     "max_grad_norm",
     "mixed_precision",
     "center",
@@ -30,6 +34,8 @@ TRAJECTORY_FIELDS = (
     "seed",
 )
 CHOICES = {
+    "objective": ("sparc", "usae"),
+    "distance": ("l1", "l2"),
     "selection": ("global", "local"),
     "lr_schedule": ("constant", "cosine", "linear"),
     "mixed_precision": ("no", "bf16", "fp16"),
@@ -70,10 +76,17 @@ class SparcTrainingArguments:
     dead_threshold: float = flag("Value above which a latent fires.", 1e-3)
     selection: str = flag("Top-k selection: one for all streams (global) or one per stream (local).", "global")
 
+    objective: str = flag(
+        "Training objective: sparc, or usae (Universal Sparse Autoencoders; needs --selection local).", "sparc"
+    )
+    distance: str = flag("Distance of the usae objective: l1 or l2.", "l1")
+
     batch_size: int = flag("Rows per optimizer step, over all processes and micro-batches together.", 256)
     epochs: int = flag("Passes over the training rows.", 50)
     learning_rate: float = flag("Adam's learning rate (peak, where the schedule changes it).", 1e-4)
     lr_schedule: str = flag("Learning-rate schedule: constant, cosine or linear decay.", "constant")
+    final_learning_rate: float = flag("Where the cosine schedule ends.", 0.0)
+    weight_decay: float = flag("Weight decay of the usae objective's AdamW.", 0.0)
     warmup_steps: int = flag("Steps over which the learning rate rises from 0.", 0)
     max_grad_norm: float | None = field(
         default=None, metadata={"help": "Clip the gradient's norm to this (default: no clipping)."}
@@ -116,6 +129,13 @@ class SparcTrainingArguments:
         for name in ("warmup_steps", "checkpoint_every", "reinitialize_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, but it is {getattr(self, name)}")
+        if not 0 <= self.final_learning_rate <= self.learning_rate or self.weight_decay < 0:
+            raise ValueError(
+                "`final_learning_rate` must be from 0 to `learning_rate`, `weight_decay` not negative, but they are "
+                f"{self.final_learning_rate} and {self.weight_decay}"
+            )
+        if self.objective == "usae" and self.selection != "local":
+            raise ValueError("`objective` usae selects latents in every stream alone: give `selection` local with it")
         if self.learning_rate <= 0:
             raise ValueError(f"`learning_rate` must be positive, but it is {self.learning_rate}")
         if not 0 <= self.eval_fraction < 1:

@@ -51,6 +51,7 @@ FLOORS = {
     "modeling_sparc": 2,
     "extraction": 4,
     "step_kernel": 0,
+    "term_sums": 0,
     "gradient_exchange": 1,
     "optimizer": 3,
     "codes": 3,

@@ -1,0 +1,124 @@
+"""Universal Sparse Autoencoders through the same loop."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, planted_features
+from test_training import assert_same_weights, environment, flags, log_of, weights
+
+from sparc_hf import SparcModel
+from sparc_hf.training import SparcTrainer, TrainingInterrupted, train
+from sparc_hf.training_arguments import SparcTrainingArguments
+
+USAE = {
+    "objective": "usae",
+    "selection": "local",
+    "num_latents": 48,
+    "k": 8,
+    "auxk": 24,
+    "auxk_coef": 0.1,
+    "batch_size": 64,
+    "epochs": 3,
+    "learning_rate": 5e-3,
+    "final_learning_rate": 1e-5,
+    "lr_schedule": "cosine",
+    "warmup_steps": 3,
+    "weight_decay": 1e-5,
+    "max_grad_norm": 1.0,
+    "reinitialize_every": 0,
+    "logging_every": 5,
+    "checkpoint_every": 0,
+    "cpu": True,
+}
+
+
+def arguments(folder, features, **settings) -> SparcTrainingArguments:
+    return SparcTrainingArguments(features=str(features), output_dir=str(folder), **(USAE | settings))
+
+
+def test_every_pair_of_streams_is_explained_in_part(tmp_path, planted_folder):
+    """R2 above 0 from every source to every target, on held-out rows."""
+    features = planted_features(600)
+    training, held_out = features.split(480)
+    settings = {"epochs": 150, "learning_rate": 1e-2, "num_latents": 96, "auxk": 48}
+    model = SparcTrainer(arguments(tmp_path / "run", planted_folder, **settings), training, held_out).train()
+    rows = {name: torch.from_numpy(held_out.array(name)) for name in held_out.stream_names}
+    with torch.no_grad():
+        codes = model.encode(rows)
+        for target, x in model.normalize(rows).items():
+            for code in codes.values():
+                left = (x - model.decode(code, to=target)).square().mean()
+                assert 1 - left / x.var(unbiased=False) > 0.3
+    validations = [entry["eval/loss"] for entry in log_of(tmp_path / "run") if "eval/loss" in entry]
+    assert validations[-1] < 0.8 * validations[0]
+
+
+def test_a_step_moves_the_source_alone(tmp_path, planted_folder):
+    trainer = SparcTrainer(arguments(tmp_path / "run", planted_folder, warmup_steps=0), planted_features(600))
+    batch = next(iter(trainer.batches))
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    source = trainer._source_of_step()
+    trainer._train_step(batch, 64)
+    for key, value in trainer.model.named_parameters():
+        moves = key.split(".")[1] == source and value.requires_grad
+        assert torch.equal(before[key], value) != moves, key
+
+
+def test_sources_are_drawn_evenly_and_by_the_seed(tmp_path, planted_folder):
+    drawn = {}
+    for seed in (0, 1):
+        trainer = SparcTrainer(arguments(tmp_path / str(seed), planted_folder, seed=seed), planted_features(600))
+        drawn[seed] = []
+        for trainer.step in range(300):
+            drawn[seed].append(trainer._source_of_step())
+        counts = np.unique(drawn[seed], return_counts=True)[1]
+        assert len(counts) == 3
+        assert counts.min() > 60
+    assert drawn[0] != drawn[1]
+
+
+def test_stopped_and_resumed_gives_the_same_bits(tmp_path, planted_folder, monkeypatch):
+    train(arguments(tmp_path / "whole", planted_folder))
+    original = SparcTrainer._train_step
+
+    def stop_in_step_11(trainer, share, rows):
+        original(trainer, share, rows)
+        if trainer.step == 11:
+            os.kill(os.getpid(), 15)
+
+    monkeypatch.setattr(SparcTrainer, "_train_step", stop_in_step_11)
+    with pytest.raises(TrainingInterrupted):
+        train(arguments(tmp_path / "stopped", planted_folder))
+    monkeypatch.undo()
+    train(arguments(tmp_path / "stopped", planted_folder, resume=True))
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path, planted_folder):
+    train(arguments(tmp_path / "one", planted_folder))
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, *flags(tmp_path / "two", planted_folder, **USAE)],
+        env=environment(ACCELERATE_USE_CPU="true"),
+        capture_output=True,
+    )
+    assert (tmp_path / "two" / "model.safetensors").exists(), done.stderr.decode()[-3000:]
+    mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key in mine:
+        # The bias before a batch norm has no gradient but rounding, which Adam enlarges, and the mean follows it.
+        noisy = (key.startswith("encoders") and key.endswith("bias")) or key.endswith("running_mean")
+        if not noisy:
+            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=1e-4)
+    one, two = log_of(tmp_path / "one")[-1], log_of(tmp_path / "two")[-1]
+    assert two["train/loss"] == pytest.approx(one["train/loss"], abs=1e-4)
+    assert SparcModel.from_pretrained(tmp_path / "two").encoder_norm["dino"].num_batches_tracked > 0
+
+
+def test_global_selection_is_refused(tmp_path, planted_folder):
+    with pytest.raises(ValueError, match="`selection` local"):
+        arguments(tmp_path / "run", planted_folder, selection="global")
