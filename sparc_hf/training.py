@@ -149,7 +149,7 @@ class SparcTrainer:
         )
         self.step = 0
         self._sums = TermSums(self.accelerator.device)
-        self._stop_signal = self._asked_to_stop = 0
+        self._stop_signal = self._asked_to_stop = self._rows_since = 0
 
     def _takes_terms(self) -> bool:
         """Return whether gradients stay factored: to send less, or for the compiled step, which is loaded here."""

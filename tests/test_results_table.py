@@ -1,7 +1,6 @@
 """The settings behind docs/results.md, and the table made of them."""
 
 import sys
-from dataclasses import fields
 
 import pytest
 import yaml
@@ -18,12 +17,8 @@ from results_table import COLUMNS, table_line  # noqa: E402
 def test_settings_are_known_to_training(name):
     content = yaml.safe_load((SETTINGS / f"{name}.yaml").read_text())
     variants = yaml.safe_load((SETTINGS / "variants.yaml").read_text())
-    known = {field.name for field in fields(SparcTrainingArguments)}
     for replaced in variants.values():
-        settings = content["train"] | replaced
-        if "objective" in settings and "objective" not in known:
-            continue
-        SparcTrainingArguments(features="f", output_dir="o", **settings)
+        SparcTrainingArguments(features="f", output_dir="o", **(content["train"] | replaced))
 
 
 def test_a_line_holds_means_and_deviations():
