@@ -68,7 +68,8 @@ def latent_sheet(
     for stream, top in best.items():
         chosen = [int(row) for row in top.rows[latent] if row >= 0][:samples]
         encoder = encoders.get(stream)
-        is_text = (encoder.modality if encoder else features.streams[stream].get("modality")) == "text"
+        records = {record["name"]: record for record in features.streams}
+        is_text = (encoder.modality if encoder else records.get(stream, {}).get("modality")) == "text"
         images = {row: None if is_text else features.image(row) for row in chosen}
         heats = _maps_of(model, encoder, images, latent, method, shifts)
         rows[stream] = [

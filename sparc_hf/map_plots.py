@@ -108,14 +108,10 @@ def contact_sheet(title: str, rows: Mapping[str, Sequence[SheetCell]]) -> "Figur
 
     columns = max((len(cells) for cells in rows.values()), default=1) or 1
     figure = Figure(figsize=(CELL * columns + 0.35, CELL * 1.15 * len(rows) + 0.4))
-    top = 1 - 0.42 / figure.get_figheight()
-    axes = figure.subplots(
-        len(rows),
-        columns,
-        squeeze=False,
-        gridspec_kw={"left": 0.35 / figure.get_figwidth(), "right": 0.995, "top": top, "bottom": 0.02},
-    )
-    figure.suptitle(title, fontsize=10, x=0.01, y=1 - 0.08 / figure.get_figheight(), ha="left", va="top")
+    height, width = figure.get_figheight(), figure.get_figwidth()
+    sides = {"left": 0.35 / width, "right": 0.995, "top": 1 - 0.35 / height, "bottom": 0.22 / height}
+    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=sides | {"hspace": 0.16, "wspace": 0.06})
+    figure.suptitle(title, fontsize=10, x=0.01, y=1 - 0.06 / height, ha="left", va="top")
     for of_row, (stream, cells) in zip(axes, rows.items(), strict=True):
         for axis in of_row:
             _show(axis, None)
@@ -172,7 +168,7 @@ def _show_cell(axis: "Axes", cell: SheetCell) -> None:
     elif cell.text:
         words = "\n".join(textwrap.wrap(cell.text, 26)[:6])
         axis.text(0.5, 0.5, words, ha="center", va="center", fontsize=6.5, parse_math=False, transform=axis.transAxes)
-    axis.set_title(cell.note, fontsize=6.5, pad=2, y=-0.12, parse_math=False)
+    axis.text(0.5, -0.02, cell.note, ha="center", va="top", fontsize=6.5, parse_math=False, transform=axis.transAxes)
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -116,10 +116,11 @@ def _maximise(
     optimizer = torch.optim.Adam([chosen.values], lr=settings.learning_rate)
     steps = range(settings.steps)
     for _ in tqdm(steps, desc=f"maximising latent {latent} in {encoder.name}", unit="step", delay=2, leave=False):
-        optimizer.zero_grad()
         images = chosen.images()
         seen = _moved(images, settings, draws)
-        (weight * _total_variation(images) - _activation(model, encoder, seen, latent)).sum().backward()
+        loss = (weight * _total_variation(images) - _activation(model, encoder, seen, latent)).sum()
+        # Not `backward`, which would leave gradients on the model.
+        (chosen.values.grad,) = torch.autograd.grad(loss, [chosen.values])
         optimizer.step()
     with torch.no_grad():
         images = chosen.images()

@@ -5,7 +5,7 @@ import pytest
 
 from sparc_hf.cli import main
 from sparc_hf.codes import CodeTable
-from sparc_hf.concepts import Concept, load_concepts, log_odds_z, name_concepts, save_concepts
+from sparc_hf.concepts import Concept, SimilarWord, load_concepts, log_odds_z, name_concepts, save_concepts
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import write_model_card
 from sparc_hf.run_folder import save_model
@@ -102,3 +102,15 @@ def test_the_command_and_the_card(planted_folder, tmp_path, capsys):
     card = write_model_card(tmp_path / "model").read_text()
     surest = max(concepts, key=lambda concept: concept.score)
     assert f"| {surest.latent} | {surest.name} |" in card
+
+
+def test_a_vocabulary_names_what_nothing_else_names(planted):
+    features, codes, _ = planted
+    words = {latent: [SimilarWord("meadow", 0.4, 5.0), SimilarWord("sky", 0.1, 1.0)] for latent in (0, 1)}
+    concepts = {concept.latent: concept for concept in name_concepts(codes, features, vocabulary=words)}
+    assert concepts[0].name == "dog"
+    assert (concepts[1].name, concepts[1].score) == ("meadow", 5.0)
+    unsure = {1: [SimilarWord("meadow", 0.4, 2.9)]}
+    assert {one.latent: one.name for one in name_concepts(codes, features, vocabulary=unsure)}[1] is None
+    bare = FeatureDataset.from_arrays({name: features.array(name) for name in ("a", "b")})
+    assert [one.name for one in name_concepts(codes, bare, vocabulary=words)] == ["meadow", "meadow"]

@@ -1,0 +1,196 @@
+"""Panels, contact sheets, heatmaps and maximisation, on the shipped encoders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_encoders import save_vit
+
+from sparc_hf import SparcConfig, SparcModel, map_plots
+from sparc_hf.cli import main
+from sparc_hf.concepts import Concept, load_concepts, save_concepts, vocabulary_evidence
+from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
+from sparc_hf.encoders import StreamEncoder, load_encoders
+from sparc_hf.explain import active_latents, explain_sample, latents_named
+from sparc_hf.extraction import extract_features
+from sparc_hf.maximisation import MaximisationSettings, maximise_latent
+from sparc_hf.sources import parse_streams
+
+STREAMS = ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")
+SCENE = make_scene(5)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Encoders, a model that nobody trained, saved, and features of a few scenes."""
+    folder = tmp_path_factory.mktemp("explain")
+    encoders = load_encoders(parse_streams(STREAMS))
+    torch.manual_seed(0)
+    streams = [one.record for one in encoders.values()]
+    model = SparcModel(SparcConfig(streams=streams, num_latents=32, k=6, auxk=8)).eval()
+    model.save_pretrained(folder / "model")
+    save_concepts([Concept(3, "circle", 5.0, {}), Concept(9, "circle", 8.0, {})], folder / "model")
+    columns = {"image_column": "image", "text_column": "text", "labels_column": "labels", "label_names": CLASS_NAMES}
+    extract_features(
+        make_scenes_dataset("test", 24, 0), encoders, folder / "features", keep_columns=("image",), **columns
+    )
+    return model, encoders, folder
+
+
+def run(command: str, capsys) -> dict:
+    assert main(command.split()) in (0, None)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_an_explanation_holds_concepts_and_the_agreement(world):
+    model, encoders, _ = world
+    found = explain_sample(model, encoders, SCENE.image, SCENE.captions[0], {"one": [3], "two": [3, 9]})
+    assert [target.title for target in found.targets] == ["one", "two", "agreement of image and clip_txt"]
+    for target in found.targets[:2]:
+        assert list(target.maps) == ["dino", "clip_img"]
+        assert all(heat.shape == (64, 64) for heat in target.maps.values())
+        assert list(target.words) == ["clip_txt"]
+    agreement = found.targets[2]
+    assert list(agreement.maps) == ["dino", "clip_img", "clip_img, embeddings (baseline)"]
+    assert list(agreement.words) == ["clip_txt for dino", "clip_txt for clip_img"]
+    assert [word.word for word in agreement.words["clip_txt for dino"]] == SCENE.captions[0].split()
+    figure = found.panel()
+    drawn = [axis for axis in figure.axes if axis.images]
+    assert len(drawn) == 3 + 3 + 4
+
+
+def test_images_or_captions_alone_are_explained(world):
+    model, encoders, _ = world
+    only_image = explain_sample(model, encoders, SCENE.image, "", {"one": [3]})
+    assert [list(target.words) for target in only_image.targets] == [[]]
+    only_text = explain_sample(model, encoders, None, "a red circle", {"one": [3]})
+    assert [dict(target.maps) for target in only_text.targets] == [{}]
+    only_text.panel()
+    only_image.panel()
+    with pytest.raises(ValueError, match="an image, a caption, or both"):
+        explain_sample(model, encoders, None, "", {"one": [3]})
+
+
+def test_active_latents_are_those_of_the_codes(world):
+    model, encoders, _ = world
+    rows = {name: one.rows(one.prepare([SCENE.image])) for name, one in encoders.items() if one.modality == "image"}
+    dense = {name: code.to_dense()[0] for name, code in model.encode(rows, "local").items()}
+    expected = sum(values / values.norm() for values in dense.values()).topk(4).indices.tolist()
+    assert active_latents(model, encoders, SCENE.image, "", 4) == expected
+
+
+def test_names_find_latents(world):
+    concepts = load_concepts(world[2] / "model")
+    assert latents_named(concepts, "Circle") == (9, 3)
+    with pytest.raises(ValueError, match="no concept named `cat`; it has circle"):
+        latents_named(concepts, "cat")
+
+
+def test_the_command_draws_and_goes_on_where_it_stopped(world, tmp_path, capsys):
+    _, _, folder = world
+    SCENE.image.save(tmp_path / "a.png")
+    base = f"explain --model {folder}/model --shifts 1 --output {tmp_path}/panels"
+    told = run(f"{base} --image {tmp_path}/a.png --text circle --concept circle", capsys)
+    assert told["samples"][0]["targets"][0]["title"] == "circle (latents 9, 3)"
+    assert Image.open(tmp_path / "panels" / "a.png").width > 500
+    again = run(f"{base} --image {tmp_path}/a.png --text circle --concept circle", capsys)
+    assert (again["drawn"], again["kept"]) == (0, 1)
+    told = run(f"{base} --features {folder}/features --rows 2 --latents 4", capsys)
+    assert (told["drawn"], told["kept"]) == (2, 0)
+    assert len(list((tmp_path / "panels").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--image missing.png", "cannot be read as an image"),
+        ("--text a --latents 99", "latents from 0 to 31"),
+        ("--text a --concept zebra", "no concept named `zebra`"),
+        ("", "give images, captions, or a feature dataset"),
+    ],
+)
+def test_what_cannot_be_explained_is_told(world, tmp_path, capsys, flags, message):
+    assert main(f"explain --model {world[2]}/model --output {tmp_path}/p {flags}".split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_concepts_draws_sheets_heatmaps_and_images(world, tmp_path, capsys):
+    folder = world[2]
+    SparcModel.from_pretrained(folder / "model").save_pretrained(tmp_path / "model")
+    (tmp_path / "words.txt").write_text("circle\nstar\nred\n\ngreen\n")
+    told = run(
+        f"concepts --model {tmp_path}/model --features {folder}/features --output {tmp_path}/out --latents 3 --top 1 "
+        f"--heatmaps 2 --heatmap_images 3 --maximise 5 --steps 2 --shifts 1 --vocabulary {tmp_path}/words.txt",
+        capsys,
+    )
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"latent-00003.png", "heatmaps.png", "maximised-00005.png"} <= files
+    assert not [name for name in files if name.endswith(".tmp")]
+    assert set(told["maximised"][0]["streams"]) == {"dino", "clip_img"}
+    named = {concept.latent: concept for concept in load_concepts(tmp_path / "model")}
+    assert all({word.name for word in one.vocabulary} <= {"circle", "star", "red", "green"} for one in named.values())
+    assert any(one.vocabulary for one in named.values())
+    assert main(f"concepts --model {tmp_path}/model --maximise 99 --output {tmp_path}/out".split()) == 2
+    assert "there are no latents [99]" in capsys.readouterr().err
+    assert main(f"concepts --model {tmp_path}/model".split()) == 2
+    assert main(f"concepts --model {tmp_path}/model --maximise 1".split()) == 2
+
+
+def test_a_vocabulary_names_a_latent_by_the_word_that_raises_it(world):
+    model, encoders, _ = world
+    words = ["circle", "star", "red"]
+    rows = torch.from_numpy(encoders["clip_txt"].encode([f"a {word}" for word in words]))
+    values = model.preactivations("clip_txt", rows, torch.arange(32)).detach()
+    found = vocabulary_evidence(model, encoders["clip_txt"], words, prompt="a {}")
+    for latent, evidence in found.items():
+        column = values[:, latent].numpy()
+        assert {one.name for one in evidence} == {word for word, value in zip(words, column, strict=True) if value > 0}
+        if evidence and column.max() > 0:
+            assert evidence[0].name == words[int(column.argmax())]
+            assert evidence[0].z == pytest.approx((column.max() - column.mean()) / column.std(), abs=1e-3)
+    with pytest.raises(ValueError, match="needs a text stream"):
+        vocabulary_evidence(model, encoders["dino"], words)
+
+
+@pytest.mark.parametrize("parametrisation", ["fourier", "pixels"])
+def test_maximised_images_fire_the_latent_through_the_real_way_in(world, parametrisation):
+    """The images, saved as 8-bit pictures and encoded anew, fire the latent more than any random image does."""
+    model, encoders, _ = world
+    settings = MaximisationSettings(steps=40, starts=2, random_images=16, parametrisation=parametrisation)
+    found = maximise_latent(model, encoders, 7, settings)
+    assert list(found) == ["dino", "clip_img"]
+    for name, stream in found.items():
+        assert stream.activations == sorted(stream.activations, reverse=True)
+        rows = encoders[name].rows(encoders[name].prepare(stream.images))
+        again = model.preactivations(name, rows, torch.tensor([7]))[:, 0].detach()
+        np.testing.assert_allclose(again.numpy(), stream.activations, atol=0.02)
+        assert again[0] > stream.random.max()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    repeated = maximise_latent(model, {"dino": encoders["dino"]}, 7, settings)["dino"]
+    assert repeated.activations == found["dino"].activations
+    with pytest.raises(ValueError, match="there is no latent 32"):
+        maximise_latent(model, encoders, 32)
+    with pytest.raises(ValueError, match="a stream that encodes images"):
+        maximise_latent(model, {"clip_txt": encoders["clip_txt"]}, 3)
+
+
+def test_streams_of_patch_tokens_are_maximised_over_their_tokens(tmp_path):
+    folder = str(save_vit(tmp_path / "vit"))
+    encoder = StreamEncoder("x", folder, "image", pooling="tokens", grid=(3, 3))
+    model = SparcModel(SparcConfig(streams=[encoder.record], num_latents=16, k=4, auxk=4)).eval()
+    found = maximise_latent(model, {"x": encoder}, 2, MaximisationSettings(steps=3, starts=1, random_images=4))["x"]
+    rows = encoder.rows(encoder.prepare(found.images))
+    assert rows.shape == (9, 16)
+    mean = model.preactivations("x", rows, torch.tensor([2])).mean().item()
+    assert mean == pytest.approx(found.activations[0], abs=0.02)
+
+
+def test_an_overlay_is_strongest_where_the_map_is():
+    heat = np.zeros((8, 8), np.float32)
+    heat[2, 3] = 1
+    picture = map_plots.overlay(Image.new("L", (8, 8), 60), heat)
+    changed = np.abs(picture.astype(int) - 60).sum(axis=2)
+    assert np.unravel_index(changed.argmax(), changed.shape) == (2, 3)
+    assert (changed > 5).sum() == 1
