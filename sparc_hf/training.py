@@ -206,7 +206,18 @@ class SparcTrainer:
         """Make one optimizer step from this process's share of the step's rows."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        source = {"source": self._source_of_step()} if self.is_usae else {}
+        with self._only_source() as source:
+            pieces = self._add_gradients(share, rows_of_step, source)
+        self._share_gradients(math.ceil(math.ceil(rows_of_step / self.world_size) / pieces))
+        if self.args.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self._sums.count_step()
+        self._rows_since += rows_of_step
+
+    def _add_gradients(self, share: dict[str, Tensor], rows_of_step: int, source: dict[str, str]) -> int:
+        """Add up the gradients of this process's micro-batches; return how many there were."""
         # Processes differ by at most one row, so the smallest share bounds the micro-batches all can make.
         pieces = min(self.args.gradient_accumulation_steps, rows_of_step // self.world_size)
         micro_batches = zip(*(value.tensor_split(pieces) for value in share.values()), strict=True)
@@ -219,15 +230,17 @@ class SparcTrainer:
             if number == pieces - 1:
                 self._check_signals(at_once=self.accelerator.device.type == "cpu")
             self.accelerator.backward(output.loss * weight)
-        if isinstance(self._adam, UsaeAdamW):
-            self._adam.keep_source(source["source"])
-        self._share_gradients(math.ceil(math.ceil(rows_of_step / self.world_size) / pieces))
-        if self.args.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self._sums.count_step()
-        self._rows_since += rows_of_step
+        return pieces
+
+    @contextlib.contextmanager
+    def _only_source(self) -> Iterator[dict[str, str]]:
+        """Give the model's argument `source`, where the objective has one, and let nothing else ask for gradients."""
+        if not isinstance(self._adam, UsaeAdamW):
+            yield {}
+            return
+        source = self._source_of_step()
+        with self._adam.only(source):
+            yield {"source": source}
 
     def _source_of_step(self) -> str:
         """Draw the source stream of a step, the same on every process and in a resumed run."""

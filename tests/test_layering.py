@@ -25,6 +25,7 @@ FLOORS = {
     "objectives_sparc": 1,
     "objectives_usae": 1,
     "step_sparc": 1,
+    "encoder_usae": 0,
     "encoders": 1,
     "encoder_families": 0,
     "pretrained": 0,
@@ -83,6 +84,7 @@ REMOTE_CODE = {
     "objectives_sparc",
     "objectives_usae",
     "step_sparc",
+    "encoder_usae",
     "modeling_sparc",
 }
 

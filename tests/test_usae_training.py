@@ -64,7 +64,8 @@ def test_a_step_moves_the_source_alone(tmp_path, planted_folder):
     source = trainer._source_of_step()
     trainer._train_step(batch, 64)
     for key, value in trainer.model.named_parameters():
-        moves = key.split(".")[1] == source and value.requires_grad
+        # The gradient of a bias before a batch norm is zero, here to the last bit.
+        moves = key.split(".")[1] == source and value.requires_grad and key != f"encoders.{source}.bias"
         assert torch.equal(before[key], value) != moves, key
 
 
