@@ -12,7 +12,6 @@ of its own for each form.
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -106,15 +105,16 @@ def print_peak(args: argparse.Namespace) -> None:
     for name in rows:
         step({key: value[:64] for key, value in rows.items()}, name)
     model.zero_grad(set_to_none=True)
-    before = _resident()
+    before = _memory("VmRSS")
     for name in rows:
         step(rows, name)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+    print(_memory("VmHWM") - before)
 
 
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize() / 2**20
+def _memory(name: str) -> float:
+    """Return this process's memory in MB as the kernel counts it: VmRSS, what it has, or VmHWM, the most it had."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def main() -> None:

@@ -270,7 +270,7 @@ class SparcModel(PreTrainedModel):
         # Pre-activations, their gradient, and what either takes in half precision.
         at_once = rows_at_once(self, arrays=3)
         settings = UsaeSettings(config.k, config.auxk, config.auxk_coef, config.distance, at_once)
-        atoms = {name: unit_norm(self.atoms[name]) for name in rows}
+        atoms = {name: self.atoms[name] for name in rows}
         found = {}
         for name in sources:
             norm = cast(nn.BatchNorm1d, self.encoder_norm[name])
@@ -280,9 +280,11 @@ class SparcModel(PreTrainedModel):
         if self.training:
             self._update_counters(codes, new_step)
         losses = usae_losses(found)
-        reconstructions = {
-            target: {name: x - part.residuals[target] for name, part in found.items()} for target, x in rows.items()
-        }
+        reconstructions = None
+        if not self.training:
+            reconstructions = {
+                target: {name: self.decode(code, to=target) for name, code in codes.items()} for target in rows
+            }
         return SparcOutput(loss=losses.pop("loss"), losses=losses, codes=codes, reconstructions=reconstructions)
 
     def _normalized_rows(self, features: Mapping[str, Tensor], reject_zero_rows: bool = False) -> dict[str, Tensor]:

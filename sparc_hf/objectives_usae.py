@@ -1,6 +1,7 @@
 """The loss of Universal Sparse Autoencoders and its gradients, made in blocks of rows (arXiv 2502.03714)."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from .sparse_ops import Selection, dots_with_atoms, top_k
+from .sparse_ops import NORM_EPS, Selection, dots_with_atoms, row_dots, top_k
 
 
 class UsaeSettings(NamedTuple):
@@ -26,18 +27,15 @@ class SourceLoss(NamedTuple):
 
     Attributes:
         loss: scalar, sum over the targets t of |r_t| + auxk_coef |r_t - D_t v|; the only one with a gradient.
-        main: [targets], |r_t|.
-        auxiliary: [targets], |r_t - D_t v|.
+        main: target -> |r_t|; auxiliary: target -> |r_t - D_t v|.
         indices: int64 [batch, k], the code's latents; values: [batch, k].
-        residuals: target -> r_t = x_t - D_t z, [batch, d].
     """
 
     loss: Tensor
-    main: Tensor
-    auxiliary: Tensor
+    main: dict[str, Tensor]
+    auxiliary: dict[str, Tensor]
     indices: Tensor
     values: Tensor
-    residuals: dict[str, Tensor]
 
 
 def usae_source_loss(
@@ -50,23 +48,22 @@ def usae_source_loss(
 ) -> SourceLoss:
     """Encode one source, decode its code to every target and compare.
 
-    With q = max(0, W x + b), z the k largest of q, v the `auxk` largest of the others, r_t = x_t - D_t z and |.| the
-    mean absolute ("l1") or mean squared ("l2") value, the loss is the sum over t of |r_t| + auxk_coef |r_t - D_t v|.
-    Gradients of what asks for one are made in the same pass, block by block, so that no array [batch, N] lives on.
-    Under autocast the products of rows and parameters are rounded, and nothing else.
+    With q = max(0, W x + b), z the k largest of q, v the `auxk` largest of the others, D_t atoms brought to unit norm,
+    r_t = x_t - D_t z and |.| the mean absolute ("l1") or mean squared ("l2") value, the loss is the sum over t of
+    |r_t| + auxk_coef |r_t - D_t v|. Gradients of whatever asks for one are made in the same pass, block by block of
+    rows, so that no array [batch, N] lives on. Under autocast the dense products are rounded, and nothing else.
 
     Args:
         rows: x, [batch, d].
         weight: W, [N, d], with the batch norm worked in; bias: b, [N].
         targets: stream -> x_t, [batch, d_t].
-        atoms: stream -> D_t, [N, d_t], of unit norm.
+        atoms: stream -> [N, d_t], of any norm.
         settings: k, auxk, auxk_coef, distance and the rows to take at a time.
     """
-    widths = [target.shape[1] for target in targets.values()]
     inputs = (*targets.values(), *(atoms[name] for name in targets))
-    loss, terms, indices, values, residuals = _SourceLoss.apply(settings, rows, weight, bias, *inputs)  # pyright: ignore[reportGeneralTypeIssues]
-    parts = dict(zip(targets, residuals.split(widths, dim=1), strict=True))
-    return SourceLoss(loss, terms[0], terms[1], indices, values, parts)
+    loss, terms, indices, values = _SourceLoss.apply(settings, rows, weight, bias, *inputs)  # pyright: ignore[reportGeneralTypeIssues]
+    main, auxiliary = (dict(zip(targets, part, strict=True)) for part in terms)
+    return SourceLoss(loss, main, auxiliary, indices, values)
 
 
 def usae_losses(found: Mapping[str, SourceLoss]) -> dict[str, Tensor]:
@@ -81,9 +78,9 @@ def usae_losses(found: Mapping[str, SourceLoss]) -> dict[str, Tensor]:
     """
     terms: dict[str, Tensor] = {}
     for source, part in found.items():
-        for target, main, auxiliary in zip(part.residuals, part.main, part.auxiliary, strict=True):
+        for target, main in part.main.items():
             terms[f"self/{target}" if source == target else f"cross/{target}<-{source}"] = main
-            terms[f"auxk/{target}<-{source}"] = auxiliary
+            terms[f"auxk/{target}<-{source}"] = part.auxiliary[target]
     loss = torch.stack([part.loss for part in found.values()]).mean()
     return {"loss": loss, **{kind: _mean_of(terms, kind) for kind in ("self", "cross", "auxk")}, **terms}
 
@@ -91,96 +88,141 @@ def usae_losses(found: Mapping[str, SourceLoss]) -> dict[str, Tensor]:
 class _SourceLoss(torch.autograd.Function):
     """The loss with the gradients of `usae_source_loss`, made in the forward pass.
 
-    With f = - dloss/dr_t for the main term, g for the auxiliary one, side by side for all targets, and D their atoms:
-    dv = g D^T, dz = (f + g) D^T, dq is both where q > 0, dW = dq^T x, db = sum of dq, dx = dq W,
-    dD_t = z^T (f + g)_t + v^T g_t and dx_t = - (f + g)_t.
+    With f and g the derivatives of the main and the auxiliary terms by r, side by side for all targets, and D their
+    atoms: dv = - g D^T, dz = - (f + g) D^T, dq is one or the other where q > 0, dW = dq^T x, db = sum of dq,
+    dx = dq W, dD_t = - z^T (f + g)_t - v^T g_t and dx_t = (f + g)_t.
     """
 
     @staticmethod
     def forward(ctx: Any, settings: UsaeSettings, rows: Tensor, weight: Tensor, bias: Tensor, *streams: Tensor):
         targets, atoms = streams[: len(streams) // 2], streams[len(streams) // 2 :]
-        wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[1:4]
-        wants_targets = ctx.needs_input_grad[4 : 4 + len(targets)]
-        wants_atoms = ctx.needs_input_grad[4 + len(targets) :]
-        batch, latents = len(rows), len(weight)
-        widths = [target.shape[1] for target in targets]
-        narrowest = min(widths)
-        # f and g are made `batch * narrowest` times too large, and negative, near 1, which half precision can hold.
-        scale = -1 / (batch * narrowest)
-        columns = torch.cat([rows.new_full((width,), narrowest / width) for width in widths])
-        every_atom = torch.cat(atoms, dim=1)
-        precision = _product_precision(rows)
-        low_weight, low_bias, low_atoms = (value.to(precision) for value in (weight, bias, every_atom))
-        at_once = min(settings.rows_at_once, batch)
-        scratch = [torch.empty(at_once, latents, dtype=precision, device=rows.device) for _ in range(2)]
-        residuals = rows.new_empty(batch, sum(widths))
-        terms = rows.new_zeros(2, len(targets))
-        grad_rows = torch.empty_like(rows) if wants_rows else None
-        grad_targets = torch.empty_like(residuals) if any(wants_targets) else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
-        grad_bias = torch.zeros_like(bias) if wants_bias else None
-        grad_atoms = [
-            torch.zeros_like(value) if wanted else None for value, wanted in zip(atoms, wants_atoms, strict=True)
-        ]
-        found = []
-        for start in range(0, batch, at_once):
-            block = slice(start, min(start + at_once, batch))
-            low_rows, size = rows[block].to(precision), block.stop - start
-            positive = torch.addmm(low_bias, low_rows, low_weight.t(), out=scratch[0][:size]).relu_().to(rows.dtype)
-            indices, (values,) = top_k([positive], settings.k)
-            found.append((indices, values))
-            more = _keep_largest_(positive.scatter_(1, indices, 0.0), settings.auxk)
-            low_more = more.to(precision)
-            residual = residuals[block]
-            torch.cat([target[block] for target in targets], dim=1, out=residual)
-            residual -= embedding_bag(indices, every_atom, mode="sum", per_sample_weights=values)
-            left = residual - (low_more @ low_atoms).to(rows.dtype)
-            for term, array in zip(terms, (residual, left), strict=True):
-                term += torch.stack([_total(part, settings.distance) for part in array.split(widths, dim=1)])
-            if not any(ctx.needs_input_grad):
-                continue
-            main = _slope(residual, settings.distance).mul_(columns)
-            auxiliary = _slope_(left, settings.distance).mul_(columns).mul_(settings.auxk_coef)
-            if grad_targets is not None:
-                torch.add(main, auxiliary, out=grad_targets[block])
-            low_auxiliary = auxiliary.to(precision)
-            if wants_weight or wants_bias or wants_rows:
-                grad = torch.mm(low_auxiliary, low_atoms.t(), out=scratch[1][:size])
-                of_code = grad.gather(1, indices).to(rows.dtype) + dots_with_atoms(indices, every_atom, main)
-                grad = torch.ops.aten.threshold_backward.grad_input(grad, low_more, 0, grad_input=grad)
-                grad.scatter_(1, indices, (of_code * (values > 0)).to(precision))
-                _add_product_(grad_weight, grad.t(), low_rows)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0, dtype=rows.dtype)
-                if grad_rows is not None:
-                    grad_rows[block] = grad @ low_weight
-            if any(wants_atoms):
-                fired = low_more.scatter_(1, indices, values.to(precision)).t()
-                for total, part in zip(grad_atoms, low_auxiliary.split(widths, dim=1), strict=True):
-                    _add_product_(total, fired, part)
+        step = _Pass(settings, ctx.needs_input_grad[1:], rows, weight, bias, targets, atoms)
+        found = [step.block(slice(at, at + step.at_once)) for at in range(0, len(rows), step.at_once)]
         indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-        selection = Selection(indices, latents)
-        for total, part, column in zip(grad_atoms, residuals.split(widths, dim=1), widths, strict=True):
-            if total is not None:
-                slope = _slope(part, settings.distance) * (narrowest / column)
-                total += selection.sum_rows(slope.unsqueeze(0), values.unsqueeze(0))
-        terms /= batch * torch.tensor(widths, device=rows.device)
-        by_target = [None] * len(targets)
-        if grad_targets is not None:
-            by_target = [
-                part.neg() if wanted else None
-                for part, wanted in zip(grad_targets.split(widths, dim=1), wants_targets, strict=True)
-            ]
-        ctx.gradients = [grad_rows, grad_weight, grad_bias, *by_target, *grad_atoms]
-        ctx.scale = scale
-        ctx.mark_non_differentiable(terms, indices, values, residuals)
-        return terms[0].sum() + settings.auxk_coef * terms[1].sum(), terms, indices, values, residuals
+        ctx.gradients = step.gradients(indices, values)
+        terms = step.sums / (len(rows) * torch.tensor(step.widths, device=rows.device))
+        ctx.mark_non_differentiable(terms, indices, values)
+        return terms[0].sum() + settings.auxk_coef * terms[1].sum(), terms, indices, values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        factor = grad_outputs[0] * ctx.scale
-        return None, *(None if gradient is None else gradient * factor for gradient in ctx.gradients)
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this step were used up by a backward pass; call the model again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in gradients)
+
+
+class _Pass:
+    """The sums of one pass over the blocks of rows: of the terms, and of the gradients that are asked for."""
+
+    def __init__(
+        self,
+        settings: UsaeSettings,
+        wanted: Sequence[bool],
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Sequence[Tensor],
+        atoms: Sequence[Tensor],
+    ):
+        self.settings, self.rows, self.targets, self.atoms = settings, rows, targets, atoms
+        self.widths = [target.shape[1] for target in targets]
+        self.latents = len(weight)
+        self.at_once = min(settings.rows_at_once, len(rows))
+        self.norms = [torch.linalg.vector_norm(value, dim=1, keepdim=True) + NORM_EPS for value in atoms]
+        self.unit = rows.new_empty(self.latents, sum(self.widths))
+        for unit, value, norm in zip(self.unit.split(self.widths, dim=1), atoms, self.norms, strict=True):
+            torch.div(value, norm, out=unit)
+        # Derivatives are made `batch * narrowest` times too large, near 1, which half precision can hold.
+        self.scale = 1 / (len(rows) * min(self.widths))
+        self.columns = torch.cat([rows.new_full((width,), min(self.widths) / width) for width in self.widths])
+        self.precision = _product_precision(rows)
+        self.low = [value.to(self.precision) for value in (weight, bias, self.unit)]
+        self.scratch = [
+            torch.empty(self.at_once, self.latents, dtype=self.precision, device=rows.device) for _ in range(2)
+        ]
+        self.sums = rows.new_zeros(2, len(targets))
+
+        def zeros(*values: Tensor) -> list[Tensor | None]:
+            flags = itertools.islice(remaining, len(values))
+            return [torch.zeros_like(value) if flag else None for flag, value in zip(flags, values, strict=True)]
+
+        remaining = iter(wanted)
+        self.of_rows, self.of_weight, self.of_bias = zeros(rows, weight, bias)
+        self.of_targets, self.of_atoms = zeros(*targets), zeros(*atoms)
+        self.main_slopes = [
+            None if part is None else torch.empty_like(x) for part, x in zip(self.of_atoms, targets, strict=True)
+        ]
+        self.wants_codes = any(part is not None for part in (self.of_rows, self.of_weight, self.of_bias))
+        self.wants_any = any(wanted)
+
+    def block(self, at: slice) -> tuple[Tensor, Tensor]:
+        """Take a block of rows in; return its code's latents and values, [rows, k]."""
+        settings, precision = self.settings, self.precision
+        rows = self.rows[at].to(precision)
+        weight, bias, unit = self.low
+        scratch, second = (value[: len(rows)] for value in self.scratch)
+        positive = torch.addmm(bias, rows, weight.t(), out=scratch).relu_().to(self.rows.dtype)
+        indices, (values,) = top_k([positive], settings.k)
+        more = _keep_largest_(positive.scatter_(1, indices, 0.0), settings.auxk, second).to(precision)
+        residual = torch.cat([target[at] for target in self.targets], dim=1)
+        residual -= embedding_bag(indices, self.unit, mode="sum", per_sample_weights=values)
+        left = residual - (more @ unit)
+        for total, array in zip(self.sums, (residual, left), strict=True):
+            total += torch.stack([_total(part, settings.distance) for part in array.split(self.widths, dim=1)])
+        if self.wants_any:
+            main = _slope_(residual, settings.distance).mul_(self.columns)
+            auxiliary = _slope_(left, settings.distance).mul_(self.columns).mul_(settings.auxk_coef)
+            self._add_gradients(at, rows, more, indices, values, main, auxiliary)
+        return indices, values
+
+    def _add_gradients(
+        self, at: slice, rows: Tensor, more: Tensor, indices: Tensor, values: Tensor, main: Tensor, auxiliary: Tensor
+    ) -> None:
+        weight, _, unit = self.low
+        low_auxiliary = auxiliary.to(self.precision)
+        if self.wants_codes:
+            grad = torch.mm(low_auxiliary, unit.t(), out=self.scratch[1][: len(rows)])
+            of_code = grad.gather(1, indices).to(values.dtype) + dots_with_atoms(indices, self.unit, main)
+            torch.ops.aten.threshold_backward.grad_input(grad, more, 0, grad_input=grad)
+            grad.scatter_(1, indices, (of_code * (values > 0)).to(self.precision))
+            _add_product_(self.of_weight, grad.t(), rows)
+            if self.of_bias is not None:
+                self.of_bias += grad.sum(dim=0, dtype=values.dtype)
+            if self.of_rows is not None:
+                self.of_rows[at] = grad @ weight
+        parts = zip(main.split(self.widths, dim=1), auxiliary.split(self.widths, dim=1), strict=True)
+        for total, (one, other) in zip(self.of_targets, parts, strict=True):
+            if total is not None:
+                total[at] = one + other
+        if any(total is not None for total in self.of_atoms):
+            fired = more.scatter_(1, indices, values.to(self.precision)).t()
+            for total, slopes, one, other in zip(
+                self.of_atoms,
+                self.main_slopes,
+                main.split(self.widths, dim=1),
+                low_auxiliary.split(self.widths, dim=1),
+                strict=True,
+            ):
+                _add_product_(total, fired, other)
+                if slopes is not None:
+                    slopes[at] = one
+
+    def gradients(self, indices: Tensor, values: Tensor) -> list[Tensor | None]:
+        """Return the gradients of rows, weight, bias, targets and atoms, None where none is asked for."""
+        selection = Selection(indices, self.latents)
+        for total, slopes, value, norm in zip(self.of_atoms, self.main_slopes, self.atoms, self.norms, strict=True):
+            if total is not None and slopes is not None:
+                total += selection.sum_rows(slopes.unsqueeze(0), values.unsqueeze(0))
+                # Through u = a / (|a| + eps): da = (du - <du, a> a / (|a| (|a| + eps))) / (|a| + eps).
+                along = row_dots(total, value).unsqueeze(1) / ((norm - NORM_EPS).clamp(min=NORM_EPS) * norm)
+                total.addcmul_(value, along, value=-1).div_(norm)
+        signs = (-1, -1, -1, *(1 for _ in self.of_targets), *(-1 for _ in self.of_atoms))
+        found = (self.of_rows, self.of_weight, self.of_bias, *self.of_targets, *self.of_atoms)
+        return [
+            None if part is None else part.mul_(sign * self.scale) for sign, part in zip(signs, found, strict=True)
+        ]
 
 
 def _product_precision(rows: Tensor) -> torch.dtype:
@@ -189,18 +231,21 @@ def _product_precision(rows: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
-def _keep_largest_(positive: Tensor, count: int) -> Tensor:
-    """Set all but the `count` largest entries of each row [batch, N] of non-negative numbers to zero."""
+def _keep_largest_(positive: Tensor, count: int, scratch: Tensor) -> Tensor:
+    """Set all but the `count` largest entries of each row [batch, N] of non-negative numbers to zero.
+
+    `scratch` is written to, an array of the same shape.
+    """
     if count >= positive.shape[1]:
         return positive
-    if positive.device.type != "cpu":
+    if positive.device.type != "cpu":  # where asking how many there are would stall
         top = positive.topk(count, dim=1, sorted=False)
         return positive.zero_().scatter_(1, top.indices, top.values)
-    # Half the entries are zero, so that a row often has no more than `count`; the rest are few enough to look at.
-    crowded = ((positive > 0).sum(dim=1) > count).nonzero().squeeze(1)
+    # Half the entries are zero, so that many a row has no more than `count`.
+    crowded = (torch.gt(positive, 0, out=scratch).sum(dim=1, dtype=torch.float32) > count).nonzero().squeeze(1)
     if len(crowded):
         top = positive[crowded].topk(count, dim=1, sorted=False)
-        positive[crowded] = positive.new_zeros(len(crowded), positive.shape[1]).scatter_(1, top.indices, top.values)
+        positive[crowded] = scratch[: len(crowded)].to(positive.dtype).zero_().scatter_(1, top.indices, top.values)
     return positive
 
 
@@ -217,12 +262,8 @@ def _total(residual: Tensor, distance: str) -> Tensor:
     return residual.abs().sum() if distance == "l1" else residual.square().sum()
 
 
-def _slope(residual: Tensor, distance: str) -> Tensor:
-    """Return the derivative of |r| or r^2."""
-    return residual.sign() if distance == "l1" else 2 * residual
-
-
 def _slope_(residual: Tensor, distance: str) -> Tensor:
+    """Turn r into the derivative of |r| or r^2."""
     return residual.sign_() if distance == "l1" else residual.mul_(2)
 
 

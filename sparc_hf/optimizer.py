@@ -92,7 +92,8 @@ class UsaeAdamW(torch.optim.AdamW):
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups[key.split(".")[1]].append(parameter)
-        super().__init__([{"params": groups[name]} for name in self.names], lr=lr, weight_decay=weight_decay)
+        chosen = [{"params": groups[name]} for name in self.names]
+        super().__init__(chosen, lr=lr, weight_decay=weight_decay, fused=True)
 
     @contextlib.contextmanager
     def only(self, source: str) -> Iterator[None]:

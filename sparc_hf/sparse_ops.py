@@ -310,6 +310,12 @@ def row_energy(rows: Tensor) -> Tensor:
     return rows.square().sum(dim=-1)
 
 
+def row_dots(one: Tensor, other: Tensor) -> Tensor:
+    """Return <one_i, other_i>, [n], of the rows of two [n, d], on a CPU without another array of their size."""
+    block = ROWS_IN_CACHE if one.device.type == "cpu" else max(1, one.shape[0])
+    return torch.cat([torch.linalg.vecdot(*parts) for parts in zip(one.split(block), other.split(block), strict=True)])
+
+
 def unit_norm(rows: Tensor) -> Tensor:
     """Divide every row of [n, d] by its L2 norm (+ 1e-8, so an all-zero row stays zero)."""
     return rows / (rows.norm(dim=-1, keepdim=True) + NORM_EPS)

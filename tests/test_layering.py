@@ -25,7 +25,7 @@ FLOORS = {
     "objectives_sparc": 1,
     "objectives_usae": 1,
     "step_sparc": 1,
-    "encoder_usae": 0,
+    "encoder_usae": 1,
     "encoders": 1,
     "encoder_families": 0,
     "pretrained": 0,
