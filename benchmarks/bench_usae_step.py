@@ -5,8 +5,8 @@
 A step is forward, backward, clipping and AdamW, of one source; the sources take turns. *products* are the five matrix
 products that no exact step can leave out, at full size: the encoder's, the auxiliary term's decode and its backward
 over all targets, and the gradients of the source's encoder and atoms. Prints a line a source and writes JSON: medians
-over the rounds and medians of the rounds' ratios. Memory is the growth of the process's peak over a step, in a process
-of its own for each form.
+over the rounds and medians of the rounds' ratios. Memory is the peak beyond rows, parameters and Adam's
+moments, of a process of its own for each form.
 """
 
 import argparse
@@ -91,8 +91,8 @@ def random_rows(args: argparse.Namespace) -> dict[str, Tensor]:
     }
 
 
-def peak_growth(args: argparse.Namespace, form: str) -> float:
-    """Return by how many MB the second of two steps of every source raises the peak, in a fresh process."""
+def peak_of_step(args: argparse.Namespace, form: str) -> float:
+    """Return the memory in MB that steps take beyond rows, parameters and Adam's moments, in a fresh process."""
     command = [sys.executable, __file__, "--peak_of", form, "--batch", str(args.batch), "--latents", str(args.latents)]
     command += ["--k", str(args.k), "--distance", args.distance, "--widths", *map(str, args.widths)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -101,14 +101,11 @@ def peak_growth(args: argparse.Namespace, form: str) -> float:
 def print_peak(args: argparse.Namespace) -> None:
     config, rows = config_of(args), random_rows(args)
     model, step = dense_step(config) if args.peak_of == "dense" else sparse_step(config, args.peak_of == "bf16")
-    # A few rows first, so that moments and libraries are there.
-    for name in rows:
-        step({key: value[:64] for key, value in rows.items()}, name)
-    model.zero_grad(set_to_none=True)
     before = _memory("VmRSS")
     for name in rows:
         step(rows, name)
-    print(_memory("VmHWM") - before)
+    moments = 2 * sum(4 * value.numel() for value in model.parameters() if value.requires_grad) / 2**20
+    print(_memory("VmHWM") - before - moments)
 
 
 def _memory(name: str) -> float:
@@ -156,7 +153,7 @@ def main() -> None:
             result[f"{one} / {other}"] = statistics.median(ratios)
         results.append({"source": source, **result})
         print(source, " | ".join(f"{key} {value:.3g}" for key, value in result.items()), flush=True)
-    memory = {f"{form} peak MB": peak_growth(args, form) for form in ("dense", "model", "bf16")}
+    memory = {f"{form} peak MB": peak_of_step(args, form) for form in ("dense", "model", "bf16")}
     print(" | ".join(f"{key} {value:.0f}" for key, value in memory.items()))
     if args.output:
         machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}

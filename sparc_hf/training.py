@@ -21,11 +21,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed, tqdm
 from torch import Tensor
-from transformers import get_scheduler
 
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.features import FeatureBatches, FeatureDataset
 from sparc_hf.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
+from sparc_hf.learning_rate import schedule_of
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.optimizer import SparcAdam, UsaeAdamW, add_up_terms
 from sparc_hf.run_folder import (
@@ -140,13 +140,7 @@ class SparcTrainer:
         if not self.is_usae and self._takes_terms():
             self.model.gradient_terms = {}
         # Stepped once per optimizer step by hand: a prepared scheduler advances once per process.
-        self.scheduler = get_scheduler(
-            "cosine_with_min_lr" if args.lr_schedule == "cosine" else args.lr_schedule,
-            adam,
-            args.warmup_steps,
-            max(self.total_steps, 1),
-            {"min_lr": args.final_learning_rate} if args.lr_schedule == "cosine" else None,
-        )
+        self.scheduler = schedule_of(args, adam, self.total_steps)
         self.step = 0
         self._sums = TermSums(self.accelerator.device)
         self._stop_signal = self._asked_to_stop = self._rows_since = 0

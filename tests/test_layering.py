@@ -54,6 +54,7 @@ FLOORS = {
     "step_kernel": 0,
     "term_sums": 0,
     "gradient_exchange": 1,
+    "learning_rate": 1,
     "optimizer": 3,
     "codes": 3,
     "top_samples": 4,

@@ -10,15 +10,22 @@ from sparc_hf.training_arguments import SparcTrainingArguments
 
 SETTINGS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from results_table import COLUMNS, table_line  # noqa: E402
+from results_table import COLUMNS, settings_of_run, table_line  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["demo", "caption_streams"])
 def test_settings_are_known_to_training(name):
     content = yaml.safe_load((SETTINGS / f"{name}.yaml").read_text())
     variants = yaml.safe_load((SETTINGS / "variants.yaml").read_text())
+    objectives = set()
     for replaced in variants.values():
-        SparcTrainingArguments(features="f", output_dir="o", **(content["train"] | replaced))
+        settings = settings_of_run(content["train"], replaced, seed=3)
+        arguments = SparcTrainingArguments(features="f", output_dir="o", **settings)
+        usae = arguments.objective == "usae"
+        assert arguments.auxk == (content["train"]["num_latents"] // 2 if usae else content["train"]["auxk"])
+        assert arguments.seed == 3
+        objectives.add(arguments.objective)
+    assert objectives == {"sparc", "usae"}
 
 
 def test_a_line_holds_means_and_deviations():

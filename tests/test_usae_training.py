@@ -1,5 +1,6 @@
 """Universal Sparse Autoencoders through the same loop."""
 
+import json
 import os
 import subprocess
 import sys
@@ -123,3 +124,24 @@ def test_two_processes_equal_one(tmp_path, planted_folder):
 def test_global_selection_is_refused(tmp_path, planted_folder):
     with pytest.raises(ValueError, match="`selection` local"):
         arguments(tmp_path / "run", planted_folder, selection="global")
+
+
+def test_the_schedule_of_the_earlier_code(golden, tmp_path, planted_folder):
+    told = json.loads((golden / "usae.json").read_text())["cosine_schedule"]
+    rates = {"learning_rate": told["base"], "final_learning_rate": told["final"]}
+    settings = {"warmup_steps": told["warmup_iters"], "batch_size": 60, **rates}
+    trainer = SparcTrainer(
+        arguments(tmp_path / "run", planted_folder, schedule_after_update=True, **settings), planted_features(600)
+    )
+    assert trainer.total_steps == told["total_iters"]
+    in_force = []
+    monitored = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (in_force.append(trainer.optimizer.param_groups[0]["lr"]), monitored())[1]
+    trainer.train()
+    assert in_force == pytest.approx(told["lr_in_force_at_update"][:30], rel=1e-6)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(told["lr_in_force_at_update"][30], rel=1e-6)
+    # Without it the first update has the start of the warm-up.
+    plain = SparcTrainer(arguments(tmp_path / "plain", planted_folder, **settings), planted_features(600))
+    assert plain.optimizer.param_groups[0]["lr"] == 0
+    with pytest.raises(ValueError, match="needs `lr_schedule` cosine"):
+        arguments(tmp_path / "none", planted_folder, schedule_after_update=True, lr_schedule="linear")
