@@ -34,8 +34,9 @@ def usae_encoder(rows: Tensor, encoder: nn.Linear, norm: nn.BatchNorm1d, group: 
     # Half precision would lose the digits of a small variance.
     with torch.autocast(rows.device.type, enabled=False):
         if not norm.training:
-            scale = norm.weight * (cast(Tensor, norm.running_var) + norm.eps).rsqrt()
-            return encoder.weight * scale.unsqueeze(1), norm.bias + scale * (encoder.bias - norm.running_mean)
+            mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+            scale = norm.weight * (variance + norm.eps).rsqrt()
+            return encoder.weight * scale.unsqueeze(1), norm.bias + scale * (encoder.bias - mean)
         count, mean_row, covariance = _row_statistics(rows, group)
         weight, bias, mean, variance = _NormalizedEncoder.apply(*parameters, mean_row, covariance, norm.eps)  # pyright: ignore[reportGeneralTypeIssues]
     with torch.no_grad():
@@ -103,7 +104,7 @@ def _row_statistics(rows: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return number, mean [d] and covariance [d, d] of the rows of all processes."""
     if group is None and len(rows) < 2:
         raise ValueError("batch norm needs at least two rows in a training step, but this one has 1")
-    count = _sum_of_processes(rows.new_tensor(float(len(rows))), group)
+    count = _sum_of_processes(rows.new_full((), len(rows)), group)
     mean_row = _sum_of_processes(rows.sum(dim=0), group) / count
     squares = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
     for block in rows.split(ROWS_AT_ONCE):

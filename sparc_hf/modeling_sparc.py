@@ -139,7 +139,8 @@ class SparcModel(PreTrainedModel):
             new_step: in training, whether the dead counters advance; False for all but the first micro-batch of a
                 gradient-accumulation step, in which they only note what fired.
             source: with `objective="usae"`, the one stream whose code is decoded, as in a training step of its paper;
-                every stream in turn by default.
+                every stream in turn by default. That objective makes the gradients of whatever asks for one in this
+                very pass, for `loss` alone, and they serve one `backward`.
 
         Raises:
             ValueError: for unknown or missing streams, wrong widths, an empty batch, rows that hold NaN or infinity,

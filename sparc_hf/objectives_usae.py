@@ -1,6 +1,5 @@
 """The loss of Universal Sparse Autoencoders and its gradients, made in blocks of rows (arXiv 2502.03714)."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -100,7 +99,7 @@ class _SourceLoss(torch.autograd.Function):
         found = [step.block(slice(at, at + step.at_once)) for at in range(0, len(rows), step.at_once)]
         indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
         ctx.gradients = step.gradients(indices, values)
-        terms = step.sums / (len(rows) * torch.tensor(step.widths, device=rows.device))
+        terms = step.means
         ctx.mark_non_differentiable(terms, indices, values)
         return terms[0].sum() + settings.auxk_coef * terms[1].sum(), terms, indices, values
 
@@ -114,7 +113,7 @@ class _SourceLoss(torch.autograd.Function):
 
 
 class _Pass:
-    """The sums of one pass over the blocks of rows: of the terms, and of the gradients that are asked for."""
+    """What one pass over blocks of rows adds up: the terms, and the gradients that are asked for."""
 
     def __init__(
         self,
@@ -142,15 +141,13 @@ class _Pass:
         self.scratch = [
             torch.empty(self.at_once, self.latents, dtype=self.precision, device=rows.device) for _ in range(2)
         ]
-        self.sums = rows.new_zeros(2, len(targets))
-
-        def zeros(*values: Tensor) -> list[Tensor | None]:
-            flags = itertools.islice(remaining, len(values))
-            return [torch.zeros_like(value) if flag else None for flag, value in zip(flags, values, strict=True)]
-
-        remaining = iter(wanted)
-        self.of_rows, self.of_weight, self.of_bias = zeros(rows, weight, bias)
-        self.of_targets, self.of_atoms = zeros(*targets), zeros(*atoms)
+        self.means = torch.zeros(
+            2, len(targets), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device
+        )
+        inputs = (rows, weight, bias, *targets, *atoms)
+        sums = [torch.zeros_like(value) if flag else None for value, flag in zip(inputs, wanted, strict=True)]
+        self.of_rows, self.of_weight, self.of_bias = sums[:3]
+        self.of_targets, self.of_atoms = sums[3 : 3 + len(targets)], sums[3 + len(targets) :]
         self.main_slopes = [
             None if part is None else torch.empty_like(x) for part, x in zip(self.of_atoms, targets, strict=True)
         ]
@@ -169,8 +166,9 @@ class _Pass:
         residual = torch.cat([target[at] for target in self.targets], dim=1)
         residual -= embedding_bag(indices, self.unit, mode="sum", per_sample_weights=values)
         left = residual - (more @ unit)
-        for total, array in zip(self.sums, (residual, left), strict=True):
-            total += torch.stack([_total(part, settings.distance) for part in array.split(self.widths, dim=1)])
+        for mean, array in zip(self.means, (residual, left), strict=True):
+            for at_target, part in enumerate(array.split(self.widths, dim=1)):
+                mean[at_target] += _total(part, settings.distance, mean.dtype) / self.targets[at_target].numel()
         if self.wants_any:
             main = _slope_(residual, settings.distance).mul_(self.columns)
             auxiliary = _slope_(left, settings.distance).mul_(self.columns).mul_(settings.auxk_coef)
@@ -258,8 +256,8 @@ def _add_product_(total: Tensor | None, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _total(residual: Tensor, distance: str) -> Tensor:
-    return residual.abs().sum() if distance == "l1" else residual.square().sum()
+def _total(residual: Tensor, distance: str, precision: torch.dtype) -> Tensor:
+    return (residual.abs() if distance == "l1" else residual.square()).sum(dtype=precision)
 
 
 def _slope_(residual: Tensor, distance: str) -> Tensor:

@@ -97,3 +97,33 @@ def test_steps_stay_together(distance):
         # A bias before a batch norm has no gradient; the dense form has rounding noise there, which Adam enlarges.
         if not (name.startswith("encoders") and name.endswith("bias")):
             torch.testing.assert_close(ours[name], other, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2"])
+def test_bfloat16_is_near_and_serves_one_backward(distance):
+    model, _, rows = pair([40, 24], 0, 200, num_latents=64, k=8, auxk=32, distance=distance)
+    model.train()
+    found = {}
+    for bf16 in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(rows, source="stream0").loss
+        loss.backward()
+        assert all(value.grad.dtype == torch.float32 for value in model.parameters() if value.grad is not None)
+        found[bf16] = loss, {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    assert not torch.equal(found[True][0], found[False][0])
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=5e-3, atol=0)
+    for name, exact in found[False][1].items():
+        if exact.any():
+            assert torch.cosine_similarity(found[True][1][name].flatten(), exact.flatten(), dim=0) > 0.97, name
+    loss = model(rows, source="stream0").loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up"):
+        loss.backward()
+
+
+def test_a_training_step_of_one_row_is_refused():
+    model, _, rows = pair([6], 0, 1, num_latents=8, k=2, auxk=4)
+    with pytest.raises(ValueError, match="at least two rows"):
+        model.train()(rows)
+    assert model.eval()(rows).loss.isfinite()
