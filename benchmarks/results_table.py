@@ -7,6 +7,7 @@ same.
 """
 
 import argparse
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import yaml
 
 from sparc_hf.demo_run import world_features
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
+from sparc_hf.feature_statistics import standardization_of
 from sparc_hf.features import FeatureDataset
 from sparc_hf.training import SparcTrainer
 from sparc_hf.training_arguments import SparcTrainingArguments
@@ -67,6 +69,17 @@ def settings_of_run(shared: dict[str, Any], replaced: dict[str, Any], seed: int)
     return settings
 
 
+def standardized(train: FeatureDataset, test: FeatureDataset) -> tuple[FeatureDataset, FeatureDataset]:
+    """Return the same rows, to be standardised by the statistics of the training rows, as USAE wants them."""
+    records = [
+        record | {"normalize": "standardize"} | standardization_of(train, record["name"]) for record in train.streams
+    ]
+    made = copy.copy(train), copy.copy(test)
+    for features in made:
+        features.streams = records
+    return made
+
+
 def results_of_run(
     folder: Path, settings: dict[str, Any], rows: Callable[[], tuple[FeatureDataset, FeatureDataset]], title: str
 ) -> dict[str, Any]:
@@ -75,6 +88,8 @@ def results_of_run(
     if done.exists() and (found := json.loads(done.read_text(encoding="utf-8")))["settings"] == settings:
         return found["results"]
     train, test = rows()
+    if settings.get("objective") == "usae":
+        train, test = standardized(train, test)
     arguments = SparcTrainingArguments(
         features="", output_dir=str(folder), checkpoint_every=0, overwrite=True, cpu=True, **settings
     )
@@ -116,7 +131,9 @@ def main() -> None:
         "Made by `python benchmarks/results_table.py` from the settings in `benchmarks/results`, on rows no model was",
         f"trained on. Mean ± standard deviation over seeds {seeds}. Joint: all streams of a sample encoded together;",
         "single: each stream alone (with local selection they are the same). R@1 is the mean over the ordered pairs",
-        "of streams; chance is 1 / rows. USAE decodes num_latents / 2 latents in its auxiliary term.",
+        "of streams; chance is 1 / rows. USAE, the other objective, has auxk num_latents / 2 and no centring, and its",
+        "rows are standardised (one mean and deviation a stream) where SPARC's have unit norm: its nmse are of those.",
+        "An update of it moves one stream, so that each stream has a part of the epochs.",
     ]
     for name, reader in readers.items():
         settings = yaml.safe_load((SETTINGS / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -146,6 +146,8 @@ class SparcTrainingArguments:
             )
         if self.objective == "usae" and self.selection != "local":
             raise ValueError("`objective` usae selects latents in every stream alone: give `selection` local with it")
+        if self.objective == "usae" and self.center:
+            raise ValueError("`center` sets pre-biases, which `objective` usae has not; leave it off")
         if self.learning_rate <= 0:
             raise ValueError(f"`learning_rate` must be positive, but it is {self.learning_rate}")
         if not 0 <= self.eval_fraction < 1:

@@ -121,9 +121,11 @@ def test_two_processes_equal_one(tmp_path, planted_folder):
     assert SparcModel.from_pretrained(tmp_path / "two").encoder_norm["dino"].num_batches_tracked > 0
 
 
-def test_global_selection_is_refused(tmp_path, planted_folder):
+def test_what_does_not_fit_the_objective_is_refused(tmp_path, planted_folder):
     with pytest.raises(ValueError, match="`selection` local"):
         arguments(tmp_path / "run", planted_folder, selection="global")
+    with pytest.raises(ValueError, match="`center` sets pre-biases"):
+        arguments(tmp_path / "run", planted_folder, center=True)
 
 
 def test_the_schedule_of_the_earlier_code(golden, tmp_path, planted_folder):
@@ -145,3 +147,12 @@ def test_the_schedule_of_the_earlier_code(golden, tmp_path, planted_folder):
     assert plain.optimizer.param_groups[0]["lr"] == 0
     with pytest.raises(ValueError, match="needs `lr_schedule` cosine"):
         arguments(tmp_path / "none", planted_folder, schedule_after_update=True, lr_schedule="linear")
+
+
+def test_half_precision_and_micro_batches_train_as_well(tmp_path, planted_folder):
+    losses = {}
+    for name, settings in {"plain": {}, "bf16": {"mixed_precision": "bf16", "gradient_accumulation_steps": 2}}.items():
+        train(arguments(tmp_path / name, planted_folder, **settings))
+        losses[name] = log_of(tmp_path / name)[-1]["train/loss"]
+    assert losses["bf16"] != losses["plain"]
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.03)
