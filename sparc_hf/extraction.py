@@ -153,9 +153,13 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     Raises:
         ValueError: for unusable arguments, and as `extract_features`.
     """
+    if args.per_channel and args.normalize != "standardize":
+        raise ValueError(f"`per_channel` needs `normalize` standardize with it, but that is {args.normalize!r}")
     records = parse_streams(args.encoders)
     for record in records:
         record["normalize"] = args.normalize
+        if args.per_channel:
+            record["per_channel"] = True
         if record["modality"] == "image":
             record["image_backend"] = args.image_backend
         if args.grid is not None and record.get("pooling") == "tokens":
@@ -303,7 +307,7 @@ def _with_statistics(folder: ShardFolder, records: list[dict[str, Any]], shards:
         return records
     made = FeatureDataset(folder.open_table(shards), records)
     return [
-        record | standardization_of(made, record["name"])
+        record | standardization_of(made, record["name"], per_channel=record.get("per_channel", False))
         if record["normalize"] == "standardize" and "mean" not in record
         else record
         for record in records

@@ -72,6 +72,13 @@ class ExtractionArguments:
             "standardize with mean and standard deviation estimated from a sample of the rows."
         },
     )
+    per_channel: bool = field(
+        default=False,
+        metadata={
+            "help": "Standardise every channel by its own mean and standard deviation; by default a stream has one of "
+            "each, as USAE's code."
+        },
+    )
     grid: list[int] | None = field(
         default=None, metadata={"help": "Rows and columns that patch tokens are resampled to (default: the model's)."}
     )

@@ -18,29 +18,38 @@ class StreamRows(Protocol):
         ...
 
 
-def standardization_of(features: StreamRows, stream: str, sample_rows: int = SAMPLE_ROWS) -> dict[str, float]:
-    """Return `mean` and `std`, one number each over all rows and channels, as USAE standardises (arXiv 2502.03714).
+def standardization_of(
+    features: StreamRows, stream: str, sample_rows: int = SAMPLE_ROWS, per_channel: bool = False
+) -> dict[str, float | list[float]]:
+    """Return `mean` and `std` to standardise a stream by.
 
     Args:
         features: the dataset.
         stream: which stream.
         sample_rows: they are estimated from at most so many rows, evenly spaced from the first to the last.
+        per_channel: one number a channel, so that every channel weighs the same in a loss; by default one number each
+            over all rows and channels, as the code of USAE standardises (arXiv 2502.03714).
 
     Returns:
-        `mean` and `std` (unbiased) for the stream record, next to `normalize: "standardize"`.
+        `mean` and `std` (unbiased) for the stream record, next to `normalize: "standardize"`. A channel that does not
+        vary has std 0 and becomes 0.
 
     Raises:
         ValueError: if there is nothing to divide by: fewer than two numbers, or all of them equal.
     """
     rows = np.unique(np.linspace(0, len(features) - 1, min(sample_rows, len(features))).round().astype(np.int64))
-    count, mean, squares = 0, 0.0, 0.0
+    count, mean, squares = 0, np.zeros(1), np.zeros(1)
     for start in range(0, len(rows), BLOCK_ROWS):
         # Blocks are merged by their means, because sums of squares lose the digits of a large mean.
         block = features.array(stream, rows[start : start + BLOCK_ROWS]).astype(np.float64)
-        shift = block.mean() - mean
-        total = count + block.size
-        squares += ((block - block.mean()) ** 2).sum() + shift**2 * count * block.size / total
-        mean, count = mean + shift * block.size / total, total
-    if count < 2 or squares == 0:
+        block = block if per_channel else block.reshape(-1, 1)
+        shift = block.mean(axis=0) - mean
+        total = count + len(block)
+        squares = squares + ((block - block.mean(axis=0)) ** 2).sum(axis=0) + shift**2 * count * len(block) / total
+        mean, count = mean + shift * len(block) / total, total
+    if count < 2 or not squares.any():
         raise ValueError(f"stream `{stream}` cannot be standardised: its {count} numbers do not vary")
-    return {"mean": float(mean), "std": float(np.sqrt(squares / (count - 1)))}
+    std = np.sqrt(squares / (count - 1))
+    return (
+        {"mean": mean.tolist(), "std": std.tolist()} if per_channel else {"mean": float(mean[0]), "std": float(std[0])}
+    )

@@ -12,8 +12,9 @@ from transformers.modeling_utils import PreTrainedModel
 from .buffers_sparc import FeatureStatistics, StepCounters
 from .checks_sparc import reject_loading_faults, reject_rows, reject_shape
 from .configuration_sparc import SparcConfig
+from .encoder_usae import usae_encoder, usae_preactivations
 from .objectives_sparc import sparc_losses
-from .objectives_usae import usae_code, usae_losses, usae_preactivations
+from .objectives_usae import UsaeSettings, usae_losses, usae_source_loss
 from .outputs_sparc import SparcOutput, SparseCodes
 from .sparse_ops import (
     GradientTerm,
@@ -24,7 +25,7 @@ from .sparse_ops import (
     unit_norm,
     unit_norm_,
 )
-from .step_sparc import SparcStep, codes_of
+from .step_sparc import SparcStep, codes_of, rows_at_once
 
 __all__ = ["SparcModel", "SparcOutput", "SparseCodes"]
 
@@ -138,7 +139,8 @@ class SparcModel(PreTrainedModel):
             new_step: in training, whether the dead counters advance; False for all but the first micro-batch of a
                 gradient-accumulation step, in which they only note what fired.
             source: with `objective="usae"`, the one stream whose code is decoded, as in a training step of its paper;
-                every stream in turn by default.
+                every stream in turn by default. That objective makes the gradients of whatever asks for one in this
+                very pass, for `loss` alone, and they serve one `backward`.
 
         Raises:
             ValueError: for unknown or missing streams, wrong widths, an empty batch, rows that hold NaN or infinity,
@@ -188,8 +190,7 @@ class SparcModel(PreTrainedModel):
         """
         if self._is_usae:
             rows = self._normalized_rows(features)
-            found = {name: self._usae_encode(name, value) for name, value in rows.items()}
-            return {name: code for name, (_, code) in found.items()}
+            return {name: self._usae_encode(name, value) for name, value in rows.items()}
         step = SparcStep(self)
         return codes_of(step.encode(step.rows(self._normalized_rows(features)), selection), self.config.num_latents)
 
@@ -279,31 +280,36 @@ class SparcModel(PreTrainedModel):
     def _is_usae(self) -> bool:
         return self.config.objective == "usae"
 
-    def _usae_encode(self, name: str, rows: Tensor) -> tuple[Tensor, SparseCodes]:
-        """Return q [batch, N] and the code."""
+    def _usae_encode(self, name: str, rows: Tensor) -> SparseCodes:
         norm = cast(nn.BatchNorm1d, self.encoder_norm[name])
         positive = usae_preactivations(rows, self._encoder(name), norm, self.counter_group)
-        return positive, SparseCodes(*usae_code(positive, self.config.k), self.config.num_latents)
+        top = positive.topk(self.config.k, dim=-1)
+        return SparseCodes(top.indices, top.values, self.config.num_latents)
 
     def _usae_forward(self, features: Mapping[str, Tensor], new_step: bool, source: str | None) -> SparcOutput:
         rows = self._normalized_rows(features)
         sources = list(rows) if source is None else [source]
         if unknown := [name for name in sources if name not in rows]:
             raise ValueError(f"`source` must be one of the given streams {list(rows)}, but it is {unknown[0]!r}")
-        found = {name: self._usae_encode(name, rows[name]) for name in sources}
-        codes = {name: code for name, (_, code) in found.items()}
+        config = self.config
+        # Pre-activations, their gradient, and what either takes in half precision.
+        at_once = rows_at_once(self, arrays=3)
+        settings = UsaeSettings(config.k, config.auxk, config.auxk_coef, config.distance, at_once)
+        atoms = {name: self.atoms[name] for name in rows}
+        found = {}
+        for name in sources:
+            norm = cast(nn.BatchNorm1d, self.encoder_norm[name])
+            weight, bias = usae_encoder(rows[name], self._encoder(name), norm, self.counter_group)
+            found[name] = usae_source_loss(rows[name], weight, bias, rows, atoms, settings)
+        codes = {name: SparseCodes(part.indices, part.values, config.num_latents) for name, part in found.items()}
         if self.training:
             self._update_counters(codes, new_step)
-        losses, reconstructions = usae_losses(
-            rows,
-            {name: positive for name, (positive, _) in found.items()},
-            {name: (Selection(code.indices, code.num_latents), code.values) for name, code in codes.items()},
-            {name: self.atoms[name] for name in rows},
-            sources=sources,
-            distance=self.config.distance,
-            auxk=self.config.auxk,
-            auxk_coef=self.config.auxk_coef,
-        )
+        losses = usae_losses(found)
+        reconstructions = None
+        if not self.training:
+            reconstructions = {
+                target: {name: self.decode(code, to=target) for name, code in codes.items()} for target in rows
+            }
         return SparcOutput(loss=losses.pop("loss"), losses=losses, codes=codes, reconstructions=reconstructions)
 
     def _normalized_rows(self, features: Mapping[str, Tensor], reject_zero_rows: bool = False) -> dict[str, Tensor]:

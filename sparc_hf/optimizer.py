@@ -1,6 +1,7 @@
 """Adam that takes the gradients of a SparcModel as the terms they are made of, and keeps the atoms at unit norm."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,13 +92,27 @@ class UsaeAdamW(torch.optim.AdamW):
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups[key.split(".")[1]].append(parameter)
-        super().__init__([{"params": groups[name]} for name in self.names], lr=lr, weight_decay=weight_decay)
+        chosen = [{"params": groups[name]} for name in self.names]
+        super().__init__(chosen, lr=lr, weight_decay=weight_decay, fused=True)
 
-    def keep_source(self, source: str) -> None:
-        """Drop the gradients of all other streams: in the paper's code they are never used either."""
-        for name, group in zip(self.names, self.param_groups, strict=True):
-            for parameter in group["params"] if name != source else ():
-                parameter.grad = None
+    @contextlib.contextmanager
+    def only(self, source: str) -> Iterator[None]:
+        """Let the parameters of one stream alone ask for gradients, inside a `with` around forward and backward.
+
+        The paper's code makes the gradients of all streams and uses the source's.
+        """
+        others = [
+            parameter
+            for name, group in zip(self.names, self.param_groups, strict=True)
+            for parameter in (group["params"] if name != source else ())
+        ]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
 
 def add_up_terms(model: SparcModel) -> None:

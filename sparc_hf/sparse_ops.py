@@ -221,7 +221,7 @@ class _DecodeErrors(torch.autograd.Function):
             errors = row_energy(residuals)
             dots = values
             if any(ctx.needs_input_grad):
-                dots = torch.stack([_bag_weight_gradient(selection.indices, atoms, part) for part in residuals])
+                dots = torch.stack([dots_with_atoms(selection.indices, atoms, part) for part in residuals])
         ctx.save_for_backward(values, residuals, dots)
         ctx.selection, ctx.terms = selection, terms
         ctx.mark_non_differentiable(residuals)
@@ -279,7 +279,7 @@ class _Decode(torch.autograd.Function):
         values, atoms = ctx.saved_tensors
         selection: Selection = ctx.selection
         grad = grad_outputs[0].contiguous()
-        grad_values = _bag_weight_gradient(selection.indices, atoms, grad) if ctx.needs_input_grad[0] else None
+        grad_values = dots_with_atoms(selection.indices, atoms, grad) if ctx.needs_input_grad[0] else None
         grad_atoms = selection.sum_rows(grad.unsqueeze(0), values.unsqueeze(0)) if ctx.needs_input_grad[1] else None
         return grad_values, grad_atoms, None
 
@@ -293,7 +293,7 @@ def _bag(indices: Tensor, table: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights.to(table.dtype))
 
 
-def _bag_weight_gradient(indices: Tensor, table: Tensor, grad: Tensor) -> Tensor:
+def dots_with_atoms(indices: Tensor, table: Tensor, grad: Tensor) -> Tensor:
     """Return [batch, k]: the product of each row's gradient [batch, d] with each of its atoms."""
     batch, k = indices.shape
     flat = indices.reshape(-1)
@@ -308,6 +308,12 @@ def _bag_weight_gradient(indices: Tensor, table: Tensor, grad: Tensor) -> Tensor
 def row_energy(rows: Tensor) -> Tensor:
     """Return |x|^2 of rows [..., d], in float32 under autocast too."""
     return rows.square().sum(dim=-1)
+
+
+def row_dots(one: Tensor, other: Tensor) -> Tensor:
+    """Return <one_i, other_i>, [n], of the rows of two [n, d], on a CPU without another array of their size."""
+    block = ROWS_IN_CACHE if one.device.type == "cpu" else max(1, one.shape[0])
+    return torch.cat([torch.linalg.vecdot(*parts) for parts in zip(one.split(block), other.split(block), strict=True)])
 
 
 def unit_norm(rows: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class SparcStep:
         if selection not in ("global", "local"):
             raise ValueError(f'`selection` must be "global" or "local", but it is {selection!r}')
         groups = [list(rows)] if selection == "global" else [[name] for name in rows]
-        at_once = self._rows_at_once(len(rows))
+        at_once = rows_at_once(self.model, len(rows) + 1)  # and their sum
         blocks = zip(*(value.centered.split(at_once) for value in rows.values()), strict=True)
         scratch = self._scratch(rows, at_once)
         found = [self._select(dict(zip(rows, block, strict=True)), groups, scratch) for block in blocks]
@@ -64,12 +64,6 @@ class SparcStep:
             values = [self._with_gradient(name, rows[name], shared, gathered[at]) for at, name in enumerate(names)]
             encoded.append(EncodedStreams(names, shared, torch.stack(values).relu()))
         return encoded
-
-    def _rows_at_once(self, arrays: int) -> int:
-        """Rows whose pre-activations of `arrays` streams, and their sum, fit into the budget."""
-        bytes_per_row = 4 * self.model.config.num_latents * (arrays + 1)
-        most = ROWS_PER_PRODUCT if self.model.device.type == "cpu" else 2**31
-        return max(1, min(most, int(self.model.max_preactivation_mb * 2**20) // bytes_per_row))
 
     def _joined(self, indices: list[Tensor]) -> Selection:
         return Selection(indices[0] if len(indices) == 1 else torch.cat(indices), self.model.config.num_latents)
@@ -175,17 +169,24 @@ class SparcStep:
                 return None, centered, 0.0
             weight, bias = self.model.encoders[name].weight[latents], self.model.encoders[name].bias[latents]
             count = min(self.model.config.auxk, len(latents))
-            blocks = centered.split(self._rows_at_once(1))
+            blocks = centered.split(rows_at_once(self.model, 2))
             found = [top_k([F.linear(block, weight, bias)], count) for block in blocks]
             selection, any_dead = self._joined([latents[best] for best, _ in found]), 1.0
         else:
             # Where fewer are dead, the rest of the selection is -inf: no value, no gradient.
             found = [
                 top_k([self._preactivations(name, block).masked_fill(~dead, -torch.inf)], self.model.config.auxk)
-                for block in centered.split(self._rows_at_once(1))
+                for block in centered.split(rows_at_once(self.model, 2))
             ]
             selection, any_dead = self._joined([best for best, _ in found]), dead.any()
         return selection, torch.cat([values[0] for _, values in found]), any_dead
+
+
+def rows_at_once(model: Any, arrays: int) -> int:
+    """Return how many rows `arrays` arrays of N numbers a row have in the memory a model may take."""
+    bytes_per_row = 4 * model.config.num_latents * arrays
+    most = ROWS_PER_PRODUCT if model.device.type == "cpu" else 2**31
+    return max(1, min(most, int(model.max_preactivation_mb * 2**20) // bytes_per_row))
 
 
 def codes_of(groups: Sequence[EncodedStreams], num_latents: int) -> dict[str, SparseCodes]:

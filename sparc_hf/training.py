@@ -21,11 +21,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed, tqdm
 from torch import Tensor
-from transformers import get_scheduler
 
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.features import FeatureBatches, FeatureDataset
 from sparc_hf.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
+from sparc_hf.learning_rate import schedule_of
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.optimizer import SparcAdam, UsaeAdamW, add_up_terms
 from sparc_hf.run_folder import (
@@ -140,13 +140,7 @@ class SparcTrainer:
         if not self.is_usae and self._takes_terms():
             self.model.gradient_terms = {}
         # Stepped once per optimizer step by hand: a prepared scheduler advances once per process.
-        self.scheduler = get_scheduler(
-            "cosine_with_min_lr" if args.lr_schedule == "cosine" else args.lr_schedule,
-            adam,
-            args.warmup_steps,
-            max(self.total_steps, 1),
-            {"min_lr": args.final_learning_rate} if args.lr_schedule == "cosine" else None,
-        )
+        self.scheduler = schedule_of(args, adam, self.total_steps)
         self.step = 0
         self._sums = TermSums(self.accelerator.device)
         self._stop_signal = self._asked_to_stop = self._rows_since = 0
@@ -206,7 +200,18 @@ class SparcTrainer:
         """Make one optimizer step from this process's share of the step's rows."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        source = {"source": self._source_of_step()} if self.is_usae else {}
+        with self._only_source() as source:
+            pieces = self._add_gradients(share, rows_of_step, source)
+        self._share_gradients(math.ceil(math.ceil(rows_of_step / self.world_size) / pieces))
+        if self.args.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self._sums.count_step()
+        self._rows_since += rows_of_step
+
+    def _add_gradients(self, share: dict[str, Tensor], rows_of_step: int, source: dict[str, str]) -> int:
+        """Add up the gradients of this process's micro-batches; return how many there were."""
         # Processes differ by at most one row, so the smallest share bounds the micro-batches all can make.
         pieces = min(self.args.gradient_accumulation_steps, rows_of_step // self.world_size)
         micro_batches = zip(*(value.tensor_split(pieces) for value in share.values()), strict=True)
@@ -219,15 +224,17 @@ class SparcTrainer:
             if number == pieces - 1:
                 self._check_signals(at_once=self.accelerator.device.type == "cpu")
             self.accelerator.backward(output.loss * weight)
-        if isinstance(self._adam, UsaeAdamW):
-            self._adam.keep_source(source["source"])
-        self._share_gradients(math.ceil(math.ceil(rows_of_step / self.world_size) / pieces))
-        if self.args.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self._sums.count_step()
-        self._rows_since += rows_of_step
+        return pieces
+
+    @contextlib.contextmanager
+    def _only_source(self) -> Iterator[dict[str, str]]:
+        """Give the model's argument `source`, where the objective has one, and let nothing else ask for gradients."""
+        if not isinstance(self._adam, UsaeAdamW):
+            yield {}
+            return
+        source = self._source_of_step()
+        with self._adam.only(source):
+            yield {"source": source}
 
     def _source_of_step(self) -> str:
         """Draw the source stream of a step, the same on every process and in a resumed run."""

@@ -26,6 +26,7 @@ TRAJECTORY_FIELDS = (
     "lr_schedule",
     "final_learning_rate",
     "warmup_steps",
+    "schedule_after_update",
     "weight_decay",
     "max_grad_norm",
     "mixed_precision",
@@ -88,6 +89,11 @@ class SparcTrainingArguments:
     final_learning_rate: float = flag("Where the cosine schedule ends.", 0.0)
     weight_decay: float = flag("Weight decay of the usae objective's AdamW.", 0.0)
     warmup_steps: int = flag("Steps over which the learning rate rises from 0.", 0)
+    schedule_after_update: bool = flag(
+        "Set the cosine schedule's rate after each update, as the USAE code: the first update has the full rate, and "
+        "the warm-up rises from --final_learning_rate.",
+        False,
+    )
     max_grad_norm: float | None = field(
         default=None, metadata={"help": "Clip the gradient's norm to this (default: no clipping)."}
     )
@@ -134,8 +140,14 @@ class SparcTrainingArguments:
                 "`final_learning_rate` must be from 0 to `learning_rate`, `weight_decay` not negative, but they are "
                 f"{self.final_learning_rate} and {self.weight_decay}"
             )
+        if self.schedule_after_update and self.lr_schedule != "cosine":
+            raise ValueError(
+                f"`schedule_after_update` needs `lr_schedule` cosine with it, but that is {self.lr_schedule!r}"
+            )
         if self.objective == "usae" and self.selection != "local":
             raise ValueError("`objective` usae selects latents in every stream alone: give `selection` local with it")
+        if self.objective == "usae" and self.center:
+            raise ValueError("`center` sets pre-biases, which `objective` usae has not; leave it off")
         if self.learning_rate <= 0:
             raise ValueError(f"`learning_rate` must be positive, but it is {self.learning_rate}")
         if not 0 <= self.eval_fraction < 1:

@@ -25,6 +25,7 @@ FLOORS = {
     "objectives_sparc": 1,
     "objectives_usae": 1,
     "step_sparc": 1,
+    "encoder_usae": 1,
     "encoders": 1,
     "encoder_families": 0,
     "pretrained": 0,
@@ -53,6 +54,7 @@ FLOORS = {
     "step_kernel": 0,
     "term_sums": 0,
     "gradient_exchange": 1,
+    "learning_rate": 1,
     "optimizer": 3,
     "codes": 3,
     "top_samples": 4,
@@ -91,6 +93,7 @@ REMOTE_CODE = {
     "objectives_sparc",
     "objectives_usae",
     "step_sparc",
+    "encoder_usae",
     "modeling_sparc",
 }
 

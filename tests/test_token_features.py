@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny_encoders import save_clip, save_dinov2, save_siglip, save_vit
 
+from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
 from sparc_hf.encoders import load_encoders
 from sparc_hf.extraction import extract_features
@@ -143,6 +144,39 @@ def test_statistics():
     assert standardization_of(made, "x", sample_rows=10)["mean"] == pytest.approx(sample.mean(dtype=np.float64))
     with pytest.raises(ValueError, match="do not vary"):
         standardization_of(made, "flat")
+    rows[:, 2] = 7
+    found = standardization_of(FeatureDataset.from_arrays({"x": rows}), "x", per_channel=True)
+    np.testing.assert_allclose(found["mean"], rows.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(found["std"], rows.std(axis=0, ddof=1, dtype=np.float64), rtol=1e-9)
+    assert found["std"][2] == 0
+    with pytest.raises(ValueError, match="do not vary"):
+        standardization_of(made, "flat", per_channel=True)
+
+
+def test_every_channel_by_its_own_statistics(checkpoints, tree, tmp_path):
+    """Extraction stores both kinds, and a model standardises by the one it finds."""
+    flags = ["--source", str(tree), "--source_format", "imagenet", "--split", "train", "--device", "cpu"]
+    flags += ["--encoders", f"vit={checkpoints['vit']}:image:tokens", "--normalize", "standardize"]
+    made = {}
+    for kind in ([], ["--per_channel"]):
+        folder = tmp_path / f"set{len(kind)}"
+        assert main(["extract", *flags, *kind, "--output", str(folder)]) == 0
+        made[bool(kind)] = FeatureDataset.load(folder)
+        # Another kind of statistics is another dataset.
+        assert main(["extract", *flags, *([] if kind else ["--per_channel"]), "--output", str(folder)]) == 2
+    rows = torch.from_numpy(made[True].array("vit"))
+    assert torch.equal(rows, torch.from_numpy(made[False].array("vit")))
+    for per_channel, features in made.items():
+        record = features.streams[0]
+        assert isinstance(record["mean"], list) == per_channel
+        standard = SparcModel(SparcConfig(streams=features.streams, num_latents=8, k=2, auxk=0)).normalize(
+            {"vit": rows}
+        )["vit"]
+        spread = standard.std(dim=0) if per_channel else standard.std()
+        torch.testing.assert_close(spread, torch.ones_like(spread), rtol=1e-3, atol=1e-3)
+        assert (standard.mean(dim=0).abs().max() < 1e-4) == per_channel
+    wrong = ["extract", *flags, "--normalize", "l2", "--per_channel", "--output", str(tmp_path / "none")]
+    assert main(wrong) == 2
 
 
 def test_statistics_equal_the_earlier_projects(golden):
