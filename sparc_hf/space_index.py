@@ -33,7 +33,7 @@ TOP_SAMPLES = 24
 THUMBNAIL_SIDE = 192
 RETRIEVAL_ROWS = 1000
 # Columns of the statistics, each [N]; those of an encoding are called column/encoding.
-COLUMNS = ("alignment", "energy", "entropy", "cofires", "cofire_jaccard", "live")
+COLUMNS = ("alignment", "energy", "entropy", "cofires", "cofire_jaccard", "live", "fires")
 
 
 class SpaceIndex:
@@ -45,7 +45,8 @@ class SpaceIndex:
         concepts: latent -> what the samples it fires on say of it.
         statistics: "column/encoding" -> float64 [N] for the columns of `COLUMNS` and the encodings joint and single;
             `alignment` is the label Jaccard at full depth (nan without labels), `live` the number of streams the
-            latent fires in.
+            latent fires in, `fires` the share of samples it fires on, mean over streams; and that share of each
+            stream as "frequency/stream/encoding".
         top: stream -> the strongest samples of every latent under single-stream encoding.
     """
 
@@ -142,13 +143,12 @@ def _statistics(latents: dict[str, dict[str, np.ndarray]], count: int) -> dict[s
         depths = [name for name in columns if name.startswith("jaccard/depth")]
         deepest = max(depths, key=lambda name: int(name.removeprefix("jaccard/depth")), default=None)
         found[f"alignment/{encoding}"] = columns[deepest] if deepest else np.full(count, np.nan)
-        shares = [share for name, share in columns.items() if name.startswith("frequency/")]
-        found[f"live/{encoding}"] = (np.stack(shares) > 0).sum(axis=0)
-        for name in ("energy", "entropy", "cofires", "cofire_jaccard"):
-            found[f"{name}/{encoding}"] = columns[name]
-        for name in columns:
-            if name.startswith("frequency/"):
-                found[f"{name}/{encoding}"] = columns[name]
+        shares = {name: share for name, share in columns.items() if name.startswith("frequency/")}
+        stacked = np.stack(list(shares.values()))
+        found[f"live/{encoding}"] = (stacked > 0).sum(axis=0)
+        found[f"fires/{encoding}"] = stacked.mean(axis=0)
+        kept = ("energy", "entropy", "cofires", "cofire_jaccard", *shares)
+        found |= {f"{name}/{encoding}": columns[name] for name in kept}
     return {name: np.asarray(column, np.float64) for name, column in found.items()}
 
 
