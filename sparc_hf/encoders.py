@@ -1,7 +1,6 @@
 """Frozen encoders: the only place that knows a backbone, its pooled vector, its patch tokens and its grid."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -67,7 +66,7 @@ class StreamEncoder:
         if modality == "image":
             self._prepare: Any = ImageInputs(self.encoder, pinned, image_backend)
         else:
-            positions = getattr(self._tower_config, "max_position_embeddings", None)
+            positions = getattr(self.tower_config, "max_position_embeddings", None)
             self._prepare = TextInputs(self.encoder, pinned, positions, self.family.attention_mask)
         options = dict(self.family.options) if self.pooling != "pooler" else {}
         shared = {} if loaded is None else loaded
@@ -145,12 +144,12 @@ class StreamEncoder:
         """Tokens before the patch tokens: class token and registers."""
         if self._given_prefix is not None:
             return self._given_prefix
-        return int(self.family.class_token) + (getattr(self._tower_config, "num_register_tokens", 0) or 0)
+        return int(self.family.class_token) + (getattr(self.tower_config, "num_register_tokens", 0) or 0)
 
     @property
     def patch_size(self) -> tuple[int, int]:
         """Height and width of a patch, in pixels."""
-        size = getattr(self._tower_config, "patch_size", None)
+        size = getattr(self.tower_config, "patch_size", None)
         if size is None:
             raise ValueError(f"`{self.encoder}` ({self.config.model_type}) has no patches")
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -202,30 +201,8 @@ class StreamEncoder:
         Raises:
             ValueError: for a stream of patch tokens.
         """
-        inputs = self._placed(inputs)
-        return self._vectors(self._output(inputs), inputs)
-
-    def attentions(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return what `pooled` does, and the attention map [batch, heads, tokens, tokens] of every block.
-
-        Where gradients are enabled both are in one graph, so that `torch.autograd.grad` of a target on the vectors
-        reaches the maps. The model computes its attention the plain way for this call.
-
-        Raises:
-            ValueError: for a stream of patch tokens, or a model that gives no attention maps.
-        """
-        inputs = self._placed(inputs)
-        with self._eager_attention():
-            if "pixel_values" in inputs and torch.is_grad_enabled():
-                # The weights are frozen: without this nothing would be in a graph.
-                inputs["pixel_values"] = inputs["pixel_values"].detach().clone().requires_grad_()
-            output = self._output(inputs, output_attentions=True)
-            vectors = self._vectors(output, inputs)
-        found: Any = getattr(output, "attentions", None) or ()
-        maps: tuple[Any, ...] = tuple(found)
-        if not maps or any(one is None for one in maps):
-            raise ValueError(f"`{self.encoder}` ({self.config.model_type}) gives no attention maps")
-        return vectors, maps
+        inputs = self.placed(inputs)
+        return self.vectors(self.output(inputs), inputs)
 
     @torch.no_grad()
     def patch_tokens(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -238,8 +215,8 @@ class StreamEncoder:
         """
         if self.modality != "image":
             raise ValueError(f"stream `{self.name}` encodes text, which has no patches")
-        hidden = self._tower(**self._placed(inputs)).last_hidden_state
-        tokens = self._patches(hidden, inputs["pixel_values"])
+        hidden = self.tower(**self.placed(inputs)).last_hidden_state
+        tokens = self.patches(hidden, inputs["pixel_values"])
         return (
             tokens if self.grid is None else resample_tokens(tokens, self.grid_of(inputs["pixel_values"]), self.grid)
         )
@@ -261,49 +238,33 @@ class StreamEncoder:
         return self._prepare
 
     @property
-    def _tower_config(self) -> Any:
+    def tower_config(self) -> Any:
         return getattr(self.config, "vision_config" if self.modality == "image" else "text_config", self.config)
 
     @property
-    def _tower(self) -> nn.Module:
+    def tower(self) -> nn.Module:
         return getattr(self.model, "vision_model" if self.modality == "image" else "text_model", self.model)
 
-    def _output(self, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+    def output(self, inputs: Mapping[str, Tensor], **options: Any) -> Any:
         if self.pooling == "tokens":
             raise ValueError(f"stream `{self.name}` has patch tokens as rows, and no one vector a sample; use `rows`")
         if self.pooling == "projection":
             get = self.model.get_image_features if self.modality == "image" else self.model.get_text_features
             return get(**inputs, **options)  # pyright: ignore[reportCallIssue]
-        return self._tower(**inputs, **options)
+        return self.tower(**inputs, **options)
 
-    def _vectors(self, output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    def vectors(self, output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         if self.pooling in ("projection", "pooler"):
             return output.pooler_output.float()
         hidden = output.last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0].float()
         if self.modality == "image":
-            return self._patches(hidden, inputs["pixel_values"]).mean(1)
+            return self.patches(hidden, inputs["pixel_values"]).mean(1)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, :, None].float()
         return (hidden.float() * mask).sum(1) / mask.sum(1)
 
-    @contextmanager
-    def _eager_attention(self) -> Iterator[None]:
-        """Let the model return its attention maps, with gradients also for token ids, which cannot carry any."""
-        model: Any = self.model
-        before = model.config._attn_implementation
-        of_ids = self.modality == "text" and torch.is_grad_enabled()
-        model.set_attn_implementation("eager")
-        if of_ids:
-            model.enable_input_require_grads()
-        try:
-            yield
-        finally:
-            if of_ids:
-                model.disable_input_require_grads()
-            model.set_attn_implementation(before)
-
-    def _placed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def placed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return inputs where the model is, floating ones in its dtype."""
         weight = next(self.model.parameters())
         return {
@@ -311,7 +272,7 @@ class StreamEncoder:
             for key, value in inputs.items()
         }
 
-    def _patches(self, hidden: Tensor, pixel_values: Tensor) -> Tensor:
+    def patches(self, hidden: Tensor, pixel_values: Tensor) -> Tensor:
         grid = self.grid_of(pixel_values)
         if hidden.ndim != 3 or hidden.shape[1] != self.prefix_tokens + grid[0] * grid[1]:
             raise ValueError(
@@ -373,7 +334,7 @@ class StreamEncoder:
         if self.modality == "image":
             facts["image_backend"] = self.image_backend
             facts["image_size"] = list(inputs["pixel_values"].shape[-2:])
-            if getattr(self._tower_config, "patch_size", None) is not None:
+            if getattr(self.tower_config, "patch_size", None) is not None:
                 facts["grid"] = list(self.grid or self.grid_of(inputs["pixel_values"]))
         if self._given_prefix is not None:
             facts["prefix_tokens"] = self._given_prefix

@@ -193,6 +193,30 @@ class SparcModel(PreTrainedModel):
         step = SparcStep(self)
         return codes_of(step.encode(step.rows(self._normalized_rows(features)), selection), self.config.num_latents)
 
+    def preactivations(self, stream: str, features: Tensor, latents: Tensor) -> Tensor:
+        """Return pre-activations of chosen latents, [batch, len(latents)], differentiable in the features.
+
+        With `objective="usae"` they are taken behind the batch norm.
+
+        Args:
+            stream: the stream.
+            features: its raw rows, float [batch, hidden_size].
+            latents: int64 [latents].
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        self.config.stream(stream)
+        rows, latents = self._normalized_stream(stream, features, reject_zero_rows=False), latents.to(self.device)
+        encoder = self._encoder(stream)
+        centered = rows if self._is_usae else rows - self.pre_bias[stream]
+        hidden = nn.functional.linear(centered, encoder.weight[latents], encoder.bias[latents])
+        if not self._is_usae:
+            return hidden
+        norm: Any = self.encoder_norm[stream]
+        statistics = [value[latents] for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
+        return nn.functional.batch_norm(hidden, *statistics, eps=norm.eps)
+
     def decode(self, codes: SparseCodes, to: str) -> Tensor:
         """Decode codes of any stream to normalised rows [batch, hidden_size] of stream `to`.
 

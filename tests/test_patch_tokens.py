@@ -89,22 +89,3 @@ def test_prefix_tokens_of_an_unknown_family_can_be_given(tmp_path):
     torch.testing.assert_close(encoder.rows(inputs), expected)
     assert encoder.record["prefix_tokens"] == 2
     assert load_encoders([encoder.record])["x"].record == encoder.record
-
-
-@pytest.mark.parametrize(
-    ("family", "modality"), [*((family, "image") for family in SAVERS), ("clip", "text"), ("siglip", "text")]
-)
-def test_attention_maps_and_their_gradients(folders, family, modality):
-    encoder = StreamEncoder("x", folders[family], modality)
-    inputs = encoder.prepare([PICTURE, PICTURE.rotate(90)] if modality == "image" else TEXTS[:2])
-    before = encoder.model.config._attn_implementation
-    vectors, maps = encoder.attentions(inputs)
-    tokens = encoder.prefix_tokens + 16 if modality == "image" else inputs["input_ids"].shape[1]
-    assert [list(one.shape) for one in maps] == [[2, 2, tokens, tokens]] * 2
-    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, 2, tokens))
-    torch.testing.assert_close(vectors, encoder.pooled(inputs), rtol=1e-4, atol=1e-5)
-    gradients = torch.autograd.grad(vectors[:, 0].sum(), maps)
-    assert all(gradient.abs().sum() > 0 for gradient in gradients)
-    assert encoder.model.config._attn_implementation == before
-    with torch.no_grad():
-        assert not encoder.attentions(inputs)[0].requires_grad
