@@ -185,9 +185,7 @@ class SpaceData:
         order = active[np.argsort(-code[active], kind="stable")][:count]
         return [(int(latent), float(code[latent])) for latent in order]
 
-    def retrieve(
-        self, source: str, target: str, sample: Image.Image | str | int, count: int = 12
-    ) -> list[Match]:
+    def retrieve(self, source: str, target: str, sample: Image.Image | str | int, count: int = 12) -> list[Match]:
         """Return the indexed samples whose code in the target stream is most like a query's in the source stream.
 
         Args:

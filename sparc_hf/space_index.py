@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -112,7 +113,7 @@ def index_name(model: SparcModel, features: FeatureDataset, names: list[Concept]
     told.update(json.dumps([shown, features.streams, features.label_names, len(features)]).encode())
     told.update(json.dumps([[one.latent, one.name] for one in names or []]).encode())
     for name, weights in sorted(model.state_dict().items()):
-        told.update(name.encode() + weights.detach().cpu().contiguous().numpy().tobytes())
+        told.update(name.encode() + _bytes_of(weights))
     # Rows spread over the dataset stand for all of it, which may be large.
     rows = np.unique(np.linspace(0, len(features) - 1, 256, dtype=np.int64))
     for stream in features.stream_names:
@@ -120,6 +121,11 @@ def index_name(model: SparcModel, features: FeatureDataset, names: list[Concept]
     for column in {"id", "text", "labels"} & set(features.column_names):
         told.update(json.dumps([column, features.column(column, rows)]).encode())
     return told.hexdigest()[:20]
+
+
+def _bytes_of(weights: torch.Tensor) -> bytes:
+    # As bytes, because numpy has no bfloat16.
+    return weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _make(model: SparcModel, features: FeatureDataset, names: list[Concept] | None, folder: Path) -> None:

@@ -1,12 +1,13 @@
 """Where a target is in an image and in a caption, as the Space shows it: maps over what each encoder sees, and words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 
+from sparc_hf.attribution import ConceptTarget, SimilarityTarget, Target, WordScore, image_maps, word_scores
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.space_data import SpaceData
 
@@ -33,7 +34,8 @@ class Explanation:
         latent: its number, where that is a single latent.
         maps: title -> map, one an image stream.
         baselines: title -> map of the similarity of the encoders' own embeddings.
-        words: text stream -> (word, score) in order.
+        caption: the text the words are of.
+        words: text stream -> its words with their scores, in order.
         active: stream -> (latent, value), the strongest of the stream alone.
         remarks: what the visitor should know.
     """
@@ -42,13 +44,14 @@ class Explanation:
     latent: int | None = None
     maps: dict[str, SeenImage] = field(default_factory=dict)
     baselines: dict[str, SeenImage] = field(default_factory=dict)
-    words: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+    caption: str = ""
+    words: dict[str, list[WordScore]] = field(default_factory=dict)
     active: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
 
 def explain(
-    data: SpaceData, image: Image.Image | None, caption: str, *, latent: int | None = None
+    data: SpaceData, image: Image.Image | None, caption: str = "", *, latent: int | None = None
 ) -> Explanation:
     """Explain an image, a caption or both.
 
@@ -56,14 +59,116 @@ def explain(
         data: model and encoders.
         image: RGB.
         caption: may be empty.
-        latent: the latent to look for; without it, the similarity of image and caption.
+        latent: the latent to look for. Without it, the similarity of image and caption, or where only one of them is
+            given, the latent that is strongest in it.
+
+    Raises:
+        ValueError: where nothing is given that the model's encoders take.
     """
-    found = Explanation(latent=latent)
-    for stream in data.encoders:
-        sample = image if data.modality(stream) == "image" else caption
-        if sample is not None and sample != "":
-            found.active[stream] = data.strongest(data.code(stream, sample))
+    samples = {
+        stream: image if encoder.modality == "image" else caption
+        for stream, encoder in data.encoders.items()
+        if (image is not None if encoder.modality == "image" else caption)
+    }
+    if not samples:
+        kinds = sorted({encoder.modality for encoder in data.encoders.values()})
+        raise ValueError(f"The encoders of this model take {' and '.join(kinds) or 'nothing'}; give one of these.")
+    found = Explanation(caption=caption)
+    for stream, sample in samples.items():
+        found.active[stream] = data.strongest(data.code(stream, sample))  # pyright: ignore[reportArgumentType]
+    if latent is None and (image is None or not caption):
+        latent = next((strongest[0][0] for strongest in found.active.values() if strongest), None)
+        if latent is None:
+            found.remarks.append("No latent is active in any stream.")
+            return found
+        found.remarks.append("Give an image and a caption to see where they are alike.")
+    found.latent = latent
+    if latent is not None:
+        found.title = f"Where {data.title(latent)} is"
+    else:
+        found.title = "Where image and caption are alike"
+    with data.encoding:
+        if image is not None:
+            _add_maps(data, found, image, caption)
+        if caption:
+            _add_words(data, found, image, caption)
     return found
+
+
+def latent_maps(data: SpaceData, latent: int, rows: Mapping[str, Sequence[int]]) -> dict[str, list[SeenImage | None]]:
+    """Return where a latent is in indexed images.
+
+    Args:
+        data: model and encoders.
+        latent: its number.
+        rows: stream -> rows of samples; streams that encode no images are left out.
+
+    Returns:
+        image stream -> what its encoder sees of every row, with the map; None for rows without an image.
+    """
+    found: dict[str, list[SeenImage | None]] = {}
+    for stream, of_stream in rows.items():
+        encoder = data.encoders.get(stream)
+        if encoder is None or encoder.modality != "image":
+            continue
+        images = {row: image for row in of_stream if (image := data.image(row)) is not None}
+        if images:
+            with data.encoding:
+                target = [ConceptTarget((latent,))]
+                maps = image_maps(data.model, {stream: encoder}, list(images.values()), target, _method(encoder))
+                views = seen_images(encoder, list(images.values()))
+            seen = {row: SeenImage(view, heat[0]) for row, view, heat in zip(images, views, maps[stream], strict=True)}
+            found[stream] = [seen.get(row) for row in of_stream]
+    return found
+
+
+def _add_maps(data: SpaceData, found: Explanation, image: Image.Image, caption: str) -> None:
+    """Add what each image stream sees with the target's map, and the similarity by embeddings where there is one."""
+    texts = [stream for stream, encoder in data.encoders.items() if encoder.modality == "text"]
+    for stream in data.streams_of("image"):
+        encoder = data.encoders.get(stream)
+        if encoder is None:
+            continue
+        targets: list[Target] = []
+        if found.latent is not None:
+            targets.append(ConceptTarget((found.latent,)))
+        elif texts:
+            targets.append(SimilarityTarget(texts[0], caption))
+        baseline = [
+            SimilarityTarget(text, caption, embeddings=True)
+            for text in texts
+            if caption and data.encoders[text].encoder == encoder.encoder and encoder.pooling != "tokens"
+        ]
+        targets += baseline[:1]
+        involved = {name: data.encoders[name] for name in [stream, *texts]}
+        maps = image_maps(data.model, involved, [image], targets, _method(encoder))[stream][0] if targets else []
+        view = seen_images(encoder, [image])[0]
+        heats: list[np.ndarray | None] = [heat if np.isfinite(heat).all() else None for heat in maps]
+        found.maps[stream] = SeenImage(view, heats[0] if heats else None)
+        if baseline and heats[-1] is not None:
+            found.baselines[f"{stream}: similarity of embeddings (baseline)"] = SeenImage(view, heats[-1])
+
+
+def _add_words(data: SpaceData, found: Explanation, image: Image.Image | None, caption: str) -> None:
+    images = [stream for stream, encoder in data.encoders.items() if encoder.modality == "image"]
+    target: Target
+    if found.latent is not None:
+        target = ConceptTarget((found.latent,))
+    elif image is not None and images:
+        target = SimilarityTarget(images[0], image)
+    else:
+        return
+    texts = {stream: encoder for stream, encoder in data.encoders.items() if encoder.modality == "text"}
+    if not texts:
+        return
+    involved = texts | {name: data.encoders[name] for name in images}
+    for stream, scores in word_scores(data.model, involved, [caption], [target]).items():
+        found.words[stream] = scores[0][0]
+
+
+def _method(encoder: StreamEncoder) -> str:
+    """Streams of patch tokens have a code a patch; the others' codes are traced back through their attention."""
+    return "patch_codes" if encoder.pooling == "tokens" else "relevance"
 
 
 @torch.no_grad()

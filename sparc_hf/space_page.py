@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sparc_hf.attribution import WordScore
 from sparc_hf.code_search import Match
 from sparc_hf.concepts import Evidence
 from sparc_hf.plots import cofires_against_energy, entropy_histogram, svg_text
@@ -18,7 +19,7 @@ from sparc_hf.space_index import encoded_image
 from sparc_hf.space_maps import Explanation, SeenImage
 
 LATENTS_PER_PAGE = 20
-HEAT_COLOURS = ((255, 214, 64), (240, 90, 20), (170, 0, 30))
+HEAT_COLOURS = ((255, 225, 60), (255, 130, 0), (255, 15, 40))
 
 
 def latent_link(data: SpaceData, latent: int, note: str = "", kind: str = "chip") -> str:
@@ -134,8 +135,21 @@ def sample_strip(data: SpaceData, rows: Iterable[int]) -> str:
         caption = data.caption(row) or data.sample_name(row)
         inside = _image_tag(data, row, "") or f"<span>{escape(caption[:60])}</span>"
         words = escape(f"sample {row}: {caption[:200]}", quote=True)
-        buttons.append(f'<button type="button" data-row="{row}" title="{words}" aria-label="{words}">{inside}</button>')
+        buttons.append(
+            f'<button type="button" data-row="{row}" title="{words}" aria-label="{words}">{inside}</button>'
+        )
     return f"<div class=strip>{''.join(buttons)}</div>"
+
+
+def retrieval_page(data: SpaceData, source: str, target: str, query: Image.Image | str | int) -> str:
+    """Return a query with its strongest latents, and what it finds; see `SpaceData.retrieve`."""
+    matches = data.retrieve(source, target, query)
+    active = data.strongest(
+        data.index.search.query(source, query) if isinstance(query, int) else data.code(source, query), 6
+    )
+    picture = data.image(query) if isinstance(query, int) else query if isinstance(query, Image.Image) else None
+    caption = (data.caption(query) or "") if isinstance(query, int) else query if isinstance(query, str) else ""
+    return matches_page(data, target, matches, query_card(data, picture, caption, active))
 
 
 def matches_page(data: SpaceData, target: str, matches: Sequence[Match], query: str = "") -> str:
@@ -153,7 +167,9 @@ def matches_page(data: SpaceData, target: str, matches: Sequence[Match], query: 
     for rank, match in enumerate(matches, start=1):
         shared = " ".join(latent_link(data, latent, f"{share:.0%}") for latent, share in match.shared[:5])
         caption = data.caption(match.row)
-        text = f"<p class=caption>{escape(caption)}</p>" if caption else f"<p>{escape(data.sample_name(match.row))}</p>"
+        text = (
+            f"<p class=caption>{escape(caption)}</p>" if caption else f"<p>{escape(data.sample_name(match.row))}</p>"
+        )
         picture = _image_tag(data, match.row, caption or "")
         body = text + picture if data.modality(target) == "text" else picture + text
         cards.append(
@@ -176,7 +192,8 @@ def explanation_page(data: SpaceData, found: Explanation) -> str:
         _panel(title, view) for title, view in [*found.maps.items(), *found.baselines.items()] if view is not None
     ]
     words = "".join(
-        f"<section><h4><code>{escape(stream)}</code> <small>words</small></h4><p class=caption>{marked_words(scores)}</p></section>"
+        f"<section><h4><code>{escape(stream)}</code> <small>words</small></h4>"
+        f"<p class=caption>{marked_words(found.caption, scores)}</p></section>"
         for stream, scores in found.words.items()
     )
     remarks = "".join(f"<p class=remark>{escape(remark)}</p>" for remark in found.remarks)
@@ -184,7 +201,12 @@ def explanation_page(data: SpaceData, found: Explanation) -> str:
         f"<section><h4><code>{escape(stream)}</code></h4>{latent_bars(data, active, found.latent)}</section>"
         for stream, active in found.active.items()
     )
-    title = f"<h3>{escape(found.title)}</h3>" if panels or words else ""
+    opened = (
+        f' <a class="chip" href="?latent={found.latent}" data-open="{found.latent}">open in the explorer</a>'
+        if found.latent is not None
+        else ""
+    )
+    title = f"<h3>{escape(found.title)}{opened}</h3>" if panels or words else ""
     return (
         f"{remarks}{title}<div class=panels>{''.join(panels)}</div><div class=streams>{words}</div>"
         "<h3>Strongest latents <small>of each stream alone; choose one to see its map</small></h3>"
@@ -206,14 +228,16 @@ def latent_bars(data: SpaceData, active: Sequence[tuple[int, float]], chosen: in
     return f"<ul class=bars>{lines}</ul>"
 
 
-def marked_words(scores: Sequence[tuple[str, float]]) -> str:
-    """Return a caption with its words the more coloured the higher they score; words against the target are blue."""
-    largest = max((abs(score) for _, score in scores), default=0) or 1.0
-    return " ".join(
-        f'<mark style="--share:{abs(score) / largest:.3f}" class="{"against" if score < 0 else "for"}" '
-        f'title="{score:.3g}">{escape(word)}</mark>'
-        for word, score in scores
-    )
+def marked_words(caption: str, scores: Sequence[WordScore]) -> str:
+    """Return a caption with its words the more coloured the higher they score."""
+    largest = max((one.score for one in scores), default=0.0) or 1.0
+    parts, done = [], 0
+    for one in scores:
+        parts.append(escape(caption[done : one.start]))
+        word = escape(caption[one.start : one.end])
+        parts.append(f'<mark style="--share:{one.score / largest:.3f}" title="{one.score:.3g}">{word}</mark>')
+        done = one.end
+    return "".join([*parts, escape(caption[done:])])
 
 
 def compare_page(data: SpaceData, encoding: str) -> str:
@@ -257,7 +281,7 @@ def card_markdown(card: str, folder: Path) -> str:
 
 
 def heat_image(heat: np.ndarray) -> Image.Image:
-    """Return a map [rows, columns] as a small transparent image: yellow where it begins, dark red at its largest."""
+    """Return a map [rows, columns] as a small transparent image: yellow where it begins, red at its largest."""
     largest = float(np.max(heat, initial=0.0))
     share = np.clip(heat / largest, 0, 1) if largest > 0 else np.zeros_like(heat)
     colours = np.array(HEAT_COLOURS, float)
@@ -269,7 +293,8 @@ def heat_image(heat: np.ndarray) -> Image.Image:
 
 
 def _panel(title: str, view: SeenImage) -> str:
-    return f"<figure>{_overlaid(view, title)}<figcaption>{escape(title)}</figcaption></figure>"
+    nowhere = " <small>nowhere</small>" if view.heat is not None and not view.heat.any() else ""
+    return f"<figure>{_overlaid(view, title)}<figcaption>{escape(title)}{nowhere}</figcaption></figure>"
 
 
 def _overlaid(view: SeenImage, words: str) -> str:
@@ -356,9 +381,7 @@ def _shaded(error: float | None) -> str:
 def _shared_latents(data: SpaceData, encoding: str, count: int = 16) -> str:
     columns = data.index.statistics
     order = np.lexsort((-columns[f"energy/{encoding}"], -columns[f"live/{encoding}"]))[:count]
-    chips = [
-        latent_link(data, int(latent), f"{int(columns[f'live/{encoding}'][latent])} streams") for latent in order
-    ]
+    chips = [latent_link(data, int(latent), f"{int(columns[f'live/{encoding}'][latent])} streams") for latent in order]
     return f"<p>{' '.join(chips)}</p>"
 
 
@@ -378,4 +401,4 @@ def _page_button(words: str, page: int, enabled: bool) -> str:
 
 
 def _number(value: float, form: str) -> str:
-    return "–" if not np.isfinite(value) else format(value, form)
+    return "-" if not np.isfinite(value) else format(value, form)
