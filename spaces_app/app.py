@@ -1,7 +1,7 @@
 """The Space: look at the concepts of a SPARC model instead of reading about them.
 
-`SPARC_MODEL` names the model (Hub id or folder) and `SPARC_DATASET` the feature dataset it is shown on; without them it
-is the embedded demo, which is prepared once. Nothing a visitor sends is ever loaded as a model.
+`SPARC_MODEL` names the model (Hub id or folder) and `SPARC_DATASET` the feature dataset it is shown on; without
+them it is the embedded demo, which is prepared once. Nothing a visitor sends is ever loaded as a model.
 """
 
 import functools
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Default
 
 from sparc_hf import space_page as page
 from sparc_hf.space_data import ORDERS, SpaceData, open_space, spread_rows
@@ -30,7 +31,9 @@ DIRECTIONS = {
 LISTED_LATENTS = 300
 PICKS = 16
 MAX_FILE_SIZE = "11mb"  # a little over what is accepted, so that the page can say why
-QUEUE = {"max_size": 128, "default_concurrency_limit": 4}
+# Requests that may wait, and how many of one kind run at once; more are told that the Space is busy.
+QUEUE_SIZE = 128
+AT_ONCE = 2
 # Every fragment reports which latent, sample or page was chosen in it; with a modifier key the browser opens a link.
 ON_CLICK = """
 element.addEventListener('click', (event) => {
@@ -86,7 +89,7 @@ def build_app(data: SpaceData) -> gr.Blocks:
                 compare_tab(data, compare, open_latent)
             with gr.Tab("About", id="about"):
                 gr.Markdown(data.card or "This model has no card.", sanitize_html=True, elem_id="card")
-    app.queue(**{"max_size": QUEUE["max_size"], "default_concurrency_limit": QUEUE["default_concurrency_limit"]})
+    app.queue(max_size=QUEUE_SIZE, default_concurrency_limit=AT_ONCE)
     return app
 
 
@@ -239,16 +242,23 @@ def retrieve_tab(data: SpaceData, open_latent: Callable[[gr.HTML], None]) -> Non
 
     def first_streams(direction: str) -> tuple[str, str]:
         sources, targets = (data.streams_of(kind) for kind in directions[direction])
-        return sources[0], next((stream for stream in targets if stream != sources[0]), targets[0])
+        # Across models where both sides are images, else within the model that knows both sides.
+        encoder = data.model.config.stream(sources[0]).get("encoder")
+        wanted = [
+            stream
+            for stream in targets
+            if stream != sources[0]
+            and (sources == targets or data.model.config.stream(stream).get("encoder") == encoder)
+        ]
+        return sources[0], (wanted or targets)[0]
 
     @answered
     def streams(direction: str) -> tuple[Any, Any]:
         if direction not in directions:
             raise InputRefused("Choose one of the directions.")
-        kinds, chosen = directions[direction], first_streams(direction)
-        return tuple(
-            gr.Dropdown(data.streams_of(kind), value=stream) for kind, stream in zip(kinds, chosen, strict=True)
-        )
+        sources, targets = (data.streams_of(kind) for kind in directions[direction])
+        source, target = first_streams(direction)
+        return gr.Dropdown(sources, value=source), gr.Dropdown(targets, value=target)
 
     known = data.streams
     first = next(iter(directions), None)
@@ -343,7 +353,7 @@ def target_latent(data: SpaceData, target: str) -> int | None:
 
 def launch(data: SpaceData, *, host: str | None = None, port: int | None = None, **options: Any) -> Any:
     """Serve the page; None takes gradio's own settings from the environment."""
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return build_app(data).launch(
         server_name=host,
         server_port=port,

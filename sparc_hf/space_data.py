@@ -1,7 +1,9 @@
 """What the Space shows: a model, its encoders and an indexed dataset, asked for latents, explanations and matches."""
 
+import base64
 import logging
 import os
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -253,12 +255,33 @@ def open_space(model: str | None = None, dataset: str | None = None, cache: str 
     )
 
 
+def space_folder() -> Path:
+    """Return where the Space's app lies: inside an installed wheel, or beside the package in a checkout.
+
+    Raises:
+        FileNotFoundError: where it is missing.
+    """
+    here = Path(__file__).parent
+    for folder in (here / "spaces_app", here.parent / "spaces_app"):
+        if (folder / "app.py").is_file():
+            return folder
+    raise FileNotFoundError("the Space's app is missing; install sparc-hf again")
+
+
 def card_text(path: Path) -> str:
-    """Return a card without its YAML header, or nothing where there is none."""
+    """Return a card without its YAML header and with the pictures beside it put into the text; nothing without one."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if text.startswith("---\n") and "\n---\n" in text[3:]:
         text = text[3:].split("\n---\n", 1)[1]
-    return text.strip()
+
+    def embedded(found: re.Match[str]) -> str:
+        file = path.parent / found.group(2)
+        # A card is written by whoever published the model, so only small pictures of this folder are taken.
+        if file.name != found.group(2) or file.suffix != ".png" or not file.is_file() or file.stat().st_size > 1 << 20:
+            return found.group(0)
+        return f"![{found.group(1)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
+
+    return re.sub(r"!\[([^\]]*)\]\(([^)\s]+)\)", embedded, text.strip())
 
 
 def _demo(cache: Path) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Where a target is in an image and in a caption, as the Space shows it: maps over what each encoder sees, and words."""
+"""Where a target is in an image and a caption, as the Space shows it: maps over what each encoder sees, and words."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

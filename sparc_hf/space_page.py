@@ -1,10 +1,9 @@
-"""The Space's page as HTML fragments: facts in, escaped text out; links to latents work with and without a click handler."""
+"""The Space's page as HTML fragments: facts in, escaped text out, with links that open latents."""
 
 import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,10 +71,7 @@ def latents_table(data: SpaceData, latents: Sequence[int], page: int = 0) -> str
 
 def latent_page(data: SpaceData, facts: LatentFacts) -> str:
     """Return what is known of a latent, but for its samples."""
-    if not any(facts.samples.values()):
-        fires = "<p>It fires on none of the indexed samples.</p>"
-    else:
-        fires = ""
+    fires = "" if any(facts.samples.values()) else "<p>It fires on none of the indexed samples.</p>"
     shares = "".join(
         f"<div><dt>fires in <code>{escape(stream)}</code></dt>"
         f"<dd>{facts.figures[f'frequency/{stream}/single']:.1%}</dd></div>"
@@ -257,27 +253,14 @@ def compare_page(data: SpaceData, encoding: str) -> str:
     return (
         "<div class=plots>"
         f"<section><h3>Where latents live</h3>{_patterns(results['liveness'], data.num_latents)}</section>"
-        f"<section><h3>Firing entropy</h3><p>0: fires in one stream only. 1: in all alike.</p>{svg_text(histogram)}</section>"
+        "<section><h3>Firing entropy</h3><p>0: fires in one stream only. 1: in all alike.</p>"
+        f"{svg_text(histogram)}</section>"
         "<section><h3>Co-firing against energy</h3><p>Each point is a latent; choose one to open it.</p>"
         f"{_linked(svg_text(scatter), data)}</section>"
         f"<section><h3>Reconstruction error</h3>{_matrix(results['reconstruction']['nmse'])}</section>"
         f"<section><h3>In most streams, by energy</h3>{_shared_latents(data, encoding)}</section>"
         "</div>"
     )
-
-
-def card_markdown(card: str, folder: Path) -> str:
-    """Return a model card with the pictures beside it put into the text, where they are small."""
-
-    def embedded(found: re.Match[str]) -> str:
-        name = found.group(2)
-        file = folder / name
-        # Only names, no paths: a card is written by whoever published the model.
-        if Path(name).name != name or not file.is_file() or file.suffix != ".png" or file.stat().st_size > 1 << 20:
-            return found.group(0)
-        return f"![{found.group(1)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
-
-    return re.sub(r"!\[([^\]]*)\]\(([^)\s]+)\)", embedded, card)
 
 
 def heat_image(heat: np.ndarray) -> Image.Image:
@@ -335,7 +318,8 @@ def _evidence(title: str, found: Sequence[Evidence]) -> str:
     if not found:
         return ""
     lines = "".join(
-        f"<tr><th scope=row>{escape(one.name)}</th><td>{one.lift:.1f}</td><td>{one.count}</td><td>{one.z:.1f}</td></tr>"
+        f"<tr><th scope=row>{escape(one.name)}</th><td>{one.lift:.1f}</td><td>{one.count}</td>"
+        f"<td>{one.z:.1f}</td></tr>"
         for one in found
     )
     head = (
@@ -368,7 +352,8 @@ def _matrix(errors: Mapping[str, Mapping[str, float | None]]) -> str:
     )
     return (
         "<p>Normalised squared error of a target (row) decoded from a source's codes (column): 0 is perfect, 1 no "
-        f"better than nothing.</p><table class=matrix><thead><tr><th></th>{head}</tr></thead><tbody>{lines}</tbody></table>"
+        "better than nothing.</p>"
+        f"<table class=matrix><thead><tr><th></th>{head}</tr></thead><tbody>{lines}</tbody></table>"
     )
 
 
