@@ -64,7 +64,9 @@ def answered(handler: Callable) -> Callable:
         try:
             return handler(*args, **options)
         except ValueError as error:
-            raise gr.Error(html.escape(str(error)), title="That cannot be used", print_exception=False) from None
+            raise gr.Error(
+                html.escape(str(error), quote=False), title="That cannot be used", print_exception=False
+            ) from None
         except Exception:
             logger.exception("a request failed")
             raise gr.Error(

@@ -93,7 +93,7 @@ class SpaceArguments:
 
     model: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of the model (default: SPARC_MODEL, or the embedded demo, prepared once)."},
+        metadata={"help": "Folder or Hub id of the model (default: SPARC_MODEL, or the demo, prepared once)."},
     )
     features: str | None = field(
         default=None,

@@ -129,7 +129,7 @@ def cofires_against_energy(
         active = np.asarray(energies) > 0
         points = axis.scatter(energies[active], cofires[active], s=8, alpha=0.5, color=COLOURS[0], linewidths=0)
         if links is not None:
-            points.set_urls([links[latent] for latent in np.flatnonzero(active).tolist()])
+            points.set_urls([links[int(latent)] for latent in np.flatnonzero(active)])
         axis.set_xscale("log")
         axis.set_yscale("symlog", linthresh=1)
         axis.set_ylim(bottom=-0.2)

@@ -12,6 +12,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 10 * 1024 * 1024
 MAX_PIXELS = 25_000_000
 MAX_SIDE = 1024
+MIN_SIDE = 8
+# An encoder that resizes the shorter side would make an enormous image of a thin strip.
+MAX_RATIO = 20
 MAX_CHARACTERS = 1000
 
 
@@ -45,6 +48,11 @@ def checked_image(path: str | Path) -> tuple[Image.Image, list[str]]:
                         f"The image has {width:,} x {height:,} pixels, and at most {MAX_PIXELS // 1_000_000} million "
                         "can be used."
                     )
+                if min(width, height) < MIN_SIDE or max(width, height) > MAX_RATIO * min(width, height):
+                    raise InputRefused(
+                        f"The image has {width:,} x {height:,} pixels; each side must have at least {MIN_SIDE}, and "
+                        f"none be more than {MAX_RATIO} times the other."
+                    )
                 remarks = _remarks(opened)
                 opened.draft("RGB", (MAX_SIDE, MAX_SIDE))
                 opened.load()
@@ -61,8 +69,6 @@ def checked_image(path: str | Path) -> tuple[Image.Image, list[str]]:
         raise InputRefused(f"This file cannot be read as an image. Known formats: {known}.") from error
     if max(image.size) > MAX_SIDE:
         image.thumbnail((MAX_SIDE, MAX_SIDE))
-    if min(image.size) < 8:
-        raise InputRefused(f"The image has {image.width} x {image.height} pixels; at least 8 x 8 are needed.")
     return image, remarks
 
 
