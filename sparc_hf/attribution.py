@@ -86,6 +86,7 @@ def image_maps(
     method: str = "relevance",
     *,
     start_layer: int = 0,
+    shifts: int = 1,
     batch_size: int = 16,
 ) -> dict[str, np.ndarray]:
     """Return where in each image each target is, as the image streams see it.
@@ -100,17 +101,21 @@ def image_maps(
         method: "relevance"; "grad_cam", at the first norm of the last block; or "patch_codes", which encodes each
             patch token by itself, without gradients, and reads the latents there.
         start_layer: first block that relevance counts, from the end where negative.
+        shifts: with n above 1, the mean of maps of the image shifted by 0, 1/n, ... of a patch along both axes, which
+            shows more than one map's grid does and costs n * n times its time.
         batch_size: images at a time.
 
     Returns:
-        stream -> float32 [images, targets, rows, columns] of the stream's patch grid, 0 or more; see `visible_box` for
-        the part of the image that it covers. NaN where an image has fewer targets, and for a similarity of embeddings
-        in streams that have no space in common with its stream.
+        stream -> float32 [images, targets, rows, columns], 0 or more, of the stream's patch grid, or with shifts, of
+        one 2n times as fine; see `visible_box` for the part of the image that it covers. NaN where an image has fewer
+        targets, and for a similarity of embeddings in streams that have no space in common with its stream.
 
     Raises:
         ValueError: for no images, targets, latents or streams that do not exist, or a backbone without such maps.
     """
     _check_choice("method", method, MAP_METHODS)
+    if shifts < 1:
+        raise ValueError(f"`shifts` must be at least 1, but it is {shifts}")
     lists = _targets_of(images, targets, "images")
     forms = {name: _Forms(model, encoders, name, lists) for name, one in encoders.items() if one.modality == "image"}
     if not forms:
@@ -120,14 +125,15 @@ def image_maps(
         part = slice(start, start + batch_size)
         for name, form in forms.items():
             encoder = encoders[name]
-            inputs = encoder.prepare(images[part])
-            grid = encoder.grid_of(inputs["pixel_values"])
-            if method == "patch_codes":
-                scores = form.of_patches(patch_vectors(encoder, inputs), part)
-                grid = encoder.grid or grid
-            else:
-                scores = form.of_tokens(inputs, part, method, start_layer)[:, :, encoder.prefix_tokens :]
-            found[name].append(scores.reshape(*scores.shape[:2], *grid))
+            pixels = encoder.prepare(images[part])["pixel_values"]
+            offsets = [(row, column) for row in range(shifts) for column in range(shifts)]
+            maps = [
+                _moved_back(
+                    form.of_image(_moved(pixels, offset, shifts, encoder), part, method, start_layer), offset, shifts
+                )
+                for offset in offsets
+            ]
+            found[name].append(np.mean(maps, axis=0))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -176,6 +182,28 @@ def word_scores(
     return found
 
 
+def map_on_image(grid: np.ndarray, box: Sequence[float], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Bring a map to the pixels of its image, bilinearly.
+
+    Args:
+        grid: float [rows, columns].
+        box: left, top, right, bottom of the part of the image it covers, see `visible_box`.
+        size: width and height of the image.
+
+    Returns:
+        float32 [height, width], 0 outside the box, and bool [height, width], the pixels in it.
+    """
+    width, height = size
+    left, top, right, bottom = box
+    columns = (np.arange(width) + 0.5 - left) / (right - left)
+    rows = (np.arange(height) + 0.5 - top) / (bottom - top)
+    places = torch.from_numpy(np.stack(np.broadcast_arrays(columns[None], rows[:, None]), axis=-1) * 2 - 1).float()
+    source = torch.from_numpy(np.ascontiguousarray(grid, np.float32))[None, None]
+    values = F.grid_sample(source, places[None], mode="bilinear", padding_mode="border", align_corners=False)[0, 0]
+    seen = ((rows >= 0) & (rows <= 1))[:, None] & ((columns >= 0) & (columns <= 1))[None]
+    return np.where(seen, values.numpy(), 0.0).astype(np.float32), seen
+
+
 class _Forms:
     """The targets of every sample as forms on the rows x of one stream: sum_i w_i h_i(x), or cos(u, x)."""
 
@@ -193,6 +221,16 @@ class _Forms:
             if id(target) not in resolved:
                 resolved[id(target)] = _resolved(model, encoders, stream, target)
         self.forms = [[resolved[id(target)] for target in of_sample] for of_sample in targets]
+
+    def of_image(self, pixels: Tensor, part: slice, method: str, start_layer: int) -> np.ndarray:
+        """Return maps [batch, slots, rows, columns]."""
+        inputs, encoder = {"pixel_values": pixels}, self.encoder
+        grid = encoder.grid_of(pixels)
+        if method == "patch_codes":
+            scores, grid = self.of_patches(patch_vectors(encoder, inputs), part), encoder.grid or grid
+        else:
+            scores = self.of_tokens(inputs, part, method, start_layer)[:, :, encoder.prefix_tokens :]
+        return scores.reshape(*scores.shape[:2], *grid)
 
     def of_tokens(self, inputs: Mapping[str, Tensor], part: slice, method: str, start_layer: int) -> np.ndarray:
         """Return a score a token, [batch, slots, tokens], 0 or more; NaN without a target."""
@@ -275,6 +313,21 @@ def _resolved(
         code = model.encode({target.stream: rows})[target.stream]
     values = code.values[0] / code.values[0].norm().clamp(min=1e-8)
     return {int(latent): float(value) for latent, value in zip(code.indices[0], values, strict=True) if value > 0}
+
+
+def _moved(pixels: Tensor, offset: tuple[int, int], shifts: int, encoder: StreamEncoder) -> Tensor:
+    """Move images [batch, 3, height, width] down and to the right by offset / shifts of a patch; edges repeat."""
+    down, right = (round(n * side / shifts) for n, side in zip(offset, encoder.patch_size, strict=True))
+    return F.pad(pixels, (right, 0, down, 0), mode="replicate")[..., : pixels.shape[-2], : pixels.shape[-1]]
+
+
+def _moved_back(maps: np.ndarray, offset: tuple[int, int], shifts: int) -> np.ndarray:
+    """Bring maps of moved images to a grid 2 * shifts times as fine, and to their place."""
+    if shifts == 1:
+        return maps
+    fine = F.interpolate(torch.from_numpy(maps), scale_factor=2.0 * shifts, mode="bilinear", align_corners=False)
+    down, right = 2 * offset[0], 2 * offset[1]
+    return F.pad(fine, (0, right, 0, down), mode="replicate")[..., down:, right:].numpy()
 
 
 def _token_scores(seen: Trace, gradients: Sequence[Tensor], method: str, prefix: int) -> Tensor:

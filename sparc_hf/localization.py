@@ -1,0 +1,300 @@
+"""How well maps find classes: mask IoU, average precision and the pointing game, against masks."""
+
+import contextlib
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from sparc_hf.attribution import ConceptTarget, SimilarityTarget, Target, image_maps, map_on_image
+from sparc_hf.backbone_trace import visible_box
+from sparc_hf.bootstrap import bootstrap_intervals
+from sparc_hf.codes import CodeTable
+from sparc_hf.encoders import StreamEncoder
+from sparc_hf.features import FeatureDataset
+from sparc_hf.masked_images import MaskedImages
+from sparc_hf.modeling_sparc import SparcModel
+
+CANDIDATES = 8
+DETECTION_IOU = 0.2
+
+
+@dataclass(frozen=True)
+class LocalizationSettings:
+    """How maps are made and compared.
+
+    Attributes:
+        methods: kinds of maps, see `image_maps`.
+        shifts: as of `image_maps`, for every map.
+        start_layer: likewise.
+        prompt: the text for a class, whose name stands in place of {}.
+        batch_size: images at a time.
+        replicates: bootstrap draws of the images behind the intervals.
+        seed: of the draws.
+    """
+
+    methods: Sequence[str] = ("relevance",)
+    shifts: int = 1
+    start_layer: int = 0
+    prompt: str = "a {}"
+    batch_size: int = 16
+    replicates: int = 200
+    seed: int = 0
+
+
+@dataclass
+class _Pairs:
+    """What was found of one kind of map, a pair of image and class after the other."""
+
+    iou: list[float]
+    hits: list[float]
+    detections: list[dict[str, Any]]
+
+
+def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
+    """Return the threshold that parts values best into two classes (Otsu 1979); infinity where all are equal."""
+    low, high = float(values.min()), float(values.max())
+    if not high > low:
+        return float("inf")
+    counts, edges = np.histogram(values, bins, (low, high))
+    centres = (edges[1:] + edges[:-1]) / 2
+    below, mass = np.cumsum(counts)[:-1], np.cumsum(counts * centres)
+    above = values.size - below
+    between = np.zeros(bins - 1)
+    parted = (below > 0) & (above > 0)
+    between[parted] = (mass[-1] * below - mass[:-1] * values.size)[parted] ** 2 / (below * above)[parted]
+    return float(edges[1 + int(between.argmax())])
+
+
+def latents_of_classes(
+    codes: CodeTable, features: FeatureDataset, classes: Sequence[str]
+) -> dict[str, dict[str, ConceptTarget]]:
+    """Return stream -> class -> the one latent whose values rank the rows of the class best (average precision).
+
+    The latents that differ most in mean between rows with and without the class are compared.
+
+    Args:
+        codes: single-stream codes of rows that no map is measured on.
+        features: those rows, with labels.
+        classes: names; those that no row has are left out.
+
+    Raises:
+        ValueError: for features without labels, or of other rows.
+    """
+    from sklearn.metrics import average_precision_score
+
+    if features.label_names is None:
+        raise ValueError("choosing a latent for each class needs features with `labels` and label names")
+    if len(codes) != len(features) or codes.encoding != "single":
+        raise ValueError(
+            f"choosing latents needs single-stream codes of the same {len(features)} rows, but there are "
+            f"{codes.encoding} codes of {len(codes)} rows"
+        )
+    labels = features.labels_csr().astype(bool)
+    found: dict[str, dict[str, ConceptTarget]] = {}
+    known = [name for name in classes if name in features.label_names]
+    for stream in codes.streams:
+        values: Any = codes.csr(stream).tocsc()
+        found[stream] = {}
+        for name in known:
+            has = labels[:, [features.label_names.index(name)]].toarray().ravel()
+            if not 0 < has.sum() < len(has):
+                continue
+            inside = np.asarray(values.T @ has) / has.sum()
+            difference = inside - np.asarray(values.T @ ~has) / (~has).sum()
+            candidates = np.argsort(-difference, kind="stable")[:CANDIDATES]
+            scores = [average_precision_score(has, values[:, [latent]].toarray().ravel()) for latent in candidates]
+            found[stream][name] = ConceptTarget((int(candidates[int(np.argmax(scores))]),))
+    return found
+
+
+def localize(
+    model: SparcModel,
+    encoders: Mapping[str, StreamEncoder],
+    images: MaskedImages,
+    latents: Mapping[str, Mapping[str, ConceptTarget]],
+    settings: LocalizationSettings | None = None,
+) -> dict[str, Any]:
+    """Measure maps of every pair of an image and a class with a mask in it.
+
+    A map becomes a mask by Otsu's threshold over the part of the image that the encoder sees; a missing or constant
+    map finds nothing. The pointing game counts the pairs whose map is largest inside the mask (Zhang et al. 2016,
+    without its tolerance). Average precision, by pycocotools at IoU 0.2, takes a class in an image as one object and
+    the map's peak as its score; it is None where pycocotools is not installed.
+
+    Args:
+        model: the model.
+        encoders: stream -> its encoder.
+        images: the images.
+        latents: stream -> class -> latent, see `latents_of_classes`.
+        settings: how.
+
+    Returns:
+        "images", "pairs", "settings", and "maps", a list of {"target", "stream", "method", "miou", "pointing",
+        "ap"}: "latent", "codes of <text stream>" (similarity of codes) or "embeddings of <text stream>" (the
+        baseline), with 95 % bootstrap intervals over images for miou and pointing.
+
+    Raises:
+        ValueError: for a prompt without a place for the class, or as `image_maps`.
+    """
+    settings = settings or LocalizationSettings()
+    if "{}" not in settings.prompt:
+        raise ValueError(f"`prompt` needs {{}} where the class goes, but it is {settings.prompt!r}")
+    names = sorted({name for of_image in images.classes for name in of_image})
+    texts = [name for name, encoder in encoders.items() if encoder.modality == "text"]
+    targets: dict[str, dict[str, Target]] = {}
+    for text in texts:
+        for kind, embeddings in ((f"codes of {text}", False), (f"embeddings of {text}", True)):
+            targets[kind] = {name: SimilarityTarget(text, settings.prompt.format(name), embeddings) for name in names}
+    found: dict[tuple[str, str, str], _Pairs] = defaultdict(lambda: _Pairs([], [], []))
+    truth: list[dict[str, Any]] = []
+    streams = [name for name, encoder in encoders.items() if encoder.modality == "image"]
+    for start in tqdm(range(0, len(images), settings.batch_size), desc="localization", unit="batch", leave=False):
+        numbers = range(start, min(start + settings.batch_size, len(images)))
+        read = [images.read(number) for number in numbers]
+        for number, (_, masks) in zip(numbers, read, strict=True):
+            truth += [{"image": number, "class": names.index(name), "mask": masks[name]} for name in sorted(masks)]
+        for stream in streams:
+            used = {name: encoders[name] for name in (stream, *texts)}
+            kinds = {"latent": latents.get(stream, {}), **targets}
+            for method in settings.methods:
+                _measure(found, model, used, stream, method, numbers, read, kinds, names, settings)
+    with_masks = _Truth(truth, names, len(images))
+    return {
+        "images": len(images),
+        "pairs": len(truth),
+        "settings": {"shifts": settings.shifts, "start_layer": settings.start_layer, "prompt": settings.prompt},
+        "maps": [
+            {"target": kind, "stream": stream, "method": method, **with_masks.figures(pairs, settings)}
+            for (kind, stream, method), pairs in sorted(found.items(), key=lambda item: (item[0][2], item[0]))
+            if any(one is not None for one in pairs.detections)
+        ],
+    }
+
+
+def _measure(
+    found: dict[tuple[str, str, str], _Pairs],
+    model: SparcModel,
+    encoders: Mapping[str, StreamEncoder],
+    stream: str,
+    method: str,
+    numbers: range,
+    read: Sequence[tuple[Any, dict[str, np.ndarray]]],
+    kinds: Mapping[str, Mapping[str, Target]],
+    names: Sequence[str],
+    settings: LocalizationSettings,
+) -> None:
+    """Add what the maps of one stream and method find in some images; all kinds of targets share their passes."""
+    wanted = [[(kind, name) for kind in kinds for name in sorted(masks) if name in kinds[kind]] for _, masks in read]
+    lists = [[kinds[kind][name] for kind, name in of_image] for of_image in wanted]
+    if not any(lists):
+        return
+    maps = image_maps(
+        model,
+        encoders,
+        [image for image, _ in read],
+        lists,
+        method,
+        start_layer=settings.start_layer,
+        shifts=settings.shifts,
+        batch_size=settings.batch_size,
+    )[stream]
+    for at, (number, (image, masks)) in enumerate(zip(numbers, read, strict=True)):
+        box = visible_box(encoders[stream], image)
+        slots = {pair: slot for slot, pair in enumerate(wanted[at])}
+        for kind in kinds:
+            pairs = found[kind, stream, method]
+            for name in sorted(masks):
+                slot = slots.get((kind, name))
+                grid = None if slot is None or not np.isfinite(maps[at, slot]).all() else maps[at, slot]
+                _add_pair(pairs, grid, box, masks[name], number, names.index(name))
+
+
+def _add_pair(
+    pairs: _Pairs, grid: np.ndarray | None, box: Sequence[float], mask: np.ndarray, number: int, label: int
+) -> None:
+    if grid is None or not grid.max() > grid.min():
+        pairs.iou.append(0.0)
+        pairs.hits.append(0.0)
+        pairs.detections.append(None)  # pyright: ignore[reportArgumentType]
+        return
+    values, seen = map_on_image(grid, box, (mask.shape[1], mask.shape[0]))
+    chosen = (values > otsu_threshold(values[seen])) & seen
+    pairs.iou.append(float((chosen & mask).sum() / max((chosen | mask).sum(), 1)))
+    pairs.hits.append(float(mask.flat[int(np.where(seen, values, -np.inf).argmax())]))
+    pairs.detections.append({"image": number, "class": label, "mask": chosen, "score": float(grid.max())})
+
+
+class _Truth:
+    """The true masks, and figures of what was found against them."""
+
+    def __init__(self, truth: Sequence[Mapping[str, Any]], names: Sequence[str], images: int):
+        self.image_of_pair = np.array([one["image"] for one in truth])
+        self.images = images
+        self.names = names
+        self.annotations = _with_codes(truth)
+        self.sizes = {one["image"]: one["mask"].shape for one in truth}
+
+    def figures(self, pairs: _Pairs, settings: LocalizationSettings) -> dict[str, Any]:
+        """Return miou and pointing with intervals, and ap."""
+        measured = {"miou": np.array(pairs.iou), "pointing": np.array(pairs.hits)}
+
+        def means(weights: np.ndarray | None) -> dict[str, float]:
+            counted = None if weights is None else weights[self.image_of_pair]
+            return {name: float(np.average(values, weights=counted)) for name, values in measured.items()}
+
+        intervals = bootstrap_intervals(
+            means,
+            self.images,
+            replicates=settings.replicates,
+            seed=settings.seed,
+            bounds=dict.fromkeys(measured, (0.0, 1.0)),
+        )
+        return {**intervals, "ap": self._average_precision([one for one in pairs.detections if one is not None])}
+
+    def _average_precision(self, detections: Sequence[Mapping[str, Any]]) -> float | None:
+        found = _with_codes(detections)
+        if self.annotations is None or found is None:
+            return None
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports by printing
+            truth = COCO()
+            truth.dataset = {
+                "images": [
+                    {"id": number + 1, "height": height, "width": width}
+                    for number, (height, width) in self.sizes.items()
+                ],
+                "categories": [{"id": number + 1, "name": name} for number, name in enumerate(self.names)],
+                "annotations": [{**one, "id": number + 1} for number, one in enumerate(self.annotations)],
+                "info": {},
+            }
+            truth.createIndex()
+            evaluation = COCOeval(truth, truth.loadRes(found), "segm")
+            evaluation.params.iouThrs = np.array([DETECTION_IOU])
+            evaluation.evaluate()
+            evaluation.accumulate()
+        precision = evaluation.eval["precision"][0, :, :, 0, -1]  # recall levels, classes; all areas
+        return float(precision[precision > -1].mean())
+
+
+def _with_codes(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return COCO's records of masks, run-length coded; None without pycocotools."""
+    try:
+        from pycocotools import mask as coco_mask
+    except ImportError:
+        return None
+    records = []
+    for one in pairs:
+        code = coco_mask.encode(np.asfortranarray(one["mask"].astype(np.uint8)))
+        area, box = float(coco_mask.area(code)), coco_mask.toBbox(code).tolist()
+        record = {"image_id": one["image"] + 1, "category_id": one["class"] + 1, "segmentation": code}
+        records.append(
+            record | {"area": area, "bbox": box, "iscrowd": 0} | ({"score": one["score"]} if "score" in one else {})
+        )
+    return records
