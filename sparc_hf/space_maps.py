@@ -12,6 +12,10 @@ from sparc_hf.encoders import StreamEncoder
 from sparc_hf.space_data import SpaceData
 
 
+# Encoders with at most so many patches a side get maps finer than their grid.
+COARSE_GRID = 10
+
+
 @dataclass(frozen=True)
 class SeenImage:
     """What an encoder sees of an image, after its resizing and cropping, and a map over it.
@@ -141,8 +145,12 @@ def _add_maps(data: SpaceData, found: Explanation, image: Image.Image, caption: 
         ]
         targets += baseline[:1]
         involved = {name: data.encoders[name] for name in [stream, *texts]}
-        maps = image_maps(data.model, involved, [image], targets, _method(encoder))[stream][0] if targets else []
         view = seen_images(encoder, [image])[0]
+        maps = []
+        if targets:
+            method = _method(encoder)
+            fine = method == "relevance" and min(view.size) <= COARSE_GRID * min(encoder.patch_size)
+            maps = image_maps(data.model, involved, [image], targets, method, shifts=2 if fine else 1)[stream][0]
         heats: list[np.ndarray | None] = [heat if np.isfinite(heat).all() else None for heat in maps]
         found.maps[stream] = SeenImage(view, heats[0] if heats else None)
         if baseline and heats[-1] is not None:
