@@ -51,6 +51,15 @@ SHOW_LATENT = """
   document.getElementById('latent-page')?.scrollIntoView({block: 'nearest', behavior: 'instant'});
 }
 """
+# Fonts of the visitor's machine: nothing is fetched from elsewhere.
+LAUNCH: dict[str, Any] = {
+    "theme": Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    "css_paths": [HERE / "page.css"],
+    "max_file_size": MAX_FILE_SIZE,
+    "show_error": True,
+    "ssr_mode": False,
+    "footer_links": ["api"],
+}
 SET_OPACITY = "(share) => { document.documentElement.style.setProperty('--heat-opacity', share); }"
 
 logger = logging.getLogger(__name__)
@@ -353,20 +362,9 @@ def target_latent(data: SpaceData, target: str) -> int | None:
     return found[0]
 
 
-def launch(data: SpaceData, *, host: str | None = None, port: int | None = None, **options: Any) -> Any:
+def launch(data: SpaceData, *, host: str | None = None, port: int | None = None) -> None:
     """Serve the page; None takes gradio's own settings from the environment."""
-    theme = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return build_app(data).launch(
-        server_name=host,
-        server_port=port,
-        theme=theme,
-        css_paths=[HERE / "page.css"],
-        max_file_size=MAX_FILE_SIZE,
-        show_error=True,
-        ssr_mode=False,
-        footer_links=["api"],
-        **options,
-    )
+    build_app(data).launch(server_name=host, server_port=port, **LAUNCH)
 
 
 if __name__ == "__main__":
