@@ -40,7 +40,7 @@ element.addEventListener('click', (event) => {
   const chosen = event.target.closest('[data-latent],[data-open],[data-row],[data-page]');
   if (!chosen || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
-  trigger('click', {...chosen.dataset});
+  trigger('open' in chosen.dataset ? 'select' : 'click', {...chosen.dataset});
 });
 """
 SHOW_LATENT = """
@@ -109,8 +109,8 @@ def fragment(value: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(value, js_on_load=ON_CLICK, **options)
 
 
-def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[gr.HTML], None]:
-    """Build the explorer and return what makes the latents in another fragment open in it."""
+def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[Callable], None]:
+    """Build the explorer and return what makes another fragment's event open the latent that was chosen there."""
 
     @answered
     def find(search: str, order: str) -> str:
@@ -169,7 +169,7 @@ def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[gr
         event.success(show_maps, [number, wanted], samples, api_visibility="private", show_progress="hidden")
 
     gr.on(
-        [search.submit, search.input, order.input],
+        [search.submit, search.change, order.input],
         find,
         [search, order],
         table,
@@ -179,17 +179,18 @@ def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[gr
     )
     then_maps(number.submit(show, number, [facts, samples], api_name="latent"))
     wanted.input(show_maps, [number, wanted], samples, api_name="latent_maps")
-    then_maps(app.load(linked, None, everything, api_visibility="private"))
+    linked_to = app.load(linked, None, everything, api_visibility="private")
+    linked_to.success(show_maps, [number, wanted], samples, api_visibility="private", show_progress="hidden")
 
-    def open_from(source: gr.HTML) -> None:
-        then_maps(source.click(clicked, [search, order], everything, api_visibility="private"))
+    def open_from(listener: Callable) -> None:
+        then_maps(listener(clicked, [search, order], everything, api_visibility="private"))
 
-    open_from(table)
-    open_from(facts)
+    open_from(table.click)
+    open_from(facts.click)
     return open_from
 
 
-def explain_tab(data: SpaceData, open_latent: Callable[[gr.HTML], None]) -> None:
+def explain_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> None:
     """Build the tab of maps and words."""
 
     @answered
@@ -231,10 +232,11 @@ def explain_tab(data: SpaceData, open_latent: Callable[[gr.HTML], None]) -> None
         explained, inputs, result, api_visibility="private"
     )
     result.click(bar_clicked, [picture, caption], [target, result], api_visibility="private")
+    open_latent(result.select)
     opacity.input(None, opacity, None, js=SET_OPACITY)
 
 
-def retrieve_tab(data: SpaceData, open_latent: Callable[[gr.HTML], None]) -> None:
+def retrieve_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> None:
     """Build the tab of retrieval."""
     directions = {words: kinds for words, kinds in DIRECTIONS.items() if all(data.streams_of(kind) for kind in kinds)}
 
@@ -298,10 +300,10 @@ def retrieve_tab(data: SpaceData, open_latent: Callable[[gr.HTML], None]) -> Non
     )
     if first is not None:
         direction.input(streams, direction, [source, target], api_visibility="private", show_progress="hidden")
-    open_latent(result)
+    open_latent(result.click)
 
 
-def compare_tab(data: SpaceData, tab: gr.Tab, open_latent: Callable[[gr.HTML], None]) -> None:
+def compare_tab(data: SpaceData, tab: gr.Tab, open_latent: Callable[[Callable], None]) -> None:
     """Build the tab that compares the streams."""
 
     @answered
@@ -319,7 +321,7 @@ def compare_tab(data: SpaceData, tab: gr.Tab, open_latent: Callable[[gr.HTML], N
     result = fragment(elem_id="comparison")
     encoding.input(compared, encoding, result, api_name="compare")
     tab.select(compared, encoding, result, api_visibility="private")
-    open_latent(result)
+    open_latent(result.click)
 
 
 def upload(**options: Any) -> gr.Image:
