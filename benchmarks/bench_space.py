@@ -2,8 +2,8 @@
 
 python benchmarks/bench_space.py --rows 10000 --seconds 60 --output space.json
 
-Serves the embedded demo with `--rows` indexed scenes (prepared once in `--folder`) by `sparc space` in its own process,
-measures each request alone, then lets `--visitors` at once use it for `--seconds`. With Chromium and playwright, the
+Serves the embedded demo with `--rows` indexed scenes (prepared once in `--folder`) by `sparc space` in its own
+process, measures each request alone, then lets `--visitors` at once use it for `--seconds`. With Chromium and playwright, the
 time to the first paint is measured too.
 """
 
@@ -117,7 +117,6 @@ def crowd(url: str, asked: dict, visitors: int, seconds: float, server: psutil.P
     while any(thread.is_alive() for thread in threads):
         time.sleep(1)
         memory.append(server.memory_info().rss)
-    quarter = max(1, len(memory) // 4)
     every = [one for found in times.values() for one in found]
     return {
         "visitors": visitors,
@@ -128,10 +127,9 @@ def crowd(url: str, asked: dict, visitors: int, seconds: float, server: psutil.P
         "95 %": statistics.quantiles(every, n=20)[-1],
         "worst": max(every),
         "median of each": {name: statistics.median(found) for name, found in times.items() if found},
-        "memory before, MB": memory[0] / 2**20,
-        "memory most, MB": max(memory) / 2**20,
-        "memory, mean of second quarter, MB": statistics.mean(memory[quarter : 2 * quarter]) / 2**20,
-        "memory, mean of last quarter, MB": statistics.mean(memory[-quarter:]) / 2**20,
+        "memory before, MB": round(memory[0] / 2**20),
+        "memory most, MB": round(max(memory) / 2**20),
+        "memory at each tenth, MB": [round(memory[len(memory) * part // 10] / 2**20) for part in range(10)],
     }
 
 
@@ -179,11 +177,11 @@ def main() -> None:
         url = f"http://127.0.0.1:{port}/"
         server = serve(args.folder, port)
         try:
-            result: dict = {"rows": args.rows, "index or start": wait_for(url, server)}
+            result: dict = {"rows": args.rows, "start, making the index": wait_for(url, server)}
             server.terminate()
             server.wait()
             server = serve(args.folder, port)
-            result["start with the index made"] = wait_for(url, server)
+            result["start, with the index made"] = wait_for(url, server)
             result["first paint"] = first_paint(url, args.chromium)
             asked = requests(images, args.rows)
             result["alone"] = alone(url, asked, args.rounds)
