@@ -121,11 +121,16 @@ def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[Ca
         facts = data.latent(checked_number(number, data.num_latents, "latent"))
         return page.latent_page(data, facts), page.latent_samples(data, facts)
 
+    @functools.lru_cache(maxsize=128)
+    def samples_with_maps(latent: int) -> str:
+        facts = data.latent(latent)
+        rows = {stream: [row for row, _ in samples] for stream, samples in facts.samples.items()}
+        return page.latent_samples(data, facts, latent_maps(data, latent, rows))
+
     @answered
     def show_maps(number: str, wanted: bool) -> str:
-        facts = data.latent(checked_number(number, data.num_latents, "latent"))
-        rows = {stream: [row for row, _ in samples] for stream, samples in facts.samples.items()}
-        return page.latent_samples(data, facts, latent_maps(data, facts.latent, rows) if wanted else None)
+        latent = checked_number(number, data.num_latents, "latent")
+        return samples_with_maps(latent) if wanted else page.latent_samples(data, data.latent(latent))
 
     @answered
     def clicked(event: gr.EventData, search: str, order: str) -> tuple[Any, ...]:

@@ -281,7 +281,8 @@ def _run_push(args: Any) -> dict[str, Any]:
 def _run_space(args: Any) -> None:
     import importlib.util
 
-    from sparc_hf.space_data import open_space, space_folder
+    from sparc_hf.hub import space_folder
+    from sparc_hf.space_data import open_space
 
     if importlib.util.find_spec("gradio") is None:
         raise ImportError('the Space needs gradio: pip install "sparc-hf[space]"')

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ class SpaceData:
             number = int(wanted[0])
             return [number] if number < self.num_latents else []
         fires = np.flatnonzero(self.index.statistics["live/single"] + self.index.statistics["live/joint"])
-        found = [latent for latent in fires.tolist() if all(word in self._told(latent) for word in wanted)]
+        found = [latent for latent in fires.tolist() if all(word in self._told.get(latent, "") for word in wanted)]
         column = ORDERS[order]
         if column is None:
             return found
@@ -207,11 +208,13 @@ class SpaceData:
             return self.index.search.search(target, query, count, without=sample if source == target else None)
         return self.index.search.search(target, self.code(source, sample), count)
 
-    def _told(self, latent: int) -> str:
-        concept = self.index.concepts.get(latent)
-        if concept is None:
-            return ""
-        return " ".join([concept.name or "", *(one.name for one in [*concept.labels, *concept.words])]).lower()
+    @cached_property
+    def _told(self) -> dict[int, str]:
+        """Latent -> all words it may be searched by."""
+        return {
+            latent: " ".join([one.name or "", *(found.name for found in [*one.labels, *one.words])]).lower()
+            for latent, one in self.index.concepts.items()
+        }
 
     def _nearest(self, stream: str, latent: int, count: int) -> list[tuple[int, float]]:
         atoms = self.atoms[stream]
@@ -253,19 +256,6 @@ def open_space(model: str | None = None, dataset: str | None = None, cache: str 
     return SpaceData(
         loaded, features, index, encoders=_encoders(loaded), card=card_text(Path(model_folder) / "README.md")
     )
-
-
-def space_folder() -> Path:
-    """Return where the Space's app lies: inside an installed wheel, or beside the package in a checkout.
-
-    Raises:
-        FileNotFoundError: where it is missing.
-    """
-    here = Path(__file__).parent
-    for folder in (here / "spaces_app", here.parent / "spaces_app"):
-        if (folder / "app.py").is_file():
-            return folder
-    raise FileNotFoundError("the Space's app is missing; install sparc-hf again")
 
 
 def card_text(path: Path) -> str:

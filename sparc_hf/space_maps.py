@@ -11,7 +11,6 @@ from sparc_hf.attribution import ConceptTarget, SimilarityTarget, Target, WordSc
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.space_data import SpaceData
 
-
 # Encoders with at most so many patches a side get maps finer than their grid.
 COARSE_GRID = 10
 

@@ -8,6 +8,7 @@ from unittest import mock
 
 from sparc_hf import space_data
 from sparc_hf.command_arguments import DemoArguments
+from sparc_hf.hub import space_folder
 
 SMALL = {"train_rows": 400, "test_rows": 150, "epochs": 6, "num_latents": 96, "k": 8}
 
@@ -20,7 +21,7 @@ def small_demo(cache: Path) -> space_data.SpaceData:
 
 def space_app() -> ModuleType:
     """Return spaces_app/app.py, as `sparc space` loads it."""
-    spec = importlib.util.spec_from_file_location("sparc_space_app", space_data.space_folder() / "app.py")
+    spec = importlib.util.spec_from_file_location("sparc_space_app", space_folder() / "app.py")
     app = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(app)
     return app
