@@ -333,9 +333,9 @@ def _moved_back(maps: np.ndarray, offset: tuple[int, int], shifts: int) -> np.nd
 def _token_scores(seen: Trace, gradients: Sequence[Tensor], method: str, prefix: int) -> Tensor:
     """Return [batch, tokens]."""
     if method == "relevance":
-        # The share of each token of the last block in the target: all of it is the class token's, or that of the end
-        # of a text, where these stand for the sample.
-        shares = (gradients[-1] * seen.hidden.detach()).sum(dim=-1).abs().float()
+        # How much the target depends on each token of the last block: on the class token alone, or the end of a text,
+        # where these stand for the sample; otherwise on all, as the pooling weighs them.
+        shares = gradients[-1].float().norm(dim=-1)
         shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=1e-30)
         maps = [one.detach().float() for one in seen.attentions]
         return attention_relevance(shares[:, None], maps, [one.float() for one in gradients[:-1]])[:, 0]

@@ -209,13 +209,46 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
         check_report_folder(Path(args.output))
     features = FeatureDataset.load(args.features)
     models = {name: SparcModel.from_pretrained(path) for name, path in model_names(args.models).items()}
+    localize = _localizer(args) if args.masks else None
     evaluations = evaluate_models(models, features, settings)
+    for name, evaluation in evaluations.items() if localize else ():
+        evaluation.results["localization"] = localize(models[name])
     if args.output is not None:
         write_report(evaluations, args.output)
+    told = ("localization",) if localize else ()
     return {
         name: {encoding: evaluation.results[encoding]["headline"] for encoding in ("joint", "single")}
+        | {part: evaluation.results[part] for part in told}
         for name, evaluation in evaluations.items()
     }
+
+
+def _localizer(args: Any) -> Callable[[Any], dict[str, Any]]:
+    """Return what measures the maps of a model, after looking at what it is given."""
+    from sparc_hf.codes import encode_features
+    from sparc_hf.encoders import load_encoders
+    from sparc_hf.features import FeatureDataset
+    from sparc_hf.localization import LocalizationSettings, latents_of_classes, localize
+    from sparc_hf.masked_images import open_masked_images
+
+    settings = LocalizationSettings(
+        methods=tuple(args.map_methods),
+        shifts=args.shifts,
+        prompt=args.prompt,
+        replicates=args.replicates,
+        seed=args.seed,
+    )
+    images = open_masked_images(args.masks, args.mask_images, args.mask_rows)
+    rows = None if args.concept_features is None else FeatureDataset.load(args.concept_features)
+    classes = sorted({name for of_image in images.classes for name in of_image})
+
+    def measure(model: Any) -> dict[str, Any]:
+        latents = {}
+        if rows is not None:
+            latents = latents_of_classes(encode_features(model, rows, encoding="single"), rows, classes)
+        return localize(model, load_encoders(model.config.streams), images, latents, settings)
+
+    return measure
 
 
 def _run_import(args: Any) -> dict[str, Any]:

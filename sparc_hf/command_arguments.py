@@ -52,6 +52,31 @@ class EvaluateArguments:
         metadata={"help": "Leave out the slowest parts: probes, classifiers and the matching of atoms."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap draws and of the probes' splits."})
+    masks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also measure how well maps find classes, against these masks: a COCO instances JSON, a saved "
+            "Dataset with `image`, `masks` and `mask_labels`, or demo:test."
+        },
+    )
+    mask_images: str | None = field(default=None, metadata={"help": "Folder of the JSON's images."})
+    mask_rows: int | None = field(
+        default=None, metadata={"help": "Most images with masks to use (default: all, or 500 scenes)."}
+    )
+    concept_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Feature dataset with labels, other rows than the masks', to choose each class's latent on."
+        },
+    )
+    map_methods: list[str] = field(
+        default_factory=lambda: ["relevance"], metadata={"help": "Kinds of maps: relevance, grad_cam, patch_codes."}
+    )
+    shifts: int = field(
+        default=2,
+        metadata={"help": "Maps of the image shifted this many times along each axis are averaged; 1 for plain maps."},
+    )
+    prompt: str = field(default="a photo of a {}", metadata={"help": "Text for a class, which stands in place of {}."})
 
 
 @dataclass

@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,10 @@ class LocalizationSettings:
 class _Pairs:
     """What was found of one kind of map, a pair of image and class after the other."""
 
-    iou: list[float]
-    hits: list[float]
-    detections: list[dict[str, Any]]
+    iou: list[float] = field(default_factory=list)
+    hits: list[float] = field(default_factory=list)
+    detections: list[dict[str, Any]] = field(default_factory=list)
+    defined: bool = False
 
 
 def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
@@ -61,13 +62,13 @@ def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
     if not high > low:
         return float("inf")
     counts, edges = np.histogram(values, bins, (low, high))
-    centres = (edges[1:] + edges[:-1]) / 2
-    below, mass = np.cumsum(counts)[:-1], np.cumsum(counts * centres)
+    below, mass = np.cumsum(counts)[:-1], np.cumsum(np.histogram(values, edges, weights=values)[0])
     above = values.size - below
     between = np.zeros(bins - 1)
     parted = (below > 0) & (above > 0)
     between[parted] = (mass[-1] * below - mass[:-1] * values.size)[parted] ** 2 / (below * above)[parted]
-    return float(edges[1 + int(between.argmax())])
+    # A value on the edge belongs to the bin above it.
+    return float(np.nextafter(edges[1 + int(between.argmax())], -np.inf))
 
 
 def latents_of_classes(
@@ -150,7 +151,7 @@ def localize(
     for text in texts:
         for kind, embeddings in ((f"codes of {text}", False), (f"embeddings of {text}", True)):
             targets[kind] = {name: SimilarityTarget(text, settings.prompt.format(name), embeddings) for name in names}
-    found: dict[tuple[str, str, str], _Pairs] = defaultdict(lambda: _Pairs([], [], []))
+    found: dict[tuple[str, str, str], _Pairs] = defaultdict(_Pairs)
     truth: list[dict[str, Any]] = []
     streams = [name for name, encoder in encoders.items() if encoder.modality == "image"]
     for start in tqdm(range(0, len(images), settings.batch_size), desc="localization", unit="batch", leave=False):
@@ -171,7 +172,7 @@ def localize(
         "maps": [
             {"target": kind, "stream": stream, "method": method, **with_masks.figures(pairs, settings)}
             for (kind, stream, method), pairs in sorted(found.items(), key=lambda item: (item[0][2], item[0]))
-            if any(one is not None for one in pairs.detections)
+            if pairs.defined
         ],
     }
 
@@ -217,10 +218,10 @@ def _measure(
 def _add_pair(
     pairs: _Pairs, grid: np.ndarray | None, box: Sequence[float], mask: np.ndarray, number: int, label: int
 ) -> None:
+    pairs.defined |= grid is not None
     if grid is None or not grid.max() > grid.min():
         pairs.iou.append(0.0)
         pairs.hits.append(0.0)
-        pairs.detections.append(None)  # pyright: ignore[reportArgumentType]
         return
     values, seen = map_on_image(grid, box, (mask.shape[1], mask.shape[0]))
     chosen = (values > otsu_threshold(values[seen])) & seen
@@ -254,17 +255,19 @@ class _Truth:
             seed=settings.seed,
             bounds=dict.fromkeys(measured, (0.0, 1.0)),
         )
-        return {**intervals, "ap": self._average_precision([one for one in pairs.detections if one is not None])}
+        return {**intervals, "ap": self._average_precision(pairs.detections)}
 
     def _average_precision(self, detections: Sequence[Mapping[str, Any]]) -> float | None:
-        found = _with_codes(detections)
+        found: Any = _with_codes(detections)
         if self.annotations is None or found is None:
             return None
+        if not found:
+            return 0.0
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports by printing
-            truth = COCO()
+            truth: Any = COCO()
             truth.dataset = {
                 "images": [
                     {"id": number + 1, "height": height, "width": width}

@@ -63,17 +63,19 @@ def _of_dataset(table: Any) -> MaskedImages:
     if missing := {"image", "masks", "mask_labels"} - set(table.column_names):
         raise ValueError(f"the dataset lacks the columns {sorted(missing)}; it has {table.column_names}")
     labels = table.features["mask_labels"].feature
-    names: Sequence[str] | None = getattr(labels, "names", None)
-    per_image = [
-        sorted({str(one) if names is None else names[one] for one in of_image}) for of_image in table["mask_labels"]
-    ]
+    names: list[str] | None = getattr(labels, "names", None)
+
+    def name_of(label: Any) -> str:
+        return str(label) if names is None else names[label]
+
+    per_image = [sorted({name_of(one) for one in of_image}) for of_image in table["mask_labels"]]
     kept = [number for number, found in enumerate(per_image) if found]
 
     def read(number: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
         row = table[kept[number]]
         masks: dict[str, np.ndarray] = {}
         for label, mask in zip(row["mask_labels"], row["masks"], strict=True):
-            name = str(label) if names is None else names[label]
+            name = name_of(label)
             pixels = np.asarray(mask).astype(bool)
             masks[name] = masks.get(name, np.zeros_like(pixels)) | pixels
         return row["image"], masks

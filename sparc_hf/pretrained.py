@@ -39,8 +39,21 @@ class ImageInputs:
         self.processor = load_part(AutoImageProcessor, encoder, "image processor", revision=revision, backend=backend)
 
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        rgb = [image.convert("RGB") for image in images]
+        rgb = [self._without_far_ends(image).convert("RGB") for image in images]
         return {"pixel_values": self.processor(images=rgb, return_tensors="pt")["pixel_values"]}
+
+    def _without_far_ends(self, image: Image.Image) -> Image.Image:
+        """Cut off of very long images what the centre crop would, before they are resized to millions of pixels."""
+        size = dict(self.processor.size or {}).get("shortest_edge") if self.processor.do_resize else None
+        if not size or not getattr(self.processor, "do_center_crop", False):
+            return image
+        short, (width, height) = min(image.size), image.size
+        # Twice the crop on either side is farther than any filter reaches; an even margin keeps the centre.
+        longest = short * 5 * max(dict(self.processor.crop_size).values()) // size + 2
+        margins = [max(0, side - longest) // 2 for side in (width, height)]
+        if not any(margins):
+            return image
+        return image.crop((margins[0], margins[1], width - margins[0], height - margins[1]))
 
 
 class TextInputs:

@@ -117,6 +117,7 @@ def report_html(evaluations: Mapping[str, Evaluation]) -> str:
         retrieval=_retrieval_rows,
         settings_that_differ=_differing_settings(results),
         more=_more_rows,
+        figure_text=figure_text,
         figures={name: list(_figures(evaluation)) for name, evaluation in evaluations.items()},
         version=__version__,
     )

@@ -67,7 +67,7 @@ def test_images(folders, family, width, pooling, prefix):
     assert encoder.prefix_tokens == prefix
     tokens = encoder.patch_tokens(inputs)
     assert tokens.shape == (2, 16, 16)
-    full = encoder._tower(pixel_values=inputs["pixel_values"]).last_hidden_state
+    full = encoder.tower(pixel_values=inputs["pixel_values"]).last_hidden_state
     torch.testing.assert_close(tokens, full[:, prefix:])
     mean = StreamEncoder("img", str(folders[family]), "image", pooling="mean")
     torch.testing.assert_close(mean.pooled(inputs), tokens.mean(1))
@@ -238,3 +238,22 @@ def test_the_image_backend_is_recorded_and_torchvision_must_be_there(folders, mo
         StreamEncoder("x", str(folders["clip"]), "image", image_backend="torchvision")
     with pytest.raises(ValueError, match="'opencv'"):
         StreamEncoder("x", str(folders["clip"]), "image", image_backend="opencv")
+
+
+def test_a_very_long_image_costs_no_more_than_a_square_one(folders):
+    """Resized whole, 12,000 x 1 pixels would become 384,000 x 32; what is cut off first is never seen."""
+    encoder = StreamEncoder("img", str(folders["clip"]), "image")
+    rng = np.random.default_rng(0)
+    strip = Image.fromarray(rng.integers(0, 255, (4, 300, 3), dtype=np.uint8))
+    whole = encoder.inputs_of.processor(images=[strip], return_tensors="pt")["pixel_values"]
+    for picture, expected in ((strip, whole), (strip.rotate(90, expand=True), whole.rot90(1, (2, 3)))):
+        torch.testing.assert_close(encoder.prepare([picture])["pixel_values"], expected, rtol=0, atol=0.02)
+    seen = []
+    resized = Image.Image.resize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Image.Image, "resize", lambda self, size, *a, **k: seen.append(size) or resized(self, size, *a, **k)
+        )
+        encoder.prepare([Image.new("RGB", (12000, 1)), Image.new("L", (1, 12000))])
+    assert len(seen) == 2
+    assert max(max(size) for size in seen) < 400

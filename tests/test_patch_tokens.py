@@ -6,7 +6,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_encoders import SAVERS, TEXTS
+from tiny_encoders import SAVERS
 
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.token_grid import resample_tokens

@@ -1,0 +1,187 @@
+"""Masks, thresholds and figures of maps."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import planted_features, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sparc_hf import SparcConfig, SparcModel
+from sparc_hf.attribution import ConceptTarget
+from sparc_hf.cli import main
+from sparc_hf.codes import encode_features
+from sparc_hf.encoders import load_encoders
+from sparc_hf.features import FeatureDataset
+from sparc_hf.localization import LocalizationSettings, latents_of_classes, localize, otsu_threshold
+from sparc_hf.masked_images import MaskedImages, open_masked_images
+from sparc_hf.sources import parse_streams
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=60).filter(lambda values: len(set(values)) > 1))
+def test_otsu_parts_as_well_as_any_threshold(values):
+    values = np.array(values, float)
+
+    def spread_between(threshold: float) -> float:
+        inside, outside = values[values > threshold], values[values <= threshold]
+        return len(inside) * len(outside) * (inside.mean() - outside.mean()) ** 2
+
+    best = max(spread_between(threshold) for threshold in range(int(values.min()), int(values.max())))
+    assert spread_between(otsu_threshold(values)) == pytest.approx(best)
+
+
+def test_otsu_of_nothing_finds_nothing():
+    assert otsu_threshold(np.full(5, 0.3)) == np.inf
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The shipped encoders, and a model that nobody trained."""
+    encoders = load_encoders(
+        parse_streams(("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text"))
+    )
+    return SparcModel(
+        SparcConfig(streams=[one.record for one in encoders.values()], num_latents=32, k=6, auxk=8)
+    ).eval(), encoders
+
+
+def square(box: tuple[int, int, int, int]) -> np.ndarray:
+    mask = np.zeros((64, 64), bool)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    return mask
+
+
+def test_figures_by_hand(demo, monkeypatch):
+    """Four pairs: a perfect map, one of half the object, a constant one, and a class without a latent."""
+    model, encoders = demo
+    masks = [
+        {"a": square((0, 0, 32, 64))},
+        {"a": square((0, 0, 32, 64))},
+        {"a": square((0, 0, 8, 8)), "b": square((9, 9, 20, 20))},
+    ]
+    grids = [np.zeros((64, 64), np.float32) for _ in masks]
+    grids[0][:, :32] = 1
+    grids[1][:, 16:48] = 1
+    grids[2][:] = 0.5
+    images = MaskedImages([sorted(one) for one in masks], lambda n: (Image.new("RGB", (64, 64), (n, 0, 0)), masks[n]))
+
+    def maps(_model, used, read, targets, *_, **__):
+        stream = next(iter(used))
+        return {stream: np.stack([grids[image.getpixel((0, 0))[0]][None] for image in read])}
+
+    monkeypatch.setattr("sparc_hf.localization.image_maps", maps)
+    latents = {"dino": {"a": ConceptTarget((1,))}}
+    used = {"dino": encoders["dino"]}
+    found = localize(model, used, images, latents, LocalizationSettings(replicates=50, batch_size=2))
+    assert (found["images"], found["pairs"], len(found["maps"])) == (3, 4, 1)
+    (row,) = found["maps"]
+    assert (row["target"], row["stream"], row["method"]) == ("latent", "dino", "relevance")
+    assert row["miou"]["value"] == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
+    assert row["pointing"]["value"] == pytest.approx((1 + 0 + 0 + 0) / 4 + 1 / 4)  # the second map peaks at x = 16
+    assert row["miou"]["low"] < row["miou"]["value"] < row["miou"]["high"]
+    # Class a: two of its three objects are found, without a false one; class b never.
+    assert row["ap"] == pytest.approx((67 / 101 + 0) / 2, abs=1e-6)
+
+
+def test_every_kind_of_map_is_measured(demo):
+    model, encoders = demo
+    images = open_masked_images("demo:test", rows=3)
+    names = {name for of_image in images.classes for name in of_image}
+    latents = {stream: {name: ConceptTarget((3,)) for name in names} for stream in ("dino", "clip_img")}
+    settings = LocalizationSettings(methods=("relevance", "patch_codes"), replicates=2, batch_size=2)
+    found = localize(model, encoders, images, latents, settings)
+    kinds = {(row["target"], row["stream"], row["method"]) for row in found["maps"]}
+    for method in settings.methods:
+        assert {kind[:2] for kind in kinds if kind[2] == method} == {
+            ("latent", "dino"),
+            ("latent", "clip_img"),
+            ("codes of clip_txt", "dino"),
+            ("codes of clip_txt", "clip_img"),
+            ("embeddings of clip_txt", "clip_img"),
+        }
+    assert all(0 <= row[name]["value"] <= 1 for row in found["maps"] for name in ("miou", "pointing"))
+    with pytest.raises(ValueError, match="`prompt` needs"):
+        localize(model, encoders, images, latents, LocalizationSettings(prompt="a cat"))
+
+
+def test_a_latent_that_fires_for_a_class_is_chosen():
+    model = tiny_model(num_latents=16, k=4)
+    features = planted_features(300)
+    codes = encode_features(model, features, encoding="single")
+    fires = codes.csr("dino")[:, [5]].toarray().ravel() > 0
+    assert 20 < fires.sum() < 280, "this seed's latent 5 has to fire sometimes"
+    labels = [[1] if one else [0] for one in fires]
+    arrays = {name: features.array(name) for name in features.stream_names}
+    labelled = FeatureDataset.from_arrays(arrays, streams=features.streams, labels=labels, label_names=["no", "yes"])
+    chosen = latents_of_classes(codes, labelled, ["yes", "absent"])
+    assert chosen["dino"] == {"yes": ConceptTarget((5,))}
+    with pytest.raises(ValueError, match="single-stream codes"):
+        latents_of_classes(encode_features(model, features), labelled, ["yes"])
+
+
+@pytest.fixture
+def coco(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name, size in (("a.png", (20, 10)), ("b.png", (8, 8)), ("empty.png", (4, 4))):
+        Image.new("RGB", size).save(tmp_path / "images" / name)
+    annotations = [
+        {"image_id": 1, "category_id": 7, "segmentation": [[0, 0, 10, 0, 10, 10, 0, 10]], "iscrowd": 0},
+        {"image_id": 1, "category_id": 7, "segmentation": [[15, 0, 20, 0, 20, 10, 15, 10]], "iscrowd": 0},
+        {"image_id": 2, "category_id": 9, "segmentation": {"counts": [8, 16, 40], "size": [8, 8]}, "iscrowd": 1},
+    ]
+    content = {
+        "images": [{"id": n + 1, "file_name": f} for n, f in enumerate(("a.png", "b.png", "empty.png"))],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
+        "annotations": [{**one, "id": n} for n, one in enumerate(annotations)],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_coco_masks(coco):
+    images = open_masked_images(str(coco / "instances.json"), str(coco / "images"))
+    assert images.classes == [["cat"], ["dog"]]  # the image without masks is left out
+    image, masks = images.read(0)
+    assert image.size == (20, 10)
+    expected = np.zeros((10, 20), bool)
+    expected[:, :10] = expected[:, 15:] = True
+    np.testing.assert_array_equal(masks["cat"], expected)
+    _, masks = images.read(1)
+    assert masks["dog"].sum(axis=0).tolist() == [0, 8, 8, 0, 0, 0, 0, 0]  # runs go down the columns
+    assert len(open_masked_images(str(coco / "instances.json"), str(coco / "images"), rows=1)) == 1
+
+
+def test_unusable_masks_are_named(coco, tmp_path):
+    with pytest.raises(ValueError, match="folder of the images"):
+        open_masked_images(str(coco / "instances.json"))
+    with pytest.raises(ValueError, match="lacks 2 images"):
+        open_masked_images(str(coco / "instances.json"), str(tmp_path))
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match="not in COCO's format"):
+        open_masked_images(str(tmp_path / "bad.json"), str(tmp_path))
+    with pytest.raises(ValueError, match="neither a JSON file nor a folder"):
+        open_masked_images(str(tmp_path / "nothing"))
+
+
+def test_the_command_measures_and_reports(demo, coco, tmp_path, capsys):
+    model, encoders = demo
+    model.save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=(40, one.hidden_size)).astype(np.float32) for name, one in encoders.items()}
+    features = FeatureDataset.from_arrays(
+        arrays,
+        streams={name: one.record for name, one in encoders.items()},
+        labels=[[n % 2] for n in range(40)],
+        label_names=["cat", "dog"],
+    )
+    features.save(tmp_path / "features")
+    command = f"evaluate {tmp_path}/model --features {tmp_path}/features --replicates 2 --no_probes --shifts 1"
+    masks = f"--masks {coco}/instances.json --mask_images {coco}/images --concept_features {tmp_path}/features"
+    assert main([*command.split(), *masks.split(), "--output", str(tmp_path / "report")]) in (0, None)
+    told = json.loads(capsys.readouterr().out)["model"]["localization"]
+    assert {row["target"] for row in told["maps"]} == {"latent", "codes of clip_txt", "embeddings of clip_txt"}
+    saved = json.loads((tmp_path / "report" / "results.json").read_text())["models"]["model"]["localization"]
+    assert saved == told
+    assert "Where classes are found" in (tmp_path / "report" / "report.html").read_text()
