@@ -2,9 +2,9 @@
 
 python benchmarks/bench_space.py --rows 10000 --seconds 60 --output space.json
 
-Serves the embedded demo with `--rows` indexed scenes (prepared once in `--folder`) by `sparc space` in its own
-process, measures each request alone, then lets `--visitors` at once use it for `--seconds`. With Chromium and playwright, the
-time to the first paint is measured too.
+Serves the embedded demo with `--rows` indexed scenes (prepared once in `--folder`) by `sparc space` in a process of
+its own, measures each request alone, then lets `--visitors` at once use it for `--seconds`. With Chromium and
+playwright, the time to the first paint is measured too.
 """
 
 import argparse

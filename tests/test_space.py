@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from space_demo import small_demo, space_app
+from space_demo import space_app
 
 from sparc_hf.cli import main
 from sparc_hf.push import PushArguments, run_push
@@ -38,8 +38,8 @@ SIMILARITY = "similarity of image and caption"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_demo(tmp_path_factory.mktemp("space"))
+def data(small_space):
+    return small_space
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from space_demo import small_demo
 
 from sparc_hf import SparcModel, space_data
 from sparc_hf.concepts import load_concepts
@@ -20,13 +19,13 @@ from sparc_hf.space_page import compare_page, heat_image, latent_page, latent_sa
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("space")
+def cache(space_cache):
+    return space_cache
 
 
 @pytest.fixture(scope="module")
-def data(cache):
-    return small_demo(cache)
+def data(small_space):
+    return small_space
 
 
 def test_the_demo_is_prepared_once(data, cache, monkeypatch):
