@@ -258,17 +258,20 @@ def retrieve_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> No
             raise InputRefused("Choose an image first, or pick a sample.")
         return page.retrieval_page(data, source, target, query)
 
+    @answered
+    def sample_picked(event: gr.EventData) -> tuple[Any, str, str]:
+        # Without encoders a sample can only be named.
+        return *take(event), "" if data.encoders else str((event._data or {})["row"])
+
+    take = picked(data)
+
     def first_streams(direction: str) -> tuple[str, str]:
         sources, targets = (data.streams_of(kind) for kind in directions[direction])
-        # Across models where both sides are images, else within the model that knows both sides.
-        encoder = data.model.config.stream(sources[0]).get("encoder")
-        wanted = [
-            stream
-            for stream in targets
-            if stream != sources[0]
-            and (sources == targets or data.model.config.stream(stream).get("encoder") == encoder)
-        ]
-        return sources[0], (wanted or targets)[0]
+        encoders = {stream: data.model.config.stream(stream).get("encoder") for stream in data.streams}
+        pairs = [(source, target) for source in sources for target in targets if source != target]
+        # Images across models; between images and captions, the model that knows both comes first.
+        within = [pair for pair in pairs if sources != targets and encoders[pair[0]] == encoders[pair[1]]]
+        return (within or pairs or [(sources[0], targets[0])])[0]
 
     @answered
     def streams(direction: str) -> tuple[Any, Any]:
@@ -300,7 +303,7 @@ def retrieve_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> No
             )
     inputs = [picture, caption, sample, source, target]
     gr.on([button.click, caption.submit, sample.submit], retrieved, inputs, result, api_name="retrieve")
-    strip.click(picked(data), None, [picture, caption], api_visibility="private").success(
+    strip.click(sample_picked, None, [picture, caption, sample], api_visibility="private").success(
         retrieved, inputs, result, api_visibility="private"
     )
     if first is not None:
