@@ -92,11 +92,17 @@ def alone(url: str, asked: dict, rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def own_memory(process: psutil.Process) -> int:
+    """Return bytes of a process that are not mapped files, which the system can drop."""
+    found = process.memory_info()
+    return found.rss - found.shared
+
+
 def crowd(url: str, asked: dict, visitors: int, seconds: float, server: psutil.Process) -> dict:
     """Return counts, times and memory of many visitors at once."""
     times: dict[str, list[float]] = {name: [] for name in asked}
     errors: list[str] = []
-    memory = [server.memory_info().rss]
+    memory = [own_memory(server)]
     end = time.perf_counter() + seconds
 
     def visit(number: int) -> None:
@@ -116,7 +122,7 @@ def crowd(url: str, asked: dict, visitors: int, seconds: float, server: psutil.P
         thread.start()
     while any(thread.is_alive() for thread in threads):
         time.sleep(1)
-        memory.append(server.memory_info().rss)
+        memory.append(own_memory(server))
     every = [one for found in times.values() for one in found]
     return {
         "visitors": visitors,
