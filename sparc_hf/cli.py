@@ -211,8 +211,9 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
     models = {name: SparcModel.from_pretrained(path) for name, path in model_names(args.models).items()}
     localize = _localizer(args) if args.masks else None
     evaluations = evaluate_models(models, features, settings)
-    for name, evaluation in evaluations.items() if localize else ():
-        evaluation.results["localization"] = localize(models[name])
+    if localize is not None:
+        for name, evaluation in evaluations.items():
+            evaluation.results["localization"] = localize(models[name])
     if args.output is not None:
         write_report(evaluations, args.output)
     told = ("localization",) if localize else ()
@@ -281,18 +282,15 @@ def _run_demo(args: Any) -> str:
 
 
 def _run_concepts(args: Any) -> dict[str, Any]:
-    from sparc_hf.codes import encode_features
-    from sparc_hf.concepts import name_concepts, save_concepts
-    from sparc_hf.features import FeatureDataset
-    from sparc_hf.modeling_sparc import SparcModel
+    from sparc_hf.concept_sheets import run_concepts
 
-    features = FeatureDataset.load(args.features)
-    model = SparcModel.from_pretrained(args.model)
-    codes = encode_features(model, features, encoding="single", batch_size=args.batch_size)
-    concepts = name_concepts(codes, features, samples=args.samples)
-    path = save_concepts(concepts, args.model, features=Path(args.features).name, rows=len(features))
-    named = sum(concept.name is not None for concept in concepts)
-    return {"concepts": str(path), "latents_that_fire": len(concepts), "named": named}
+    return run_concepts(args)
+
+
+def _run_explain(args: Any) -> dict[str, Any]:
+    from sparc_hf.explain import run_explain
+
+    return run_explain(args)
 
 
 def _run_card(args: Any) -> dict[str, Any]:
@@ -364,9 +362,14 @@ COMMANDS: dict[str, Command] = {
         _run_import,
     ),
     "concepts": Command(
-        "name a model's latents by the labels and captions of the samples they fire on",
+        "name latents, and draw their top samples, their maps, and images made to fire them",
         "sparc_hf.command_arguments:ConceptsArguments",
         _run_concepts,
+    ),
+    "explain": Command(
+        "draw where concepts are in images and captions, beside the baseline",
+        "sparc_hf.explain:ExplainArguments",
+        _run_explain,
     ),
     "card": Command(
         "write the model card of a saved model",

@@ -84,8 +84,39 @@ class ConceptsArguments:
     """Flags of `sparc concepts`."""
 
     model: str = field(metadata={"help": "Folder of the model; gets concepts.json."})
-    features: str = field(metadata={"help": "Feature dataset with labels, captions, or both, to name latents by."})
-    samples: int = field(default=20, metadata={"help": "Top samples of a latent in a stream."})
+    features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Feature dataset with labels, captions, or both, to name latents by and to take top samples from; "
+            "without it, nothing is named anew."
+        },
+    )
+    samples: int = field(default=20, metadata={"help": "Top samples of a latent in a stream that names come from."})
+    vocabulary: str | None = field(
+        default=None,
+        metadata={"help": "Text file with a word a line: latents are also named by the words that raise them."},
+    )
+    prompt: str = field(default="{}", metadata={"help": "Text for a word of the vocabulary, which replaces {}."})
+    output: str | None = field(default=None, metadata={"help": "Folder for pictures; those it has are kept."})
+    latents: list[int] = field(
+        default_factory=list, metadata={"help": "Draw contact sheets of these latents: top samples with maps."}
+    )
+    top: int = field(default=0, metadata={"help": "Draw contact sheets of this many latents, by lift of their label."})
+    heatmaps: int = field(
+        default=0,
+        metadata={"help": "Draw maps of this many latents, by energy, over the same images in one figure."},
+    )
+    heatmap_images: int = field(default=8, metadata={"help": "Images in that figure, the first of the dataset."})
+    maximise: list[int] = field(
+        default_factory=list, metadata={"help": "Make an image per stream that fires each of these latents."}
+    )
+    method: str = field(
+        default="relevance",
+        metadata={"help": "Kind of maps.", "choices": ["relevance", "grad_cam", "patch_codes"]},
+    )
+    shifts: int = field(default=2, metadata={"help": "As of `sparc evaluate`: 1 for plain maps."})
+    steps: int = field(default=256, metadata={"help": "Steps of maximisation."})
+    seed: int = field(default=0, metadata={"help": "Seed of maximisation."})
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
 
 

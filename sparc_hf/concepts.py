@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparc_hf.codes import CodeTable
+from sparc_hf.encoders import StreamEncoder
 from sparc_hf.features import FeatureDataset
+from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.top_samples import TopSamples, top_samples
 
 CONCEPTS_FILE = "concepts.json"
@@ -45,17 +48,34 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class SimilarWord:
+    """A word of a vocabulary whose text alone raises a latent.
+
+    Attributes:
+        name: the word.
+        value: the latent's pre-activation for it.
+        z: that value in standard deviations above the vocabulary's mean.
+    """
+
+    name: str
+    value: float
+    z: float
+
+
+@dataclass(frozen=True)
 class Concept:
     """A latent and what it goes with.
 
     Attributes:
         latent: its number.
-        name: the label, or else the word, of the strongest evidence; None where nothing is sure enough (z below 3).
+        name: the label, or else the word, or else the word of a vocabulary, of the strongest evidence; None where
+            nothing is sure enough (z below 3).
         score: that evidence's z, 0 without a name.
         fires: stream -> share of the samples it fires on, each stream alone.
         labels: labels, the surest first.
         words: words of the captions of its top samples, the surest first.
         samples: stream -> names of its top samples, the strongest first.
+        vocabulary: words of a vocabulary that raise it most, the surest first.
     """
 
     latent: int
@@ -65,9 +85,17 @@ class Concept:
     labels: list[Evidence] = field(default_factory=list)
     words: list[Evidence] = field(default_factory=list)
     samples: dict[str, list[str]] = field(default_factory=dict)
+    vocabulary: list[SimilarWord] = field(default_factory=list)
 
 
-def name_concepts(codes: CodeTable, features: FeatureDataset, *, samples: int = 20, kept: int = 5) -> list[Concept]:
+def name_concepts(
+    codes: CodeTable,
+    features: FeatureDataset,
+    *,
+    samples: int = 20,
+    kept: int = 5,
+    vocabulary: Mapping[int, Sequence[SimilarWord]] | None = None,
+) -> list[Concept]:
     """Name every latent that fires.
 
     Args:
@@ -75,6 +103,7 @@ def name_concepts(codes: CodeTable, features: FeatureDataset, *, samples: int = 
         features: the rows, with labels, captions, or both.
         samples: top samples of a latent in a stream whose captions count, and whose names are kept.
         kept: most labels and words to keep of a latent.
+        vocabulary: latent -> words that raise it, see `vocabulary_evidence`.
 
     Raises:
         ValueError: where codes and features have different rows, or the features neither labels nor captions.
@@ -85,8 +114,8 @@ def name_concepts(codes: CodeTable, features: FeatureDataset, *, samples: int = 
         raise ValueError(f"concepts are named from single-stream codes, but these are {codes.encoding}")
     has_labels = features.label_names is not None and "labels" in features.column_names
     texts = features.text
-    if not has_labels and texts is None:
-        raise ValueError("naming needs features with `labels` and label names, or with `text`")
+    if not has_labels and texts is None and vocabulary is None:
+        raise ValueError("naming needs features with `labels` and label names, or with `text`, or a vocabulary")
     best = top_samples(codes, samples)
     firing: dict[str, Any] = {stream: codes.csr(stream).astype(bool) for stream in codes.streams}
     labels = _label_evidence(firing, features, kept) if has_labels else {}
@@ -95,7 +124,9 @@ def name_concepts(codes: CodeTable, features: FeatureDataset, *, samples: int = 
     fired = {stream: np.asarray(active.sum(axis=0)).ravel() for stream, active in firing.items()}
     for latent in np.flatnonzero(np.sum(list(fired.values()), axis=0)).tolist():
         own_labels, own_words = labels.get(latent, []), words.get(latent, [])
-        named = next((one for one in [*own_labels[:1], *own_words[:1]] if one.z >= SURE), None)
+        own_vocabulary = list((vocabulary or {}).get(latent, []))
+        evidence = [*own_labels[:1], *own_words[:1], *own_vocabulary[:1]]
+        named = next((one for one in evidence if one.z >= SURE), None)
         found.append(
             Concept(
                 latent=latent,
@@ -105,9 +136,47 @@ def name_concepts(codes: CodeTable, features: FeatureDataset, *, samples: int = 
                 labels=own_labels,
                 words=own_words,
                 samples={stream: _sample_names(top.rows[latent], features) for stream, top in best.items()},
+                vocabulary=own_vocabulary[:kept],
             )
         )
     return found
+
+
+@torch.no_grad()
+def vocabulary_evidence(
+    model: SparcModel, encoder: StreamEncoder, words: Sequence[str], *, prompt: str = "{}", kept: int = 5
+) -> dict[int, list[SimilarWord]]:
+    """Return latent -> the words whose texts raise it most, through a text stream.
+
+    Args:
+        model: the model.
+        encoder: of the text stream.
+        words: the vocabulary, at least two words.
+        prompt: the text of a word, which stands in place of {}.
+        kept: most words to keep of a latent.
+
+    Raises:
+        ValueError: for a stream that encodes no text, or fewer than two different words.
+    """
+    words = list(dict.fromkeys(words))
+    if encoder.modality != "text" or len(words) < 2 or "{}" not in prompt:
+        raise ValueError(
+            f"a vocabulary needs a text stream, two words or more and a prompt with {{}}, but `{encoder.name}` "
+            f"encodes {encoder.modality}, there are {len(words)} words, and the prompt is {prompt!r}"
+        )
+    rows = torch.from_numpy(encoder.encode([prompt.format(word) for word in words]))
+    every = torch.arange(model.config.num_latents)
+    values = model.preactivations(encoder.name, rows, every).cpu().numpy()
+    z = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-9)
+    order = np.argsort(-z, axis=0, kind="stable")[:kept]
+    return {
+        latent: [
+            SimilarWord(words[at], round(float(values[at, latent]), 5), round(float(z[at, latent]), 3))
+            for at in order[:, latent].tolist()
+            if values[at, latent] > 0
+        ]
+        for latent in range(values.shape[1])
+    }
 
 
 def log_odds_z(inside: np.ndarray, inside_total: float, everywhere: np.ndarray, total: float) -> np.ndarray:
@@ -223,6 +292,7 @@ def load_concepts(folder: str | os.PathLike) -> list[Concept]:
                 **entry
                 | {"labels": [Evidence(**one) for one in entry["labels"]]}
                 | {"words": [Evidence(**one) for one in entry["words"]]}
+                | {"vocabulary": [SimilarWord(**one) for one in entry.get("vocabulary", [])]}
             )
             for entry in content["concepts"].values()
         ]

@@ -1,5 +1,6 @@
 """FeatureDataset: what several frozen encoders say about the same samples, on disk and in memory."""
 
+import io
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,6 +38,7 @@ from sparc_hf.parquet_features import FACTS, is_parquet_address, open_parquet
 
 if TYPE_CHECKING:
     import datasets
+    import PIL.Image
     import scipy.sparse
 
 __all__ = ["FeatureBatches", "FeatureDataset"]
@@ -248,6 +250,16 @@ class FeatureDataset:
         table_rows = self._table_rows(rows)
         column = self.table.column(name)
         return (column if table_rows is None else column.take(pa.array(table_rows))).to_pylist()
+
+    def image(self, row: int) -> "PIL.Image.Image | None":
+        """Return the image of one sample as RGB; None where it has none."""
+        from PIL import Image
+
+        stored = self.column("image", [row])[0] if "image" in self.column_names else None
+        if not stored or not (stored.get("bytes") or stored.get("path")):
+            return None
+        with Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]) as opened:
+            return opened.convert("RGB")
 
     def select(self, rows: Rows) -> "FeatureDataset":
         """Return the dataset of these rows, in this order, without copying features."""

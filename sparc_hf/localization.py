@@ -95,7 +95,7 @@ def latents_of_classes(
             f"choosing latents needs single-stream codes of the same {len(features)} rows, but there are "
             f"{codes.encoding} codes of {len(codes)} rows"
         )
-    labels = features.labels_csr().astype(bool)
+    labels: Any = features.labels_csr().astype(bool)
     found: dict[str, dict[str, ConceptTarget]] = {}
     known = [name for name in classes if name in features.label_names]
     for stream in codes.streams:

@@ -1,0 +1,284 @@
+"""Panels that show where concepts are in an image and its caption."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sparc_hf.attribution import (
+    MAP_METHODS,
+    ConceptTarget,
+    SimilarityTarget,
+    Target,
+    image_maps,
+    map_on_image,
+    word_scores,
+)
+from sparc_hf.backbone_trace import visible_box
+from sparc_hf.concepts import Concept, load_concepts
+from sparc_hf.encoders import StreamEncoder, load_encoders
+from sparc_hf.features import FeatureDataset
+from sparc_hf.map_plots import ExplainedTarget, explanation_panel
+from sparc_hf.modeling_sparc import SparcModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 130
+
+
+@dataclass
+class ExplainArguments:
+    """Flags of `sparc explain`."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of the model."})
+    output: str = field(metadata={"help": "Folder for the panels, a PNG per sample; those it already has are kept."})
+    image: list[str] = field(default_factory=list, metadata={"help": "Image files."})
+    text: list[str] = field(default_factory=list, metadata={"help": "Captions: one per image, or one for all."})
+    features: str | None = field(
+        default=None, metadata={"help": "Feature dataset whose images and captions to explain, in place of files."}
+    )
+    rows: int | None = field(default=None, metadata={"help": "First rows of the feature dataset (default: all)."})
+    latents: list[int] = field(default_factory=list, metadata={"help": "Latents to explain, each by itself."})
+    concept: list[str] = field(
+        default_factory=list, metadata={"help": "Concepts to explain, by name: all latents of that name together."}
+    )
+    top: int = field(
+        default=3, metadata={"help": "Without latents or concepts: this many of the sample's most active ones."}
+    )
+    method: str = field(
+        default="relevance", metadata={"help": "Kind of maps on images.", "choices": list(MAP_METHODS)}
+    )
+    shifts: int = field(default=2, metadata={"help": "As of `sparc evaluate`: 1 for plain maps."})
+    overwrite: bool = field(default=False, metadata={"help": "Draw panels again that the folder has."})
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found of one sample.
+
+    Attributes:
+        image: the image, or None.
+        caption: the caption, or "".
+        targets: a row of the panel each.
+    """
+
+    image: Image.Image | None
+    caption: str
+    targets: Sequence[ExplainedTarget]
+
+    def panel(self) -> "Figure":
+        """Return the panel."""
+        return explanation_panel(self.image, self.caption, self.targets)
+
+
+@torch.no_grad()
+def active_latents(
+    model: SparcModel, encoders: Mapping[str, StreamEncoder], image: Image.Image | None, caption: str, count: int
+) -> list[int]:
+    """Return the latents most active in a sample: by their values' mean over its streams, each encoded alone."""
+    values = torch.zeros(model.config.num_latents)
+    for name, encoder in encoders.items():
+        sample = image if encoder.modality == "image" else caption
+        if sample is None or sample == "":
+            continue
+        code = model.encode({name: encoder.rows(encoder.prepare([sample]))}, "local")[name]  # pyright: ignore[reportArgumentType]
+        dense = code.to_dense().amax(dim=0).cpu()
+        values += dense / dense.norm().clamp(min=1e-8)
+    return [int(latent) for latent in values.topk(min(count, len(values))).indices if values[latent] > 0]
+
+
+def latents_named(concepts: Sequence[Concept], word: str) -> tuple[int, ...]:
+    """Return the latents of a name, the surest first.
+
+    Raises:
+        ValueError: where there is none, with names that there are.
+    """
+    found = [concept for concept in concepts if concept.name is not None and concept.name.lower() == word.lower()]
+    if not found:
+        names = sorted({concept.name for concept in concepts if concept.name is not None})
+        told = f"it has {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}" if names else "it has no names"
+        raise ValueError(f"this model has no concept named `{word}`; {told} (see `sparc concepts`)")
+    return tuple(concept.latent for concept in sorted(found, key=lambda concept: -concept.score))
+
+
+def explain_sample(
+    model: SparcModel,
+    encoders: Mapping[str, StreamEncoder],
+    image: Image.Image | None,
+    caption: str,
+    latents: Mapping[str, Sequence[int]],
+    *,
+    method: str = "relevance",
+    shifts: int = 1,
+) -> Explanation:
+    """Find where sets of latents are in an image and a caption, and, where there are both, where the two agree.
+
+    The baseline, the similarity of embeddings, has a column of its own in the row of the agreement.
+
+    Args:
+        model: the model.
+        encoders: stream -> its encoder.
+        image: the image, or None.
+        caption: the caption, or "".
+        latents: title -> latents.
+        method: see `image_maps`.
+        shifts: likewise.
+
+    Raises:
+        ValueError: for neither image nor caption, or as `image_maps`.
+    """
+    if image is None and not caption:
+        raise ValueError("give an image, a caption, or both")
+    texts = [name for name, encoder in encoders.items() if encoder.modality == "text"] if caption else []
+    images = [name for name, encoder in encoders.items() if encoder.modality == "image"] if image is not None else []
+    if not texts and not images:
+        modalities = sorted({encoder.modality for encoder in encoders.values()})
+        raise ValueError(f"this model's streams encode {modalities}, which the sample lacks")
+    concepts: dict[str, Target] = {title: ConceptTarget(tuple(chosen)) for title, chosen in latents.items()}
+    for_images, for_texts = dict(concepts), dict(concepts)
+    if texts and images and image is not None:
+        for text in texts:
+            for_images[f"similarity with {text}"] = SimilarityTarget(text, caption)
+            for_images[f"embeddings of {text}"] = SimilarityTarget(text, caption, embeddings=True)
+        for stream in images:
+            for_texts[f"similarity with {stream}"] = SimilarityTarget(stream, image)
+    used = {name: encoders[name] for name in [*images, *texts]}
+    maps: dict[str, dict[str, np.ndarray]] = {}
+    if image is not None and images and for_images:
+        found = image_maps(model, used, [image], list(for_images.values()), method, shifts=shifts)
+        for stream, of_stream in found.items():
+            box = visible_box(encoders[stream], image)
+            for title, grid in zip(for_images, of_stream[0], strict=True):
+                if np.isfinite(grid).all():
+                    maps.setdefault(title, {})[stream] = map_on_image(grid, box, image.size)[0]
+    words: dict[str, dict[str, list[Any]]] = {}
+    if texts and for_texts:
+        for stream, (of_text,) in word_scores(model, used, [caption], list(for_texts.values())).items():
+            for title, of_target in zip(for_texts, of_text, strict=True):
+                words.setdefault(title, {})[stream] = list(of_target)
+    targets = [_row(title, images, maps.get(title, {}), words.get(title, {})) for title in concepts]
+    for text in texts if images else ():
+        baseline = {
+            f"{stream}, embeddings (baseline)": heat for stream, heat in maps.get(f"embeddings of {text}", {}).items()
+        }
+        marked = {
+            f"{text} for {stream}": words[f"similarity with {stream}"][text]
+            for stream in images
+            if text in words.get(f"similarity with {stream}", {})
+        }
+        row = _row(f"agreement of image and {text}", images, maps.get(f"similarity with {text}", {}), marked)
+        targets.append(ExplainedTarget(row.title, {**row.maps, **baseline}, row.words))
+    return Explanation(image, caption, targets)
+
+
+def _row(
+    title: str, streams: Sequence[str], maps: Mapping[str, np.ndarray], words: Mapping[str, Sequence[Any]]
+) -> ExplainedTarget:
+    return ExplainedTarget(title, {stream: maps.get(stream) for stream in streams}, words)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG; the file appears complete or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    figure.savefig(unfinished, format="png", dpi=DPI)
+    os.replace(unfinished, path)
+
+
+def run_explain(args: ExplainArguments) -> dict[str, Any]:
+    """Draw a panel for every sample; panels that are there from an earlier run are kept.
+
+    Raises:
+        ValueError: for no samples, captions that do not fit the images, files that are no images, or as
+            `explain_sample`.
+    """
+    samples = _samples(args)
+    model = SparcModel.from_pretrained(args.model).eval()
+    encoders = load_encoders(model.config.streams or [])
+    concepts = load_concepts(args.model) if Path(args.model).is_dir() else []
+    names = {concept.latent: concept.name for concept in concepts}
+    chosen: dict[str, Sequence[int]] = {_title(latent, names): (latent,) for latent in args.latents}
+    for word in args.concept:
+        latents = latents_named(concepts, word)
+        chosen[f"{word} (latents {', '.join(map(str, latents))})"] = latents
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    told, kept = [], 0
+    for name, read in tqdm(samples, desc="panels", unit="sample", delay=2, leave=False):
+        path = output / f"{name}.png"
+        if path.exists() and not args.overwrite:
+            kept += 1
+            continue
+        image, caption = read()
+        latents = chosen or {
+            _title(latent, names): (latent,) for latent in active_latents(model, encoders, image, caption, args.top)
+        }
+        found = explain_sample(model, encoders, image, caption, latents, method=args.method, shifts=args.shifts)
+        save_figure(found.panel(), path)
+        told.append({"panel": str(path), "targets": [_told(target) for target in found.targets]})
+    facts: dict[str, Any] = {"output": str(output), "drawn": len(told), "kept": kept}
+    return facts | ({} if args.features else {"samples": told})
+
+
+def _title(latent: int, names: Mapping[int, str | None]) -> str:
+    name = names.get(latent)
+    return f"latent {latent}" + (f": {name}" if name else "")
+
+
+def _told(target: ExplainedTarget) -> dict[str, Any]:
+    marked = {stream: [[word, round(score, 6)] for word, score, *_ in words] for stream, words in target.words.items()}
+    return {"title": target.title, "streams": [name for name, heat in target.maps.items() if heat is not None]} | (
+        {"words": marked} if marked else {}
+    )
+
+
+def _samples(args: ExplainArguments) -> list[tuple[str, Any]]:
+    """Return (name of the panel, what reads image and caption) of every sample."""
+    if args.features is not None:
+        if args.image or args.text:
+            raise ValueError("give a feature dataset or files and captions, not both")
+        features = FeatureDataset.load(args.features)
+        texts, has_images = features.text, "image" in features.column_names
+        if texts is None and not has_images:
+            raise ValueError(f"`{args.features}` has neither images nor captions (columns {features.column_names})")
+        ids = features.ids
+        rows = range(min(args.rows or len(features), len(features)))
+
+        def of_row(row: int) -> tuple[Image.Image | None, str]:
+            return features.image(row), texts[row] if texts is not None else ""
+
+        return [(_file_name(str(row) if ids is None else ids[row]), lambda row=row: of_row(row)) for row in rows]
+    if not args.image and not args.text:
+        raise ValueError("give images, captions, or a feature dataset to explain")
+    if args.image and len(args.text) not in (0, 1, len(args.image)):
+        raise ValueError(
+            f"there are {len(args.image)} images but {len(args.text)} captions; give one for each, or one"
+        )
+    if not args.image:
+        return [(f"caption-{number}", lambda text=text: (None, text)) for number, text in enumerate(args.text)]
+    captions = args.text * len(args.image) if len(args.text) == 1 else args.text or [""] * len(args.image)
+    names = [Path(path).stem for path in args.image]
+    doubled = {name for name in names if names.count(name) > 1}
+    return [
+        (f"{name}-{number}" if name in doubled else name, lambda path=path, text=text: (_opened(path), text))
+        for number, (name, path, text) in enumerate(zip(names, args.image, captions, strict=True))
+    ]
+
+
+def _file_name(name: str) -> str:
+    """Return a name without what a path could be made of."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".") or "sample"
+
+
+def _opened(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"`{path}` cannot be read as an image: {error}") from error
