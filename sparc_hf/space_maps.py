@@ -1,5 +1,6 @@
 """Where a target is in an image and a caption, as the Space shows it: maps over what each encoder sees, and words."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from PIL import Image
 from sparc_hf.attribution import ConceptTarget, SimilarityTarget, Target, WordScore, image_maps, word_scores
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.space_data import SpaceData
+
+logger = logging.getLogger(__name__)
 
 # Encoders with at most so many patches a side get maps finer than their grid.
 COARSE_GRID = 10
@@ -79,21 +82,23 @@ def explain(
     found = Explanation(caption=caption)
     for stream, sample in samples.items():
         found.active[stream] = data.strongest(data.code(stream, sample))  # pyright: ignore[reportArgumentType]
-    if latent is None and (image is None or not caption):
+    kinds = {encoder.modality for stream, encoder in data.encoders.items() if stream in samples}
+    if latent is None and kinds != {"image", "text"}:
         latent = next((strongest[0][0] for strongest in found.active.values() if strongest), None)
         if latent is None:
             found.remarks.append("No latent is active in any stream.")
             return found
-        found.remarks.append("Give an image and a caption to see where they are alike.")
+        if {encoder.modality for encoder in data.encoders.values()} == {"image", "text"}:
+            found.remarks.append("Give an image and a caption to see where they are alike.")
     found.latent = latent
     if latent is not None:
         found.title = f"Where {data.title(latent)} is"
     else:
         found.title = "Where image and caption are alike"
     with data.encoding:
-        if image is not None:
+        if "image" in kinds and image is not None:
             _add_maps(data, found, image, caption)
-        if caption:
+        if "text" in kinds:
             _add_words(data, found, image, caption)
     return found
 
@@ -116,10 +121,14 @@ def latent_maps(data: SpaceData, latent: int, rows: Mapping[str, Sequence[int]])
             continue
         images = {row: image for row in of_stream if (image := data.image(row)) is not None}
         if images:
-            with data.encoding:
-                target = [ConceptTarget((latent,))]
-                maps = image_maps(data.model, {stream: encoder}, list(images.values()), target, _method(encoder))
-                views = seen_images(encoder, list(images.values()))
+            try:
+                with data.encoding:
+                    target = [ConceptTarget((latent,))]
+                    maps = image_maps(data.model, {stream: encoder}, list(images.values()), target, _method(encoder))
+                    views = seen_images(encoder, list(images.values()))
+            except ValueError as error:  # a backbone without maps; its samples are shown plain
+                logger.warning("%s", error)
+                continue
             seen = {row: SeenImage(view, heat[0]) for row, view, heat in zip(images, views, maps[stream], strict=True)}
             found[stream] = [seen.get(row) for row in of_stream]
     return found
@@ -149,7 +158,11 @@ def _add_maps(data: SpaceData, found: Explanation, image: Image.Image, caption: 
         if targets:
             method = _method(encoder)
             fine = method == "relevance" and min(view.size) <= COARSE_GRID * min(encoder.patch_size)
-            maps = image_maps(data.model, involved, [image], targets, method, shifts=2 if fine else 1)[stream][0]
+            try:
+                maps = image_maps(data.model, involved, [image], targets, method, shifts=2 if fine else 1)[stream][0]
+            except ValueError as error:
+                found.remarks.append(f"{stream} has no map: {error}")
+                targets = baseline = []
         heats: list[np.ndarray | None] = [heat if np.isfinite(heat).all() else None for heat in maps]
         found.maps[stream] = SeenImage(view, heats[0] if heats else None)
         if baseline and heats[-1] is not None:

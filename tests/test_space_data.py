@@ -107,6 +107,27 @@ def test_explaining_a_concept_and_a_similarity(data):
         explain(data, None, "")
 
 
+def test_a_backbone_without_maps_shows_plain_images(data, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("no attention maps here")
+
+    monkeypatch.setattr("sparc_hf.space_maps.image_maps", refuse)
+    assert latent_maps(data, 5, {"dino": [1]}) == {}
+    found = explain(data, data.image(1), data.caption(1), latent=5)
+    assert found.maps["dino"].heat is None
+    assert "dino has no map: no attention maps here" in found.remarks
+    assert found.active["dino"]
+
+
+def test_image_streams_alone_explain_images(data, monkeypatch):
+    images = {name: encoder for name, encoder in data.encoders.items() if encoder.modality == "image"}
+    monkeypatch.setattr(data, "encoders", images)
+    found = explain(data, data.image(1), "a caption that no stream reads")
+    assert found.latent is not None
+    assert list(found.maps) == ["dino", "clip_img"]
+    assert found.words == {}
+
+
 def test_maps_of_top_samples_cover_what_the_encoder_sees(data):
     maps = latent_maps(data, data.find_latents()[0], {"dino": [1, 4], "clip_txt": [1]})
     assert list(maps) == ["dino"]
