@@ -118,7 +118,7 @@ def index_name(model: SparcModel, features: FeatureDataset, names: list[Concept]
     rows = np.unique(np.linspace(0, len(features) - 1, 256, dtype=np.int64))
     for stream in features.stream_names:
         told.update(features.array(stream, rows).tobytes())
-    for column in {"id", "text", "labels"} & set(features.column_names):
+    for column in sorted({"id", "text", "labels"} & set(features.column_names)):
         told.update(json.dumps([column, features.column(column, rows)]).encode())
     return told.hexdigest()[:20]
 

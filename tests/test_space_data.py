@@ -2,12 +2,16 @@
 
 import html
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from sparc_hf import SparcModel, space_data
 from sparc_hf.concepts import load_concepts
@@ -209,6 +213,22 @@ def test_a_model_of_ones_own(data, cache, tmp_path):
         open_space(None, str(demo / "features" / "test"), str(tmp_path))
     with pytest.raises(ValueError, match="neither a folder nor a model on the Hub"):
         open_space("nobody/nothing", str(demo / "features" / "test"), str(tmp_path))
+
+
+def test_an_index_has_the_same_name_in_every_process(data, cache):
+    demo = next(cache.glob("demo-*"))
+    code = (
+        "from sparc_hf import SparcModel; from sparc_hf.features import FeatureDataset\n"
+        "from sparc_hf.concepts import load_concepts; from sparc_hf.space_index import index_name\n"
+        f"model, features = SparcModel.from_pretrained({str(demo / 'model')!r}), {str(demo / 'features' / 'test')!r}\n"
+        f"print(index_name(model, FeatureDataset.load(features), load_concepts({str(demo / 'model')!r})))"
+    )
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split()[-1] == data.index.folder.name
 
 
 def test_another_model_has_another_index(data, cache, tmp_path):
