@@ -22,7 +22,7 @@ from sparc_hf.demo_run import run_demo
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.features import FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
-from sparc_hf.space_index import SpaceIndex, open_index, sample_image
+from sparc_hf.space_index import SpaceIndex, open_index
 from sparc_hf.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class SpaceData:
 
     def image(self, row: int) -> Image.Image | None:
         """Return an indexed sample's image at its full size, or None."""
-        return sample_image(self.features, row)
+        return self.features.image(row)
 
     def caption(self, row: int) -> str | None:
         """Return an indexed sample's text, or None."""

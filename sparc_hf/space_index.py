@@ -173,36 +173,21 @@ def _concepts(codes: CodeTable, features: FeatureDataset, names: list[Concept]) 
 
 
 def _write_thumbnails(features: FeatureDataset, path: Path) -> None:
-    has_images = "image" in features.column_names
     schema = pa.schema({"image": pa.binary()})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for start in tqdm(range(0, len(features), 256), desc="thumbnails", unit="block", leave=False):
             rows = range(start, min(start + 256, len(features)))
-            images = [_thumbnail(features, row) if has_images else None for row in rows]
+            images = [_thumbnail(features, row) for row in rows]
             writer.write_batch(pa.record_batch([pa.array(images, pa.binary())], schema=schema))
 
 
 def _thumbnail(features: FeatureDataset, row: int) -> bytes | None:
-    image = sample_image(features, row)
+    image = features.image(row)
     if image is None:
         return None
     small = max(image.size) <= THUMBNAIL_SIDE
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return encoded_image(image, exact=small)
-
-
-def sample_image(features: FeatureDataset, row: int) -> Image.Image | None:
-    """Return a sample's image as RGB, or None where it has none."""
-    if "image" not in features.column_names:
-        return None
-    stored = features.column("image", [row])[0]
-    content = stored.get("bytes") if isinstance(stored, dict) else None
-    if content is None and isinstance(stored, dict) and stored.get("path"):
-        content = Path(stored["path"]).read_bytes()
-    if content is None:
-        return None
-    with Image.open(io.BytesIO(content)) as opened:
-        return opened.convert("RGB")
 
 
 def encoded_image(image: Image.Image, *, exact: bool = False) -> bytes:
