@@ -34,6 +34,8 @@ MAX_FILE_SIZE = "11mb"  # a little over what is accepted, so that the page can s
 # Requests that may wait, and how many of one kind run at once; more are told that the Space is busy.
 QUEUE_SIZE = 128
 AT_ONCE = 2
+# Each thread keeps memory of its own.
+THREADS = 8
 # Every fragment reports which latent, sample or page was chosen in it; with a modifier key the browser opens a link.
 ON_CLICK = """
 element.addEventListener('click', (event) => {
@@ -56,6 +58,7 @@ LAUNCH: dict[str, Any] = {
     "theme": Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     "css_paths": [HERE / "page.css"],
     "max_file_size": MAX_FILE_SIZE,
+    "max_threads": THREADS,
     "show_error": True,
     "ssr_mode": False,
     "footer_links": ["api"],

@@ -162,7 +162,5 @@ class SpaceArguments:
         default=None,
         metadata={"help": "Folder for what is computed once (default: SPARC_CACHE, or ~/.cache/sparc_hf)."},
     )
-    host: str = field(
-        default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 lets other machines in."}
-    )
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 lets other machines in."})
     port: int | None = field(default=None, metadata={"help": "Port (default: the first free one from 7860)."})
