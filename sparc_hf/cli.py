@@ -309,6 +309,26 @@ def _run_push(args: Any) -> dict[str, Any]:
     return run_push(args)
 
 
+def _run_space(args: Any) -> None:
+    import importlib.util
+
+    from sparc_hf.hub import space_folder
+    from sparc_hf.space_data import open_space
+
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError('the Space needs gradio: pip install "sparc-hf[space]"')
+    model = args.model or os.environ.get("SPARC_MODEL") or None
+    # A model of one's own is not shown on the dataset that the environment has for another one.
+    features = args.features or (None if args.model else os.environ.get("SPARC_DATASET")) or None
+    data = open_space(model, features, args.cache)
+    spec = importlib.util.spec_from_file_location("sparc_space_app", space_folder() / "app.py")
+    assert spec is not None
+    assert spec.loader is not None
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    app.launch(data, host=args.host, port=args.port)
+
+
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "make scenes, extract features, train and evaluate, all from what ships with the package",
@@ -360,6 +380,11 @@ COMMANDS: dict[str, Command] = {
         "publish a model, a feature dataset, a metric or the Space on the Hub",
         "sparc_hf.push:PushArguments",
         _run_push,
+    ),
+    "space": Command(
+        "serve the Space: look at a model's concepts in the browser",
+        "sparc_hf.command_arguments:SpaceArguments",
+        _run_space,
     ),
 }
 

@@ -141,3 +141,26 @@ class DemoArguments:
     epochs: int = field(default=30, metadata={"help": "Passes over the training scenes."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Adam's learning rate."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes, the weights and the row order."})
+
+
+@dataclass
+class SpaceArguments:
+    """Flags of `sparc space`; those left out are taken from the environment variables of the Space."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of the model (default: SPARC_MODEL, or the demo, prepared once)."},
+    )
+    features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Feature dataset the model is shown on, with images, texts and labels: folder or Hub id "
+            "(default: SPARC_DATASET, or the demo's held-out scenes)."
+        },
+    )
+    cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder for what is computed once (default: SPARC_CACHE, or ~/.cache/sparc_hf)."},
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 lets other machines in."})
+    port: int | None = field(default=None, metadata={"help": "Port (default: the first free one from 7860)."})

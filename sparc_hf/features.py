@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["FeatureBatches", "FeatureDataset"]
 
 Rows = Sequence[int] | np.ndarray | slice
+FEW_ROWS = 32
 
 
 class FeatureDataset:
@@ -249,6 +250,8 @@ class FeatureDataset:
             raise ValueError(f"there is no column `{name}`; the columns are {self.column_names}")
         table_rows = self._table_rows(rows)
         column = self.table.column(name)
+        if table_rows is not None and len(table_rows) <= FEW_ROWS:  # `take` would copy the whole column first
+            return [column[row].as_py() for row in table_rows.tolist()]
         return (column if table_rows is None else column.take(pa.array(table_rows))).to_pylist()
 
     def image(self, row: int) -> "PIL.Image.Image | None":

@@ -257,6 +257,15 @@ def templates_folder() -> Path:
     raise FileNotFoundError("the card templates are missing; install sparc-hf again")
 
 
+def space_folder() -> Path:
+    """Return where the package's own Space lies: inside an installed wheel, or beside the package in a checkout."""
+    here = Path(__file__).parent
+    for folder in (here / "spaces_app", here.parent / "spaces_app"):
+        if (folder / "app.py").is_file():
+            return folder
+    raise FileNotFoundError("the Space's app is missing; install sparc-hf again")
+
+
 def _environment() -> Any:
     import jinja2
 

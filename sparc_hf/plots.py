@@ -114,23 +114,38 @@ def entropy_histogram(panels: Mapping[str, np.ndarray]) -> "Figure":
     return figure
 
 
-def cofires_against_energy(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> "Figure":
+def cofires_against_energy(
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray]], links: Sequence[str] | None = None
+) -> "Figure":
     """Return a point per latent: how often it fires in all streams at once, against its energy.
 
     Args:
         panels: panel title -> (energies [latents], rows on which all streams fire [latents]); latents without
             energy are left out.
+        links: address behind each latent's point, for SVG.
     """
     figure, axes = _panels(panels)
     for axis, (energies, cofires) in zip(axes, panels.values(), strict=True):
         active = np.asarray(energies) > 0
-        axis.scatter(energies[active], cofires[active], s=8, alpha=0.5, color=COLOURS[0], linewidths=0)
+        points = axis.scatter(energies[active], cofires[active], s=8, alpha=0.5, color=COLOURS[0], linewidths=0)
+        if links is not None:
+            points.set_urls([links[int(latent)] for latent in np.flatnonzero(active)])
         axis.set_xscale("log")
         axis.set_yscale("symlog", linthresh=1)
         axis.set_ylim(bottom=-0.2)
         axis.set_xlabel("energy, summed over streams")
     axes[0].set_ylabel("rows on which all streams fire")
     return figure
+
+
+def svg_text(figure: "Figure") -> str:
+    """Return a figure as an <svg> element without a background, whose black follows the colour of the page's text."""
+    import io
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace("#000000", "currentColor")
 
 
 def _panels(panels: Mapping[str, Any], height: float = 3.2) -> tuple["Figure", Sequence["Axes"]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sparc_hf.concepts import CONCEPTS_FILE
 from sparc_hf.features import FeatureDataset
-from sparc_hf.hub import write_dataset_card, write_model_card
+from sparc_hf.hub import space_folder, write_dataset_card, write_model_card
 from sparc_hf.parquet_features import DATA_FOLDER, write_parquet_split
 from sparc_hf.run_folder import SETTINGS_FILE
 from sparc_hf.version import __version__
@@ -48,7 +48,9 @@ class PushArguments:
         },
     )
     metric: str | None = field(default=None, metadata={"help": "Name of a metric to push as an evaluate module."})
-    space: str | None = field(default=None, metadata={"help": "Folder of a Gradio Space to push."})
+    space: str | None = field(
+        default=None, metadata={"help": "Folder of a Gradio Space to push; spaces_app is the package's own."}
+    )
     results: str | None = field(
         default=None, metadata={"help": "results.json of `sparc evaluate`, for a model's card."}
     )
@@ -82,7 +84,9 @@ def run_push(args: PushArguments) -> dict[str, Any]:
         elif args.metric:
             prepare_metric(args.metric, folder, repo=args.repo)
         else:
-            prepare_space(Path(args.space or ""), folder)
+            space = Path(args.space or "")
+            own = args.space == "spaces_app" and not space.exists()
+            prepare_space(space_folder() if own else space, folder)
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         kind = {"model": "model", "features": "dataset"}.get(given[0], "space")
         if args.dry_run is not None:

@@ -88,6 +88,20 @@ def planted_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def space_cache(tmp_path_factory) -> Path:
+    """The cache folder of `small_space`."""
+    return tmp_path_factory.mktemp("space")
+
+
+@pytest.fixture(scope="session")
+def small_space(space_cache):
+    """A Space over a small demo, whose preparation takes seconds."""
+    from space_demo import small_demo
+
+    return small_demo(space_cache)
+
+
 @contextlib.contextmanager
 def torch_operators_only() -> Iterator[None]:
     """Leave the compiled operators out, wherever they are loaded."""

@@ -82,7 +82,13 @@ FLOORS = {
     "concepts": 5,
     "push": 8,
     "demo_run": 8,
-    "cli": 9,
+    "stranger_input": 0,
+    "code_search": 4,
+    "space_index": 7,
+    "space_data": 9,
+    "space_maps": 10,
+    "space_page": 11,
+    "cli": 12,
 }
 REMOTE_CODE = {
     "configuration_sparc",

@@ -179,7 +179,7 @@ def test_the_readmes_hub_section_word_for_word(hub, tmp_path):
     assert pushed.returncode == 0, pushed.stderr[-3000:]
     loaded = subprocess.run([sys.executable, "-c", code], **run)
     assert loaded.returncode == 0, loaded.stderr[-3000:]
-    assert {id for _, id in hub.repos} == {"me/coco-concepts", "me/coco-features", "me/cross_retrieval"}
+    assert {id for _, id in hub.repos} == {"me/coco-concepts", "me/coco-features", "me/cross_retrieval", "me/concepts"}
     assert "reconstruction.png" in hub.repos["model", "me/coco-concepts"].files
 
 

@@ -63,7 +63,7 @@ def code_ranks(queries: CSR, references: CSR) -> np.ndarray:
         ValueError: for arrays of different shapes.
     """
     _check_pairs(queries.shape, references.shape)
-    queries, references = _unit_codes(queries), _unit_codes(references)
+    queries, references = unit_codes(queries), unit_codes(references)
     rows = queries.shape[0]
     used = [np.bincount(codes.indices, minlength=codes.shape[1]) / max(rows, 1) for codes in (queries, references)]
     common = np.sqrt(used[0] * used[1]) > COMMON_SHARE
@@ -109,7 +109,8 @@ def _ranks(similarities: Any, rows: int) -> np.ndarray:
     return ranks
 
 
-def _unit_codes(codes: CSR) -> CSR:
+def unit_codes(codes: CSR) -> CSR:
+    """Return sparse float32 [rows, N] codes scaled to unit length; rows without a positive value stay zero."""
     codes = csr_array(codes, dtype=np.float32, copy=True)
     codes.sum_duplicates()
     lengths = np.diff(codes.indptr)

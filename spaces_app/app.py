@@ -1,0 +1,386 @@
+"""The Space: look at the concepts of a SPARC model instead of reading about them.
+
+`SPARC_MODEL` names the model (Hub id or folder) and `SPARC_DATASET` the feature dataset it is shown on; without
+them it is the embedded demo, which is prepared once. Nothing a visitor sends is ever loaded as a model.
+"""
+
+import functools
+import html
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.themes import Default
+
+from sparc_hf import space_page as page
+from sparc_hf.space_data import ORDERS, SpaceData, open_space, spread_rows
+from sparc_hf.space_maps import explain, latent_maps
+from sparc_hf.stranger_input import InputRefused, checked_image, checked_number, checked_text
+
+HERE = Path(__file__).parent
+FIRST_ORDER = "alignment, single-stream"
+SIMILARITY = "similarity of image and caption"
+DIRECTIONS = {
+    "caption to image": ("text", "image"),
+    "image to caption": ("image", "text"),
+    "image to image": ("image",) * 2,
+}
+LISTED_LATENTS = 300
+PICKS = 16
+MAX_FILE_SIZE = "11mb"  # a little over what is accepted, so that the page can say why
+# Requests that may wait, and how many of one kind run at once; more are told that the Space is busy.
+QUEUE_SIZE = 128
+AT_ONCE = 2
+# Each thread keeps memory of its own.
+THREADS = 8
+# Every fragment reports which latent, sample or page was chosen in it; with a modifier key the browser opens a link.
+ON_CLICK = """
+element.addEventListener('click', (event) => {
+  const chosen = event.target.closest('[data-latent],[data-open],[data-row],[data-page]');
+  if (!chosen || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  trigger('open' in chosen.dataset ? 'select' : 'click', {...chosen.dataset});
+});
+"""
+SHOW_LATENT = """
+(number) => {
+  const address = new URL(window.location);
+  address.searchParams.set('latent', number);
+  history.replaceState(null, '', address);
+  document.getElementById('latent-page')?.scrollIntoView({block: 'nearest', behavior: 'instant'});
+}
+"""
+# Fonts of the visitor's machine: nothing is fetched from elsewhere.
+LAUNCH: dict[str, Any] = {
+    "theme": Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    "css_paths": [HERE / "page.css"],
+    "max_file_size": MAX_FILE_SIZE,
+    "max_threads": THREADS,
+    "show_error": True,
+    "ssr_mode": False,
+    "footer_links": ["api"],
+}
+SET_OPACITY = "(share) => { document.documentElement.style.setProperty('--heat-opacity', share); }"
+
+logger = logging.getLogger(__name__)
+
+
+def answered(handler: Callable) -> Callable:
+    """Turn what a handler raises into a message in the page."""
+
+    @functools.wraps(handler)
+    def answer(*args: Any, **options: Any) -> Any:
+        try:
+            return handler(*args, **options)
+        except ValueError as error:
+            raise gr.Error(
+                html.escape(str(error), quote=False), title="That cannot be used", print_exception=False
+            ) from None
+        except Exception:
+            logger.exception("a request failed")
+            raise gr.Error(
+                "Something went wrong here. The server goes on; try something else.", print_exception=False
+            ) from None
+
+    return answer
+
+
+def build_app(data: SpaceData) -> gr.Blocks:
+    """Return the page over a model and its index."""
+    with gr.Blocks(title="SPARC concept explorer", analytics_enabled=False, delete_cache=(1800, 3600)) as app:
+        gr.Markdown("# SPARC concept explorer")
+        with gr.Tabs(selected="explorer", overflow_behavior="wrap", elem_id="tabs") as tabs:
+            with gr.Tab("Concept explorer", id="explorer"):
+                open_latent = explorer_tab(data, tabs, app)
+            with gr.Tab("Explain", id="explain"):
+                explain_tab(data, open_latent)
+            with gr.Tab("Retrieve", id="retrieve"):
+                retrieve_tab(data, open_latent)
+            with gr.Tab("Compare models", id="compare") as compare:
+                compare_tab(data, compare, open_latent)
+            with gr.Tab("About", id="about"):
+                gr.Markdown(data.card or "This model has no card.", sanitize_html=True, elem_id="card")
+    app.queue(max_size=QUEUE_SIZE, default_concurrency_limit=AT_ONCE)
+    return app
+
+
+def fragment(value: str = "", **options: Any) -> gr.HTML:
+    """Return a piece of the page whose links and buttons can be clicked."""
+    return gr.HTML(value, js_on_load=ON_CLICK, **options)
+
+
+def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[Callable], None]:
+    """Build the explorer and return what makes another fragment's event open the latent that was chosen there."""
+
+    @answered
+    def find(search: str, order: str) -> str:
+        return page.latents_table(data, data.find_latents(checked_text(search), order))
+
+    @answered
+    def show(number: str) -> tuple[str, str]:
+        facts = data.latent(checked_number(number, data.num_latents, "latent"))
+        return page.latent_page(data, facts), page.latent_samples(data, facts)
+
+    @functools.lru_cache(maxsize=128)
+    def samples_with_maps(latent: int) -> str:
+        facts = data.latent(latent)
+        rows = {stream: [row for row, _ in samples] for stream, samples in facts.samples.items()}
+        return page.latent_samples(data, facts, latent_maps(data, latent, rows))
+
+    @answered
+    def show_maps(number: str, wanted: bool) -> str:
+        latent = checked_number(number, data.num_latents, "latent")
+        return samples_with_maps(latent) if wanted else page.latent_samples(data, data.latent(latent))
+
+    @answered
+    def clicked(event: gr.EventData, search: str, order: str) -> tuple[Any, ...]:
+        chosen = event._data or {}
+        if "page" in chosen:
+            found = data.find_latents(checked_text(search), order)
+            return (
+                gr.skip(),
+                page.latents_table(data, found, checked_number(chosen["page"], 10**6, "page")),
+                *[gr.skip()] * 3,
+            )
+        return opened(chosen.get("open", chosen.get("latent")))
+
+    @answered
+    def linked(request: gr.Request) -> tuple[Any, ...]:
+        number = dict(request.query_params).get("latent")
+        return (gr.skip(),) * 5 if number is None else opened(number)
+
+    def opened(number: Any) -> tuple[Any, ...]:
+        latent = checked_number(number, data.num_latents, "latent")
+        return gr.Tabs(selected="explorer"), gr.skip(), str(latent), *show(str(latent))
+
+    latents = data.find_latents("", FIRST_ORDER)
+    first = data.latent(latents[0] if latents else 0)
+    with gr.Row(elem_classes="explorer"):
+        with gr.Column(scale=2, min_width=320):
+            with gr.Row():
+                search = gr.Textbox(label="Search latents", placeholder="name, label or word", elem_id="search")
+                order = gr.Dropdown(list(ORDERS), value=FIRST_ORDER, label="Sort by", elem_id="order")
+            table = fragment(page.latents_table(data, latents), elem_id="latents")
+        with gr.Column(scale=3, min_width=320):
+            with gr.Row():
+                number = gr.Textbox(str(first.latent), label="Latent number", max_lines=1, elem_id="number")
+                wanted = gr.Checkbox(True, label="maps on images", elem_id="with-maps")
+            facts = fragment(page.latent_page(data, first), elem_id="facts")
+            samples = fragment(page.latent_samples(data, first), elem_id="samples")
+    everything = [tabs, table, number, facts, samples]
+
+    def then_maps(event: Any) -> None:
+        event.success(None, number, None, js=SHOW_LATENT)
+        event.success(show_maps, [number, wanted], samples, api_visibility="private", show_progress="hidden")
+
+    gr.on(
+        [search.submit, search.change, order.input],
+        find,
+        [search, order],
+        table,
+        api_name="find_latents",
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
+    then_maps(number.submit(show, number, [facts, samples], api_name="latent"))
+    wanted.input(show_maps, [number, wanted], samples, api_name="latent_maps")
+    linked_to = app.load(linked, None, everything, api_visibility="private")
+    linked_to.success(show_maps, [number, wanted], samples, api_visibility="private", show_progress="hidden")
+
+    def open_from(listener: Callable) -> None:
+        then_maps(listener(clicked, [search, order], everything, api_visibility="private"))
+
+    open_from(table.click)
+    open_from(facts.click)
+    return open_from
+
+
+def explain_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> None:
+    """Build the tab of maps and words."""
+
+    @answered
+    def explained(picture: str | None, caption: str, target: str) -> str:
+        image, remarks = checked_image(picture) if picture else (None, [])
+        found = explain(data, image, checked_text(caption), latent=target_latent(data, target))
+        found.remarks = remarks + found.remarks
+        return page.explanation_page(data, found)
+
+    @answered
+    def bar_clicked(event: gr.EventData, picture: str | None, caption: str) -> tuple[str, str]:
+        latent = checked_number((event._data or {}).get("latent"), data.num_latents, "latent")
+        return data.title(latent), explained(picture, caption, str(latent))
+
+    named = [latent for latent in data.find_latents("", FIRST_ORDER) if data.name(latent)][:LISTED_LATENTS]
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            picture = upload(elem_id="explain-image")
+            strip = fragment(page.sample_strip(data, spread_rows(data, PICKS)), elem_id="explain-strip")
+            caption = gr.Textbox(label="Caption", lines=2, elem_id="explain-caption")
+            target = gr.Dropdown(
+                [SIMILARITY, *(data.title(latent) for latent in named)],
+                value=SIMILARITY,
+                label="Look for",
+                info="a concept by name or number, or the similarity",
+                allow_custom_value=True,
+                elem_id="explain-target",
+            )
+            button = gr.Button("Explain", variant="primary", elem_id="explain-button")
+            opacity = gr.Slider(0, 1, 0.65, label="Opacity of maps", elem_id="opacity")
+        with gr.Column(scale=3, min_width=320):
+            result = fragment(
+                "<p class=empty>Pick an image below the upload, or bring your own, and press Explain.</p>",
+                elem_id="explanation",
+            )
+    inputs = [picture, caption, target]
+    gr.on([button.click, caption.submit, target.input], explained, inputs, result, api_name="explain")
+    strip.click(picked(data), None, [picture, caption], api_visibility="private").success(
+        explained, inputs, result, api_visibility="private"
+    )
+    result.click(bar_clicked, [picture, caption], [target, result], api_visibility="private")
+    open_latent(result.select)
+    opacity.input(None, opacity, None, js=SET_OPACITY)
+
+
+def retrieve_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> None:
+    """Build the tab of retrieval."""
+    directions = {words: kinds for words, kinds in DIRECTIONS.items() if all(data.streams_of(kind) for kind in kinds)}
+
+    @answered
+    def retrieved(picture: str | None, caption: str, sample: str, source: str, target: str) -> str:
+        query: Any = None
+        if sample and sample.strip():
+            query = checked_number(sample, len(data.features), "sample")
+        elif data.modality(source) == "text":
+            query = checked_text(caption, needed=True)
+        elif picture:
+            query, _ = checked_image(picture)
+        else:
+            raise InputRefused("Choose an image first, or pick a sample.")
+        return page.retrieval_page(data, source, target, query)
+
+    @answered
+    def sample_picked(event: gr.EventData) -> tuple[Any, str, str]:
+        # Without encoders a sample can only be named.
+        return *take(event), "" if data.encoders else str((event._data or {})["row"])
+
+    take = picked(data)
+
+    def first_streams(direction: str) -> tuple[str, str]:
+        sources, targets = (data.streams_of(kind) for kind in directions[direction])
+        encoders = {stream: data.model.config.stream(stream).get("encoder") for stream in data.streams}
+        pairs = [(source, target) for source in sources for target in targets if source != target]
+        # Images across models; between images and captions, the model that knows both comes first.
+        within = [pair for pair in pairs if sources != targets and encoders[pair[0]] == encoders[pair[1]]]
+        return (within or pairs or [(sources[0], targets[0])])[0]
+
+    @answered
+    def streams(direction: str) -> tuple[Any, Any]:
+        if direction not in directions:
+            raise InputRefused("Choose one of the directions.")
+        sources, targets = (data.streams_of(kind) for kind in directions[direction])
+        source, target = first_streams(direction)
+        return gr.Dropdown(sources, value=source), gr.Dropdown(targets, value=target)
+
+    known = data.streams
+    first = next(iter(directions), None)
+    source_first, target_first = first_streams(first) if first is not None else (known[0], known[-1])
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            direction = gr.Radio(
+                list(directions), value=first, label="From, to", elem_id="direction", visible=first is not None
+            )
+            caption = gr.Textbox(label="Caption", lines=2, elem_id="retrieve-caption")
+            picture = upload(elem_id="retrieve-image")
+            strip = fragment(page.sample_strip(data, spread_rows(data, PICKS)), elem_id="retrieve-strip")
+            sample = gr.Textbox(label="or the number of an indexed sample", max_lines=1, elem_id="retrieve-sample")
+            with gr.Row():
+                source = gr.Dropdown(known, value=source_first, label="Query's stream", elem_id="source")
+                target = gr.Dropdown(known, value=target_first, label="Searched stream", elem_id="target")
+            button = gr.Button("Retrieve", variant="primary", elem_id="retrieve-button")
+        with gr.Column(scale=3, min_width=320):
+            result = fragment(
+                "<p class=empty>Type a caption or choose an image, and press Retrieve.</p>", elem_id="matches"
+            )
+    inputs = [picture, caption, sample, source, target]
+    gr.on([button.click, caption.submit, sample.submit], retrieved, inputs, result, api_name="retrieve")
+    strip.click(sample_picked, None, [picture, caption, sample], api_visibility="private").success(
+        retrieved, inputs, result, api_visibility="private"
+    )
+    if first is not None:
+        direction.input(streams, direction, [source, target], api_visibility="private", show_progress="hidden")
+    open_latent(result.click)
+
+
+def compare_tab(data: SpaceData, tab: gr.Tab, open_latent: Callable[[Callable], None]) -> None:
+    """Build the tab that compares the streams."""
+
+    @answered
+    @functools.lru_cache(maxsize=4)
+    def compared(encoding: str) -> str:
+        return page.compare_page(data, encoding)
+
+    encoding = gr.Radio(
+        ["single", "joint"],
+        value="single",
+        label="Encoding",
+        info="single: each stream alone; joint: the streams of a sample choose their latents together",
+        elem_id="encoding",
+    )
+    result = fragment(elem_id="comparison")
+    encoding.input(compared, encoding, result, api_name="compare")
+    tab.select(compared, encoding, result, api_visibility="private")
+    open_latent(result.click)
+
+
+def upload(**options: Any) -> gr.Image:
+    """Return a place for an image that hands over the file unopened, because it is checked before it is decoded."""
+    picture = gr.Image(
+        type="filepath",
+        image_mode=None,
+        format="png",
+        sources=["upload", "clipboard"],
+        label="Image",
+        height=220,
+        **options,
+    )
+    picture.preprocess = lambda payload: None if payload is None else payload.path
+    return picture
+
+
+def picked(data: SpaceData) -> Callable:
+    """Return the handler that takes a sample's image and caption over."""
+
+    @answered
+    def pick(event: gr.EventData) -> tuple[Any, str]:
+        row = checked_number((event._data or {}).get("row"), len(data.features), "sample")
+        return data.image(row), data.caption(row) or ""
+
+    return pick
+
+
+def target_latent(data: SpaceData, target: str) -> int | None:
+    """Return the latent that is meant by a title, a number or a word; None for the similarity."""
+    words = checked_text(target)
+    if words in ("", SIMILARITY):
+        return None
+    number = words.split(" · ")[0]
+    if number.isascii() and number.isdigit():
+        return checked_number(number, data.num_latents, "latent")
+    found = data.find_latents(words, FIRST_ORDER)
+    if not found:
+        raise InputRefused(f"No latent has {words[:60]!r} as its name, label or word.")
+    return found[0]
+
+
+def launch(data: SpaceData, *, host: str | None = None, port: int | None = None) -> None:
+    """Serve the page; None takes gradio's own settings from the environment."""
+    build_app(data).launch(server_name=host, server_port=port, **LAUNCH)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("sparc_hf").setLevel(logging.INFO)
+    launch(open_space(os.environ.get("SPARC_MODEL") or None, os.environ.get("SPARC_DATASET") or None))

@@ -1,0 +1,27 @@
+"""A Space over a small demo, for tests."""
+
+import functools
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+from sparc_hf import space_data
+from sparc_hf.command_arguments import DemoArguments
+from sparc_hf.hub import space_folder
+
+SMALL = {"train_rows": 400, "test_rows": 150, "epochs": 6, "num_latents": 96, "k": 8}
+
+
+def small_demo(cache: Path) -> space_data.SpaceData:
+    """Open the embedded demo, in sizes that take seconds."""
+    with mock.patch.object(space_data, "DemoArguments", functools.partial(DemoArguments, **SMALL)):
+        return space_data.open_space(cache=str(cache))
+
+
+def space_app() -> ModuleType:
+    """Return spaces_app/app.py, as `sparc space` loads it."""
+    spec = importlib.util.spec_from_file_location("sparc_space_app", space_folder() / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    return app

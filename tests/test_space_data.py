@@ -1,0 +1,250 @@
+"""The index and what is read from it: facts of latents, samples, retrieval, maps; opening and caching."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from sparc_hf import SparcModel, space_data
+from sparc_hf.concepts import load_concepts
+from sparc_hf.features import FeatureDataset
+from sparc_hf.space_data import ORDERS, card_text, open_space
+from sparc_hf.space_index import open_index
+from sparc_hf.space_maps import explain, latent_maps, seen_images
+from sparc_hf.space_page import compare_page, heat_image, latent_page, latent_samples, marked_words, matches_page
+
+
+@pytest.fixture(scope="module")
+def cache(space_cache):
+    return space_cache
+
+
+@pytest.fixture(scope="module")
+def data(small_space):
+    return small_space
+
+
+def test_the_demo_is_prepared_once(data, cache, monkeypatch):
+    monkeypatch.setattr(space_data, "run_demo", None)
+    stamps = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    again = open_space(cache=str(cache))
+    assert again.index.folder == data.index.folder
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_figures_are_those_of_the_codes(data):
+    rows = {name: torch.from_numpy(data.features.array(name)) for name in data.streams}
+    for stream in data.streams:
+        code = data.model.encode({stream: rows[stream]})[stream].to_dense().detach().numpy()
+        fires = (code > 0).mean(axis=0)
+        assert data.index.statistics[f"frequency/{stream}/single"] == pytest.approx(fires)
+        for latent in np.flatnonzero(fires)[:10].tolist():
+            best = data.latent(latent).samples[stream]
+            assert [value for _, value in best] == pytest.approx(np.sort(code[:, latent])[::-1][: len(best)], abs=1e-5)
+            assert all(code[row, latent] == pytest.approx(value, abs=1e-5) for row, value in best)
+
+
+def test_nearest_atoms(data):
+    atoms = data.model.atoms["dino"].detach().numpy()
+    near = data.latent(3).neighbours["dino"]
+    cosines = atoms @ atoms[3]
+    cosines[3] = -2
+    assert near[0][0] == cosines.argmax()
+    assert near[0][1] == pytest.approx(cosines.max(), abs=1e-5)
+
+
+def test_latents_are_found_and_sorted(data):
+    everything = data.find_latents()
+    assert everything
+    assert data.find_latents("7") == [7]
+    assert data.find_latents("999999") == []
+    assert data.find_latents("nosuchword") == []
+    named = next(latent for latent in everything if data.name(latent))
+    word = data.name(named).split()[0]
+    assert named in data.find_latents(word.upper())
+    for order, column in ORDERS.items():
+        found = data.find_latents("", order)
+        assert sorted(found) == sorted(everything)
+        if order in ("energy", "entropy"):
+            values = data.index.statistics[column][found]
+            assert (np.diff(values) <= 0).all()
+    with pytest.raises(ValueError, match="ordered by one of"):
+        data.find_latents("", "beauty")
+
+
+def test_retrieval_by_input_equals_retrieval_by_sample(data):
+    by_row = data.retrieve("clip_txt", "clip_img", 5)
+    by_text = data.retrieve("clip_txt", "clip_img", data.caption(5))
+    assert [match.row for match in by_row] == [match.row for match in by_text]
+    assert [match.similarity for match in by_row] == pytest.approx([match.similarity for match in by_text], abs=1e-4)
+    assert data.retrieve("clip_img", "clip_img", data.image(5))[0].row == 5
+    assert 5 not in [match.row for match in data.retrieve("clip_img", "clip_img", 5)]
+    with pytest.raises(ValueError, match="there is no stream 'sound'"):
+        data.retrieve("sound", "dino", 1)
+
+
+def test_explaining_a_concept_and_a_similarity(data):
+    image, caption = data.image(2), data.caption(2)
+    latent = data.strongest(data.code("clip_img", image))[0][0]
+    concept = explain(data, image, caption, latent=latent)
+    assert list(concept.maps) == ["dino", "clip_img"]
+    assert list(concept.words) == ["clip_txt"]
+    assert len(concept.baselines) == 1
+    alike = explain(data, image, caption)
+    assert alike.latent is None
+    assert not np.array_equal(alike.maps["clip_img"].heat, concept.maps["clip_img"].heat)
+    for found in (concept, alike):
+        assert [word.word for word in found.words["clip_txt"]] == caption.split()
+        assert all(np.isfinite(view.heat).all() and view.heat.min() >= 0 for view in found.maps.values())
+    alone = explain(data, image)
+    assert alone.latent == data.strongest(data.code("dino", image))[0][0]
+    assert explain(data, None, caption).maps == {}
+    with pytest.raises(ValueError, match="take image and text"):
+        explain(data, None, "")
+
+
+def test_a_backbone_without_maps_shows_plain_images(data, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("no attention maps here")
+
+    monkeypatch.setattr("sparc_hf.space_maps.image_maps", refuse)
+    assert latent_maps(data, 5, {"dino": [1]}) == {}
+    found = explain(data, data.image(1), data.caption(1), latent=5)
+    assert found.maps["dino"].heat is None
+    assert "dino has no map: no attention maps here" in found.remarks
+    assert found.active["dino"]
+
+
+def test_image_streams_alone_explain_images(data, monkeypatch):
+    images = {name: encoder for name, encoder in data.encoders.items() if encoder.modality == "image"}
+    monkeypatch.setattr(data, "encoders", images)
+    found = explain(data, data.image(1), "a caption that no stream reads")
+    assert found.latent is not None
+    assert list(found.maps) == ["dino", "clip_img"]
+    assert found.words == {}
+
+
+def test_maps_of_top_samples_cover_what_the_encoder_sees(data):
+    maps = latent_maps(data, data.find_latents()[0], {"dino": [1, 4], "clip_txt": [1]})
+    assert list(maps) == ["dino"]
+    seen = maps["dino"][1]
+    # The demo's encoders take the scene as it is.
+    assert np.abs(np.asarray(seen.image, int) - np.asarray(data.image(4), int)).max() <= 1
+    assert seen.heat.shape[0] == seen.heat.shape[1]
+    assert seen_images(data.encoders["clip_img"], [data.image(4)])[0].size == (64, 64)
+
+
+def test_heat_is_transparent_where_there_is_none():
+    heat = np.asarray(heat_image(np.array([[0, 1], [2, 4]], np.float32)))
+    assert heat[..., 3].tolist() == [[0, 64], [128, 255]]
+    assert np.asarray(heat_image(np.zeros((2, 2), np.float32)))[..., 3].max() == 0
+
+
+def test_everything_from_outside_is_escaped(data, monkeypatch):
+    evil = '<img src=x onerror="alert(1)">'
+    monkeypatch.setattr(data, "caption", lambda row: evil)
+    monkeypatch.setattr(data, "name", lambda latent: evil)
+    facts = data.latent(data.find_latents()[0])
+    found = explain(data, None, f"red {evil}", latent=1)
+    pages = [
+        latent_page(data, facts),
+        latent_samples(data, facts),
+        matches_page(data, "clip_img", data.retrieve("clip_txt", "clip_img", "red circle")),
+        compare_page(data, "joint"),
+        marked_words(f"red {evil}", found.words["clip_txt"]),
+    ]
+    for text in pages:
+        assert "<img src=x" not in text
+        assert 'onerror="' not in text
+
+
+def test_marked_words_give_the_caption_back(data):
+    caption = "a <red> circle,  and & 'blue'"
+    found = explain(data, None, caption, latent=1)
+    assert html.unescape(re.sub(r"</?mark[^>]*>", "", marked_words(caption, found.words["clip_txt"]))) == caption
+
+
+def test_features_without_images_labels_or_text(data, tmp_path):
+    bare = FeatureDataset.from_arrays(
+        {name: data.features.array(name) for name in data.streams}, streams=data.model.config.streams
+    )
+    index = open_index(data.model, bare, tmp_path)
+    assert index.thumbnail(0) is None
+    assert np.isnan(index.statistics["alignment/single"]).all()
+    shown = space_data.SpaceData(data.model, bare, index)
+    facts = shown.latent(shown.find_latents()[0])
+    assert "<img" not in latent_samples(shown, facts)
+    assert shown.retrieve("dino", "clip_img", 3)
+    with pytest.raises(ValueError, match="does not say which encoder"):
+        shown.code("dino", data.image(1))
+
+
+def test_names_that_come_with_the_model_win(data, tmp_path):
+    folder = data.index.folder
+    concepts = load_concepts(folder)
+    renamed = [type(one)(**vars(one) | {"name": "mine"}) for one in concepts[:1]]
+    index = open_index(data.model, data.features, tmp_path, names=renamed)
+    assert index.concepts[renamed[0].latent].name == "mine"
+    assert len(index.concepts) == len(concepts)
+
+
+def test_a_failed_index_leaves_nothing(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparc_hf.space_index._write_thumbnails", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_index(data.model, data.features, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_ones_own(data, cache, tmp_path):
+    demo = next(cache.glob("demo-*"))
+    own = open_space(str(demo / "model"), str(demo / "features" / "test"), str(tmp_path))
+    assert own.num_latents == data.num_latents
+    with pytest.raises(ValueError, match="no feature dataset to show it on"):
+        open_space(str(demo / "model"), None, str(tmp_path))
+    with pytest.raises(ValueError, match="no model"):
+        open_space(None, str(demo / "features" / "test"), str(tmp_path))
+    with pytest.raises(ValueError, match="neither a folder nor a model on the Hub"):
+        open_space("nobody/nothing", str(demo / "features" / "test"), str(tmp_path))
+
+
+def test_an_index_has_the_same_name_in_every_process(data, cache):
+    demo = next(cache.glob("demo-*"))
+    code = (
+        "from sparc_hf import SparcModel; from sparc_hf.features import FeatureDataset\n"
+        "from sparc_hf.concepts import load_concepts; from sparc_hf.space_index import index_name\n"
+        f"model, features = SparcModel.from_pretrained({str(demo / 'model')!r}), {str(demo / 'features' / 'test')!r}\n"
+        f"print(index_name(model, FeatureDataset.load(features), load_concepts({str(demo / 'model')!r})))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == data.index.folder.name
+
+
+def test_another_model_has_another_index(data, cache, tmp_path):
+    other = SparcModel.from_pretrained(next(cache.glob("demo-*")) / "model").eval()
+    with torch.no_grad():
+        other.atoms["dino"][0] *= -1
+    assert open_index(other, data.features, tmp_path).folder.name != data.index.folder.name
+
+
+def test_cards(data, tmp_path):
+    assert data.card.startswith("# SPARC on the embedded world")
+    assert "data:image/png;base64," in data.card
+    shutil.copy(next(data.index.folder.parent.parent.glob("demo-*/model/*.png")), tmp_path / "secret.png")
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "README.md").write_text("---\na: b\n---\n# Card\n![x](../secret.png) ![y](none.png)\n")
+    assert card_text(tmp_path / "card" / "README.md") == "# Card\n![x](../secret.png) ![y](none.png)"
+    assert card_text(tmp_path / "none.md") == ""
+
+
+def test_results_of_both_encodings(data):
+    assert set(data.index.results) >= {"joint", "single"}
+    json.dumps(data.index.results)
