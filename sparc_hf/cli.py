@@ -287,6 +287,12 @@ def _run_concepts(args: Any) -> dict[str, Any]:
     return run_concepts(args)
 
 
+def _run_retrieve(args: Any) -> dict[str, Any]:
+    from sparc_hf.sample_search import run_retrieve
+
+    return run_retrieve(args)
+
+
 def _run_explain(args: Any) -> dict[str, Any]:
     from sparc_hf.explain import run_explain
 
@@ -370,6 +376,11 @@ COMMANDS: dict[str, Command] = {
         "draw where concepts are in images and captions, beside the baseline",
         "sparc_hf.explain:ExplainArguments",
         _run_explain,
+    ),
+    "retrieve": Command(
+        "find the samples whose codes are most like those of an image, a text or another sample",
+        "sparc_hf.sample_search:RetrieveArguments",
+        _run_retrieve,
     ),
     "card": Command(
         "write the model card of a saved model",

@@ -15,6 +15,7 @@ from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.explain import active_latents, explain_sample, latents_named
 from sparc_hf.extraction import extract_features
+from sparc_hf.features import FeatureDataset
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
 from sparc_hf.sources import parse_streams
 
@@ -194,3 +195,37 @@ def test_an_overlay_is_strongest_where_the_map_is():
     changed = np.abs(picture.astype(int) - 60).sum(axis=2)
     assert np.unravel_index(changed.argmax(), changed.shape) == (2, 3)
     assert (changed > 5).sum() == 1
+
+
+@torch.no_grad()
+def test_retrieve_finds_what_shares_concepts(world, tmp_path, capsys):
+    model, _, folder = world
+    base = f"retrieve --model {folder}/model --features {folder}/features --count 4"
+    features = FeatureDataset.load(folder / "features")
+    rows = {name: torch.from_numpy(features.array(name)) for name in features.stream_names}
+    dense = {name: model.encode({name: value}, "local")[name].to_dense() for name, value in rows.items()}
+    unit = {name: value / value.norm(dim=1, keepdim=True).clamp(min=1e-8) for name, value in dense.items()}
+    told = run(f"{base} --row 3 --source dino", capsys)
+    assert (told["source"], list(told["matches"])) == ("dino", ["dino", "clip_img", "clip_txt"])
+    expected = unit["clip_img"] @ unit["dino"][3]
+    expected[3] = 0
+    found = told["matches"]["clip_img"]
+    assert [match["row"] for match in found] == expected.argsort(descending=True, stable=True)[:4].tolist()
+    assert [match["similarity"] for match in found] == pytest.approx(
+        expected.sort(descending=True).values[:4], abs=1e-4
+    )
+    assert found[0]["id"] == features.ids[found[0]["row"]]
+    features.image(3).save(tmp_path / "query.png")
+    same = run(f"{base} --image {tmp_path}/query.png --source dino --target dino", capsys)["matches"]["dino"]
+    assert (same[0]["row"], same[0]["similarity"]) == (3, pytest.approx(1, abs=1e-4))
+    by_text = run(f"{base} --text {features.text[5].split()[0]} --target clip_img", capsys)
+    assert by_text["source"] == "clip_txt"
+    for flags, message in (
+        ("", "give one of"),
+        ("--text a --row 3", "give one of"),
+        ("--row 99", "numbered from 0 to 23"),
+        ("--text a --source dino", "encodes text; those that do are ['clip_txt']"),
+        ("--row 1 --target ears", "no streams ['ears']"),
+    ):
+        assert main(f"{base} {flags}".split()) == 2
+        assert message in capsys.readouterr().err

@@ -73,6 +73,7 @@ FLOORS = {
     "pipeline": 6,
     "map_plots": 0,
     "explain": 6,
+    "sample_search": 6,
     "maximisation": 3,
     "concept_sheets": 7,
     "backbone_trace": 2,

@@ -1,0 +1,109 @@
+"""`sparc retrieve`: the samples whose codes are most like those of an image, a text, or another sample."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sparc_hf.code_search import CodeSearch, Match
+from sparc_hf.codes import encode_features
+from sparc_hf.concepts import load_concepts
+from sparc_hf.encoders import load_encoders
+from sparc_hf.features import FeatureDataset
+from sparc_hf.modeling_sparc import SparcModel
+
+
+@dataclass
+class RetrieveArguments:
+    """Flags of `sparc retrieve`."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of the model."})
+    features: str = field(metadata={"help": "Feature dataset to search."})
+    text: str | None = field(default=None, metadata={"help": "The query, a text."})
+    image: str | None = field(default=None, metadata={"help": "The query, an image file."})
+    row: int | None = field(default=None, metadata={"help": "The query, a row of the dataset."})
+    source: str | None = field(
+        default=None, metadata={"help": "Stream that encodes the query (default: the first that can)."}
+    )
+    target: list[str] = field(default_factory=list, metadata={"help": "Streams to search (default: all)."})
+    count: int = field(default=10, metadata={"help": "Most samples to find in a stream."})
+    shared: int = field(default=3, metadata={"help": "Concepts to tell of each match, those that bring it most."})
+    batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+
+
+def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
+    """Search a dataset by single-stream codes.
+
+    Returns:
+        "source", and "matches": stream -> the most similar samples first, each {"row", "id", "text", "similarity",
+        "shared"}; `id` and `text` where the dataset has them.
+
+    Raises:
+        ValueError: for none or several queries, unknown streams or rows, or a query no stream can encode.
+    """
+    given = {name: value for name in ("text", "image", "row") if (value := getattr(args, name)) is not None}
+    if len(given) != 1 or args.count < 1:
+        raise ValueError(
+            f"give one of `text`, `image` and `row`, and a `count` of 1 or more, but got {given or 'none'}"
+        )
+    model = SparcModel.from_pretrained(args.model).eval()
+    features = FeatureDataset.load(args.features)
+    streams = model.config.stream_names
+    if unknown := [name for name in [*args.target, *filter(None, [args.source])] if name not in streams]:
+        raise ValueError(f"there are no streams {unknown}; this model has {streams}")
+    index = CodeSearch(encode_features(model, features, encoding="single", batch_size=args.batch_size))
+    if args.row is not None:
+        source = args.source or streams[0]
+        query = index.query(source, args.row)
+    else:
+        source, query = _encoded(args, model)
+    names = {one.latent: one.name for one in load_concepts(args.model)} if Path(args.model).is_dir() else {}
+    ids, texts = features.ids, features.text
+
+    def told(match: Match) -> dict[str, Any]:
+        about = {"id": None if ids is None else ids[match.row], "text": None if texts is None else texts[match.row]}
+        shared = [
+            {"latent": latent, "name": names.get(latent), "share": round(share, 4)}
+            for latent, share in match.shared[: args.shared]
+        ]
+        known = {key: value for key, value in about.items() if value is not None}
+        return {"row": match.row, **known, "similarity": round(match.similarity, 5), "shared": shared}
+
+    return {
+        "source": source,
+        "matches": {
+            # In its own stream the query would find itself first.
+            stream: [
+                told(match)
+                for match in index.search(stream, query, args.count, without=args.row if stream == source else None)
+            ]
+            for stream in args.target or streams
+        },
+    }
+
+
+@torch.no_grad()
+def _encoded(args: RetrieveArguments, model: SparcModel) -> tuple[str, np.ndarray]:
+    """Return the stream and the code [N] of an image or a text; of patch tokens the largest values."""
+    modality = "text" if args.text is not None else "image"
+    able = [record for record in model.config.streams or [] if record.get("modality") == modality]
+    chosen = [record for record in able if args.source in (None, record["name"])]
+    if not chosen:
+        raise ValueError(
+            f"no stream {args.source or ''} of this model encodes {modality}; those that do are "
+            f"{[record['name'] for record in able]}"
+        )
+    encoder = load_encoders(chosen[:1])[chosen[0]["name"]]
+    if args.image is not None:
+        try:
+            with Image.open(args.image) as opened:
+                sample: Any = opened.convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"`{args.image}` cannot be read as an image: {error}") from error
+    else:
+        sample = args.text
+    code = model.encode({encoder.name: encoder.rows(encoder.prepare([sample]))})[encoder.name]
+    return encoder.name, code.to_dense().amax(dim=0).float().cpu().numpy()
