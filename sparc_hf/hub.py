@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparc_hf.configuration_sparc import SparcConfig
+from sparc_hf.run_folder import RESULTS_FILE, write_json
 from sparc_hf.version import __version__
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def write_model_card(
 
     Args:
         folder: a folder written by `SparcModel.save_pretrained`.
-        results: the `results` of what `evaluate_model` returned; they also become the card's model-index.
+        results: the `results` of what `evaluate_model` returned; they also become the card's model-index, and stay in
+            the folder (results.json) for the next card, which shows them unless it is given others.
         results_split: a word for the rows behind the results.
         settings: the training arguments.
         repo: the name under which readers load the model (default: the folder).
@@ -59,6 +61,7 @@ def write_model_card(
 
     folder = Path(folder)
     config = _config_of(folder)
+    results = _kept_results(folder, results)
     unknown = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
     streams: list[dict[str, Any]] = [unknown | record for record in config.streams or []]
     encoders = sorted({record["encoder"] for record in streams if _is_hub_id(record["encoder"])})
@@ -104,6 +107,15 @@ def write_model_card(
 
 
 PICTURE_FILE = "reconstruction.png"
+
+
+def _kept_results(folder: Path, results: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Keep results in the folder, or return those it has; new weights remove them."""
+    path = folder / RESULTS_FILE
+    if results is None:
+        return next(iter(json.loads(path.read_text(encoding="utf-8"))["models"].values())) if path.exists() else None
+    write_json(path, {"models": {folder.resolve().name: results}})
+    return results
 
 
 def _write_picture(path: Path, results: Mapping[str, Any]) -> None:

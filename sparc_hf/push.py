@@ -15,7 +15,7 @@ from sparc_hf.concepts import CONCEPTS_FILE
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import space_folder, write_dataset_card, write_model_card
 from sparc_hf.parquet_features import DATA_FOLDER, write_parquet_split
-from sparc_hf.run_folder import SETTINGS_FILE
+from sparc_hf.run_folder import RESULTS_FILE, SETTINGS_FILE
 from sparc_hf.version import __version__
 
 METRICS = Path(__file__).parent / "metrics"
@@ -25,7 +25,7 @@ MODEL_FILES = (
     "*.safetensors",
     "*.py",
     CONCEPTS_FILE,
-    "results.json",
+    RESULTS_FILE,
     SETTINGS_FILE,
     "imported_from.json",
 )

@@ -14,10 +14,9 @@ from sparc_hf import plots
 from sparc_hf.codes import ENCODINGS
 from sparc_hf.evaluation import Evaluation
 from sparc_hf.hub import METRIC_NAMES, eval_results, figure_text, templates_folder
-from sparc_hf.run_folder import write_json
+from sparc_hf.run_folder import RESULTS_FILE, write_json
 from sparc_hf.version import __version__
 
-RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 INDEX_FILE = "model-index.yaml"
 PERCENT = ("dead_share",)

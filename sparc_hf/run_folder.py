@@ -13,10 +13,16 @@ from sparc_hf.modeling_sparc import SparcModel
 STATE_FILE = "trainer_state.json"
 LOG_FILE = "training_log.jsonl"
 SETTINGS_FILE = "training_arguments.json"
+RESULTS_FILE = "results.json"
+# What was found out about the weights, and is nothing to other ones.
+FINDINGS = (RESULTS_FILE, "concepts.json", "reconstruction.png")
 
 
 def save_model(model: SparcModel, folder: str | Path) -> None:
-    """Save a model's files into a folder that may hold others; each file appears complete or not at all."""
+    """Save a model's files into a folder that may hold others; each file appears complete or not at all.
+
+    Results and concept names of the weights that were there are removed.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as unfinished:
@@ -24,6 +30,8 @@ def save_model(model: SparcModel, folder: str | Path) -> None:
         # The weights go last: a folder with new weights then always has their config.
         for file in sorted(Path(unfinished).iterdir(), key=lambda path: path.suffix == ".safetensors"):
             os.replace(file, folder / file.name)
+    for name in FINDINGS:
+        (folder / name).unlink(missing_ok=True)
 
 
 def claim_output_dir(folder: Path, *, resume: bool, overwrite: bool) -> None:

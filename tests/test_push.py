@@ -223,6 +223,21 @@ def test_a_space_is_pinned_to_this_version(hub, tmp_path):
         push(repo="me/show", space=str(tmp_path / "nothing"))
 
 
+def test_a_push_keeps_the_results_of_the_card_until_there_are_new_weights(hub, model_folder):
+    found = evaluate_model(tiny_model(2), planted_features(60), EvaluationSettings(replicates=0, probes=False)).results
+    write_model_card(model_folder, results=found)
+    push(repo="me/concepts", model=str(model_folder))
+    files = hub.repos["model", "me/concepts"].files
+    assert json.loads(files["results.json"])["models"]["run"]["rows"] == 60
+    assert "reconstruction.png" in files
+    card = huggingface_hub.ModelCard(files["README.md"].decode())
+    assert card.data.eval_results
+    save_model(tiny_model(2), model_folder)
+    push(repo="me/other", model=str(model_folder))
+    assert "results.json" not in hub.repos["model", "me/other"].files
+    assert not huggingface_hub.ModelCard(hub.repos["model", "me/other"].files["README.md"].decode()).data.eval_results
+
+
 FAULTS = {
     "upload refused": ("PUT", "/lfs/", {"status": 403}),
     "upload broken": ("PUT", "/lfs/", {"action": "drop", "times": 20}),
