@@ -24,6 +24,7 @@ from sparc_hf.backbone_trace import visible_box
 from sparc_hf.concepts import Concept, load_concepts
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.features import FeatureDataset
+from sparc_hf.image_files import open_image
 from sparc_hf.map_plots import ExplainedTarget, explanation_panel
 from sparc_hf.modeling_sparc import SparcModel
 
@@ -266,7 +267,7 @@ def _samples(args: ExplainArguments) -> list[tuple[str, Any]]:
     names = [Path(path).stem for path in args.image]
     doubled = {name for name in names if names.count(name) > 1}
     return [
-        (f"{name}-{number}" if name in doubled else name, lambda path=path, text=text: (_opened(path), text))
+        (f"{name}-{number}" if name in doubled else name, lambda path=path, text=text: (open_image(path), text))
         for number, (name, path, text) in enumerate(zip(names, args.image, captions, strict=True))
     ]
 
@@ -274,11 +275,3 @@ def _samples(args: ExplainArguments) -> list[tuple[str, Any]]:
 def _file_name(name: str) -> str:
     """Return a name without what a path could be made of."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".") or "sample"
-
-
-def _opened(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"`{path}` cannot be read as an image: {error}") from error

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 
 from sparc_hf.concepts import CONCEPTS_FILE, load_concepts
 from sparc_hf.encoders import StreamEncoder, load_encoders
+from sparc_hf.image_files import open_image
 from sparc_hf.modeling_sparc import SparcModel
 
 TASK = "concept-extraction"
@@ -139,7 +140,10 @@ class SparcPipeline(Pipeline):
     def _concepts(
         self, given: Mapping[str, list[Any]], streams: Sequence[str], top: int | None, selection: str | None
     ) -> Iterator[dict[str, list[dict[str, Any]]]]:
-        samples = {kind: [_opened(one) if kind == "image" else one for one in given[kind]] for kind in given}
+        samples: dict[str, list[Any]] = dict(given)
+        if "image" in given:
+            files = str | os.PathLike
+            samples["image"] = [open_image(one) if isinstance(one, files) else one for one in given["image"]]
         rows = {}
         for name in streams:
             encoder = self.encoders[name]
@@ -174,17 +178,6 @@ class SparcPipeline(Pipeline):
 
     def postprocess(self, model_outputs: Any, **_: Any) -> Any:
         raise NotImplementedError
-
-
-def _opened(image: ImageLike) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    try:
-        with Image.open(image) as opened:
-            opened.load()
-            return opened
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`{image}` cannot be read as an image: {error}") from error
 
 
 def _names_of(model: SparcModel) -> dict[int, str]:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from sparc_hf.code_search import CodeSearch, Match
 from sparc_hf.codes import encode_features
 from sparc_hf.concepts import load_concepts
 from sparc_hf.encoders import load_encoders
 from sparc_hf.features import FeatureDataset
+from sparc_hf.image_files import open_image
 from sparc_hf.modeling_sparc import SparcModel
 
 
@@ -97,13 +97,6 @@ def _encoded(args: RetrieveArguments, model: SparcModel) -> tuple[str, np.ndarra
             f"{[record['name'] for record in able]}"
         )
     encoder = load_encoders(chosen[:1])[chosen[0]["name"]]
-    if args.image is not None:
-        try:
-            with Image.open(args.image) as opened:
-                sample: Any = opened.convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"`{args.image}` cannot be read as an image: {error}") from error
-    else:
-        sample = args.text
+    sample: Any = args.text if args.image is None else open_image(args.image)
     code = model.encode({encoder.name: encoder.rows(encoder.prepare([sample]))})[encoder.name]
     return encoder.name, code.to_dense().amax(dim=0).float().cpu().numpy()

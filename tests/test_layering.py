@@ -72,6 +72,7 @@ FLOORS = {
     "report": 7,
     "pipeline": 6,
     "map_plots": 0,
+    "image_files": 0,
     "explain": 6,
     "sample_search": 6,
     "maximisation": 3,
