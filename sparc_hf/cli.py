@@ -192,6 +192,7 @@ def _run_encode(args: Any) -> dict[str, Any]:
 
 
 def _run_evaluate(args: Any) -> dict[str, Any]:
+    from sparc_hf.concepts import concept_names
     from sparc_hf.evaluation import EvaluationSettings, evaluate_models
     from sparc_hf.features import FeatureDataset
     from sparc_hf.modeling_sparc import SparcModel
@@ -215,7 +216,7 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
         for name, evaluation in evaluations.items():
             evaluation.results["localization"] = localize(models[name])
     if args.output is not None:
-        write_report(evaluations, args.output)
+        write_report(evaluations, args.output, names={name: concept_names(model) for name, model in models.items()})
     told = ("localization",) if localize else ()
     return {
         name: {encoding: evaluation.results[encoding]["headline"] for encoding in ("joint", "single")}

@@ -12,9 +12,9 @@ from sparc_hf.attribution import ConceptTarget, image_maps, map_on_image
 from sparc_hf.backbone_trace import visible_box
 from sparc_hf.codes import CodeTable, encode_features
 from sparc_hf.command_arguments import ConceptsArguments
-from sparc_hf.concepts import Concept, load_concepts, name_concepts, save_concepts, vocabulary_evidence
+from sparc_hf.concepts import Concept, concept_names, name_concepts, save_concepts, vocabulary_evidence
 from sparc_hf.encoders import StreamEncoder, load_encoders
-from sparc_hf.explain import save_figure
+from sparc_hf.explain import SHOWN_SIDE, save_figure
 from sparc_hf.features import FeatureDataset
 from sparc_hf.map_plots import SheetCell, contact_sheet, heatmap_grid
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
@@ -70,7 +70,7 @@ def latent_sheet(
         encoder = encoders.get(stream)
         records = {record["name"]: record for record in features.streams}
         is_text = (encoder.modality if encoder else records.get(stream, {}).get("modality")) == "text"
-        images = {row: None if is_text else features.image(row) for row in chosen}
+        images = {row: None if is_text else _shown(features.image(row)) for row in chosen}
         heats = _maps_of(model, encoder, images, latent, method, shifts)
         rows[stream] = [
             SheetCell(
@@ -82,6 +82,13 @@ def latent_sheet(
             for row, value in zip(chosen, top.values[latent], strict=False)
         ]
     return contact_sheet(title or f"latent {latent}", rows)
+
+
+def _shown(image: Image.Image | None) -> Image.Image | None:
+    """Return a copy that is no larger than encoders need, so that a sheet of photographs stays small."""
+    if image is not None:
+        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return image
 
 
 def _maps_of(
@@ -200,7 +207,7 @@ def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if args.features is not None:
         told |= _run_on_features(args, model, encoders, words)
-    names = {one.latent: one.name for one in load_concepts(args.model) if one.name is not None}
+    names = concept_names(model)
     if args.maximise:
         told["maximised"] = [_write_maximised(args, model, encoders, latent, names) for latent in args.maximise]
     return told
@@ -233,7 +240,9 @@ def _run_on_features(
         best = top_samples(codes, SHEET_SAMPLES)
         told["sheets"] = write_latent_sheets(model, encoders, features, best, latents, folder, **options)
     if args.heatmaps:
-        images = [image for row in range(min(args.heatmap_images, len(features))) if (image := features.image(row))]
+        images = [
+            image for row in range(min(args.heatmap_images, len(features))) if (image := _shown(features.image(row)))
+        ]
         if not images:
             raise ValueError(f"`{args.features}` has no images to draw heatmaps on")
         strongest = strongest_latents(model, codes, args.heatmaps)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.hub import cached_file
 
 from sparc_hf.codes import CodeTable
 from sparc_hf.encoders import StreamEncoder
@@ -298,3 +299,28 @@ def load_concepts(folder: str | os.PathLike) -> list[Concept]:
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"`{path}` cannot be read: {error}") from error
+
+
+def concepts_of(model: SparcModel) -> list[Concept]:
+    """Return what `concepts.json` beside a loaded model says, in its folder or on the Hub; nothing where it has none.
+
+    Raises:
+        ValueError: as `load_concepts`.
+    """
+    where = str(model.config._name_or_path or "")
+    if not where:
+        return []
+    folder = Path(where)
+    if not folder.is_dir():
+        revision = getattr(model.config, "_commit_hash", None)
+        missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        found = cached_file(where, CONCEPTS_FILE, revision=revision, **missing)
+        if found is None:
+            return []
+        folder = Path(found).parent
+    return load_concepts(folder)
+
+
+def concept_names(model: SparcModel) -> dict[int, str]:
+    """Return latent -> name of a loaded model's named latents, see `concepts_of`."""
+    return {concept.latent: concept.name for concept in concepts_of(model) if concept.name is not None}

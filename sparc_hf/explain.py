@@ -21,7 +21,7 @@ from sparc_hf.attribution import (
     word_scores,
 )
 from sparc_hf.backbone_trace import visible_box
-from sparc_hf.concepts import Concept, load_concepts
+from sparc_hf.concepts import Concept, concepts_of
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.features import FeatureDataset
 from sparc_hf.image_files import open_image
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 130
+# Maps are drawn over a smaller copy of larger images: a photograph of 100 million pixels would need gigabytes.
+SHOWN_SIDE = 640
 
 
 @dataclass
@@ -65,9 +67,9 @@ class Explanation:
     """What was found of one sample.
 
     Attributes:
-        image: the image, or None.
+        image: the image, at most 640 pixels wide and high, or None.
         caption: the caption, or "".
-        targets: a row of the panel each.
+        targets: a row of the panel each; their maps are over that image.
     """
 
     image: Image.Image | None
@@ -137,6 +139,9 @@ def explain_sample(
     """
     if image is None and not caption:
         raise ValueError("give an image, a caption, or both")
+    shown = None if image is None else image.copy()
+    if shown is not None:
+        shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     texts = [name for name, encoder in encoders.items() if encoder.modality == "text"] if caption else []
     images = [name for name, encoder in encoders.items() if encoder.modality == "image"] if image is not None else []
     if not texts and not images:
@@ -152,13 +157,13 @@ def explain_sample(
             for_texts[f"similarity with {stream}"] = SimilarityTarget(stream, image)
     used = {name: encoders[name] for name in [*images, *texts]}
     maps: dict[str, dict[str, np.ndarray]] = {}
-    if image is not None and images and for_images:
+    if image is not None and shown is not None and images and for_images:
         found = image_maps(model, used, [image], list(for_images.values()), method, shifts=shifts)
         for stream, of_stream in found.items():
-            box = visible_box(encoders[stream], image)
+            box = visible_box(encoders[stream], shown)
             for title, grid in zip(for_images, of_stream[0], strict=True):
                 if np.isfinite(grid).all():
-                    maps.setdefault(title, {})[stream] = map_on_image(grid, box, image.size)[0]
+                    maps.setdefault(title, {})[stream] = map_on_image(grid, box, shown.size)[0]
     words: dict[str, dict[str, list[Any]]] = {}
     if texts and for_texts:
         for stream, (of_text,) in word_scores(model, used, [caption], list(for_texts.values())).items():
@@ -176,7 +181,7 @@ def explain_sample(
         }
         row = _row(f"agreement of image and {text}", images, maps.get(f"similarity with {text}", {}), marked)
         targets.append(ExplainedTarget(row.title, {**row.maps, **baseline}, row.words))
-    return Explanation(image, caption, targets)
+    return Explanation(shown, caption, targets)
 
 
 def _row(
@@ -202,7 +207,7 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
     samples = _samples(args)
     model = SparcModel.from_pretrained(args.model).eval()
     encoders = load_encoders(model.config.streams or [])
-    concepts = load_concepts(args.model) if Path(args.model).is_dir() else []
+    concepts = concepts_of(model)
     names = {concept.latent: concept.name for concept in concepts}
     chosen: dict[str, Sequence[int]] = {_title(latent, names): (latent,) for latent in args.latents}
     for word in args.concept:

@@ -5,7 +5,6 @@ Importing this module registers it with transformers, as the task "concept-extra
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils.hub import cached_file
 
-from sparc_hf.concepts import CONCEPTS_FILE, load_concepts
+from sparc_hf.concepts import concept_names as names_of_model
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.image_files import open_image
 from sparc_hf.modeling_sparc import SparcModel
@@ -59,7 +57,7 @@ class SparcPipeline(Pipeline):
         super().__init__(model=model, **options)
         self.model.eval()
         self.top = top
-        self.concept_names = dict(_names_of(model) if concept_names is None else concept_names)
+        self.concept_names = dict(names_of_model(model) if concept_names is None else concept_names)
         weights = dtype if isinstance(dtype, torch.dtype) else None
         found = load_encoders(model.config.streams or [], dtype=weights) if encoders is None else encoders
         self.encoders = {name: encoder.to(self.device) for name, encoder in found.items()}
@@ -178,22 +176,6 @@ class SparcPipeline(Pipeline):
 
     def postprocess(self, model_outputs: Any, **_: Any) -> Any:
         raise NotImplementedError
-
-
-def _names_of(model: SparcModel) -> dict[int, str]:
-    """Return latent -> name from `concepts.json` beside the model, or nothing."""
-    where = str(model.config._name_or_path or "")
-    if not where:
-        return {}
-    folder = Path(where)
-    if not folder.is_dir():
-        revision = getattr(model.config, "_commit_hash", None)
-        missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = cached_file(where, CONCEPTS_FILE, revision=revision, **missing)
-        if found is None:
-            return {}
-        folder = Path(found).parent
-    return {concept.latent: concept.name for concept in load_concepts(folder) if concept.name is not None}
 
 
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=SparcPipeline, pt_model=AutoModel, type="multimodal")

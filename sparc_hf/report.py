@@ -1,6 +1,7 @@
 """The files of an evaluation: results.json, an HTML report of one or several models, model-index entries, latents."""
 
 import base64
+import csv
 import io
 import json
 import os
@@ -44,7 +45,12 @@ def check_report_folder(folder: Path) -> None:
         raise ValueError(f"`output` must be a folder, but {folder} is a file")
 
 
-def write_report(evaluations: Mapping[str, Evaluation], folder: str | Path) -> Path:
+def write_report(
+    evaluations: Mapping[str, Evaluation],
+    folder: str | Path,
+    *,
+    names: Mapping[str, Mapping[int, str]] | None = None,
+) -> Path:
     """Write results.json, report.html, model-index.yaml and `latents-<name>.csv` per model; return the report's path.
 
     Files appear complete or not at all, and replace those of an earlier evaluation.
@@ -52,6 +58,7 @@ def write_report(evaluations: Mapping[str, Evaluation], folder: str | Path) -> P
     Args:
         evaluations: model name -> evaluation, all on the same rows.
         folder: made where it does not exist.
+        names: model name -> latent -> its concept's name, for the CSV.
     """
     folder = Path(folder)
     check_report_folder(folder)
@@ -60,7 +67,8 @@ def write_report(evaluations: Mapping[str, Evaluation], folder: str | Path) -> P
     write_json(folder / RESULTS_FILE, {"models": results})
     _write_text(folder / INDEX_FILE, model_index(results))
     for name, evaluation in evaluations.items():
-        _write_text(folder / f"latents-{name.replace('/', '-')}.csv", "".join(_latent_lines(evaluation)))
+        told = latents_csv(evaluation, (names or {}).get(name, {}))
+        _write_text(folder / f"latents-{name.replace('/', '-')}.csv", told)
     _write_text(folder / REPORT_FILE, report_html(evaluations))
     return folder / REPORT_FILE
 
@@ -237,16 +245,20 @@ def _text(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _latent_lines(evaluation: Evaluation) -> Iterator[str]:
-    """Yield a CSV of single latents, a column per encoding and figure."""
+def latents_csv(evaluation: Evaluation, names: Mapping[int, str]) -> str:
+    """Return a CSV of single latents: number, name where there are any, a column per encoding and figure."""
     columns = {
         f"{encoding}/{name}": values
         for encoding, found in evaluation.latents.items()
         for name, values in found.items()
     }
-    yield ",".join(["latent", *columns]) + "\n"
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["latent", *(["name"] if names else []), *columns])
     for latent, values in enumerate(zip(*columns.values(), strict=True)):
-        yield ",".join([str(latent), *(f"{value:.6g}" for value in values)]) + "\n"
+        told = [names.get(latent, "")] if names else []
+        writer.writerow([latent, *told, *(f"{value:.6g}" for value in values)])
+    return buffer.getvalue()
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,7 +1,6 @@
 """`sparc retrieve`: the samples whose codes are most like those of an image, a text, or another sample."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 
 from sparc_hf.code_search import CodeSearch, Match
 from sparc_hf.codes import encode_features
-from sparc_hf.concepts import load_concepts
+from sparc_hf.concepts import concept_names
 from sparc_hf.encoders import load_encoders
 from sparc_hf.features import FeatureDataset
 from sparc_hf.image_files import open_image
@@ -60,7 +59,7 @@ def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
         query = index.query(source, args.row)
     else:
         source, query = _encoded(args, model)
-    names = {one.latent: one.name for one in load_concepts(args.model)} if Path(args.model).is_dir() else {}
+    names = concept_names(model)
     ids, texts = features.ids, features.text
 
     def told(match: Match) -> dict[str, Any]:

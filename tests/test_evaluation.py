@@ -187,6 +187,9 @@ def test_the_files_of_a_report(pair, tmp_path):
     assert len(lines) == 64
     column = [float(line["joint/jaccard/depth0"]) for line in lines]
     np.testing.assert_allclose(column, pair["global"].latents["joint"]["jaccard/depth0"], rtol=1e-5)
+    named = write_report(pair, tmp_path / "named", names={"local": {3: 'a "cat", sitting'}}).parent
+    with open(named / "latents-local.csv") as file:
+        assert [line["name"] for line in csv.DictReader(file)][2:5] == ["", 'a "cat", sitting', ""]
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file"):
         write_report(pair, tmp_path / "file")

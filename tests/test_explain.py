@@ -74,6 +74,13 @@ def test_images_or_captions_alone_are_explained(world):
         explain_sample(model, encoders, None, "", {"one": [3]})
 
 
+def test_a_huge_image_is_explained_on_a_small_copy(world):
+    model, encoders, _ = world
+    found = explain_sample(model, encoders, Image.new("RGB", (6000, 30), "red"), "red", {"one": [3]})
+    assert found.image.size == (640, 3)
+    assert found.targets[0].maps["dino"].shape == (3, 640)
+
+
 def test_active_latents_are_those_of_the_codes(world):
     model, encoders, _ = world
     rows = {name: one.rows(one.prepare([SCENE.image])) for name, one in encoders.items() if one.modality == "image"}
