@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,18 +82,25 @@ class Explanation:
 
 
 @torch.no_grad()
-def active_latents(
-    model: SparcModel, encoders: Mapping[str, StreamEncoder], image: Image.Image | None, caption: str, count: int
-) -> list[int]:
-    """Return the latents most active in a sample: by their values' mean over its streams, each encoded alone."""
-    values = torch.zeros(model.config.num_latents)
+def sample_codes(
+    model: SparcModel, encoders: Mapping[str, StreamEncoder], image: Image.Image | None, caption: str
+) -> dict[str, torch.Tensor]:
+    """Return stream -> float32 [N], the code of a sample in each stream that can encode it, each alone.
+
+    Of streams of patch tokens it has the largest value of every latent.
+    """
+    found = {}
     for name, encoder in encoders.items():
         sample = image if encoder.modality == "image" else caption
-        if sample is None or sample == "":
-            continue
-        code = model.encode({name: encoder.rows(encoder.prepare([sample]))}, "local")[name]  # pyright: ignore[reportArgumentType]
-        dense = code.to_dense().amax(dim=0).cpu()
-        values += dense / dense.norm().clamp(min=1e-8)
+        if sample is not None and sample != "":
+            rows = encoder.rows(encoder.prepare([sample]))  # pyright: ignore[reportArgumentType]
+            found[name] = model.encode({name: rows})[name].to_dense().amax(dim=0).float().cpu()
+    return found
+
+
+def active_latents(codes: Mapping[str, torch.Tensor], count: int) -> list[int]:
+    """Return the latents most active in a sample: by the mean over streams of its codes [N], each of unit length."""
+    values = torch.stack([code / code.norm().clamp(min=1e-8) for code in codes.values()]).sum(dim=0)
     return [int(latent) for latent in values.topk(min(count, len(values))).indices if values[latent] > 0]
 
 
@@ -169,7 +176,12 @@ def explain_sample(
         for stream, (of_text,) in word_scores(model, used, [caption], list(for_texts.values())).items():
             for title, of_target in zip(for_texts, of_text, strict=True):
                 words.setdefault(title, {})[stream] = list(of_target)
-    targets = [_row(title, images, maps.get(title, {}), words.get(title, {})) for title in concepts]
+    codes = sample_codes(model, encoders, image, caption)
+    values = {
+        title: {stream: float(code[list(chosen)].sum()) for stream, code in codes.items()}
+        for title, chosen in latents.items()
+    }
+    targets = [_row(title, images, maps.get(title, {}), words.get(title, {}), values[title]) for title in concepts]
     for text in texts if images else ():
         baseline = {
             f"{stream}, embeddings (baseline)": heat for stream, heat in maps.get(f"embeddings of {text}", {}).items()
@@ -180,14 +192,19 @@ def explain_sample(
             if text in words.get(f"similarity with {stream}", {})
         }
         row = _row(f"agreement of image and {text}", images, maps.get(f"similarity with {text}", {}), marked)
-        targets.append(ExplainedTarget(row.title, {**row.maps, **baseline}, row.words))
+        targets.append(replace(row, maps={**row.maps, **baseline}))
     return Explanation(shown, caption, targets)
 
 
 def _row(
-    title: str, streams: Sequence[str], maps: Mapping[str, np.ndarray], words: Mapping[str, Sequence[Any]]
+    title: str,
+    streams: Sequence[str],
+    maps: Mapping[str, np.ndarray],
+    words: Mapping[str, Sequence[Any]],
+    values: Mapping[str, float] | None = None,
 ) -> ExplainedTarget:
-    return ExplainedTarget(title, {stream: maps.get(stream) for stream in streams}, words)
+    notes = {stream: f"{value:.2f}" if value > 0 else "not active" for stream, value in (values or {}).items()}
+    return ExplainedTarget(title, {stream: maps.get(stream) for stream in streams}, words, notes)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -223,7 +240,8 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
             continue
         image, caption = read()
         latents = chosen or {
-            _title(latent, names): (latent,) for latent in active_latents(model, encoders, image, caption, args.top)
+            _title(latent, names): (latent,)
+            for latent in active_latents(sample_codes(model, encoders, image, caption), args.top)
         }
         found = explain_sample(model, encoders, image, caption, latents, method=args.method, shifts=args.shifts)
         save_figure(found.panel(), path)
@@ -239,9 +257,9 @@ def _title(latent: int, names: Mapping[int, str | None]) -> str:
 
 def _told(target: ExplainedTarget) -> dict[str, Any]:
     marked = {stream: [[word, round(score, 6)] for word, score, *_ in words] for stream, words in target.words.items()}
-    return {"title": target.title, "streams": [name for name, heat in target.maps.items() if heat is not None]} | (
-        {"words": marked} if marked else {}
-    )
+    streams = [name for name, heat in target.maps.items() if heat is not None]
+    facts: dict[str, Any] = {"title": target.title, "maps": streams}
+    return facts | ({"values": dict(target.notes)} if target.notes else {}) | ({"words": marked} if marked else {})
 
 
 def _samples(args: ExplainArguments) -> list[tuple[str, Any]]:

@@ -24,11 +24,13 @@ class ExplainedTarget:
         title: what is explained.
         maps: column title -> float [height, width] over the image, or None where there is no such map.
         words: stream -> (word, score, first character, last character + 1), in the order of the caption.
+        notes: stream -> what is told beside its name, such as the value of a latent there.
     """
 
     title: str
     maps: Mapping[str, np.ndarray | None]
     words: Mapping[str, Sequence[tuple[str, float, int, int]]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,13 @@ def explanation_panel(image: Image.Image | None, caption: str, targets: Sequence
             axis = figure.add_subplot(top[at + 1])
             heat = target.maps.get(name)
             _show(axis, None if heat is None or image is None else overlay(*_small_pair(image, heat)))
-            axis.set_title(name if name in target.maps else "", fontsize=7, pad=3)
+            axis.set_title(_with_note(target, name) if name in target.maps else "", fontsize=7, pad=3)
             if heat is None and name in target.maps:
                 axis.text(0.5, 0.5, "no such map", ha="center", va="center", fontsize=7, color="grey")
         for at, (stream, words) in enumerate(target.words.items()):
             axis = figure.add_subplot(inner[at + 1])
             axis.set_axis_off()
-            _write_marked(axis, stream, caption, words)
+            _write_marked(axis, _with_note(target, stream), caption, words)
     return figure
 
 
@@ -169,6 +171,10 @@ def _show_cell(axis: "Axes", cell: SheetCell) -> None:
         words = "\n".join(textwrap.wrap(cell.text, 26)[:6])
         axis.text(0.5, 0.5, words, ha="center", va="center", fontsize=6.5, parse_math=False, transform=axis.transAxes)
     axis.text(0.5, -0.02, cell.note, ha="center", va="top", fontsize=6.5, parse_math=False, transform=axis.transAxes)
+
+
+def _with_note(target: ExplainedTarget, stream: str) -> str:
+    return f"{stream} ({target.notes[stream]})" if stream in target.notes else stream
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sparc_hf.attribution import (
     MAP_METHODS,
     ConceptTarget,
     SimilarityTarget,
+    _words,
     attention_relevance,
     image_maps,
     map_on_image,
@@ -232,6 +234,36 @@ def test_a_words_score_is_the_mean_of_its_tokens(world, monkeypatch):
     assert [word.word for word in words] == ["a", "redsquare", "dog"]
     expected = [np.mean(np.arange(a, b + 1) + 1) for a, b in zip(first, last, strict=True)]
     assert [word.score for word in words] == pytest.approx(expected)
+
+
+class Tokenized(dict):
+    """What a tokenizer returns for one text."""
+
+    def word_ids(self, _: int) -> list[int]:
+        return self["words"]
+
+
+def test_words_of_pieces_equal_the_earlier_project(golden):
+    """Its own pieces end in </w> where a word ends; here the tokenizer says which word a token is of."""
+    cases = json.loads((golden / "attention_relevance.json").read_text())["tokens_to_words"]
+    for case in cases:
+        kept = [
+            (piece.removesuffix("</w>"), piece.endswith("</w>"), score)
+            for piece, score in zip(case["tokens"], case["scores"], strict=True)
+            # It leaves out pieces of exclamation marks alone, its padding, but not where one ends a word.
+            if not piece.startswith(("<start_of_text>", "<end_of_text>")) and set(piece) != {"!"}
+        ]
+        text, offsets, words = "", [], [0]
+        for piece, ends, _ in kept:
+            offsets.append((len(text), len(text) + len(piece)))
+            text += piece + " " * ends
+            words.append(words[-1] + ends)
+        told = Tokenized(offset_mapping=[offsets], words=words[:-1])
+        inputs = SimpleNamespace(tokenizer=lambda *_, told=told, **__: told, settings={})
+        scores = np.array([[score for *_, score in kept]])
+        (found,) = _words(SimpleNamespace(inputs_of=inputs), text, scores)
+        assert [word.word for word in found] == case["words"]
+        assert [word.score for word in found] == pytest.approx(case["word_scores"])
 
 
 def test_impossible_requests(world):

@@ -13,7 +13,7 @@ from sparc_hf.cli import main
 from sparc_hf.concepts import Concept, load_concepts, save_concepts, vocabulary_evidence
 from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
 from sparc_hf.encoders import StreamEncoder, load_encoders
-from sparc_hf.explain import active_latents, explain_sample, latents_named
+from sparc_hf.explain import active_latents, explain_sample, latents_named, sample_codes
 from sparc_hf.extraction import extract_features
 from sparc_hf.features import FeatureDataset
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
@@ -81,12 +81,21 @@ def test_a_huge_image_is_explained_on_a_small_copy(world):
     assert found.targets[0].maps["dino"].shape == (3, 640)
 
 
-def test_active_latents_are_those_of_the_codes(world):
+def test_codes_and_active_latents_of_a_sample(world):
     model, encoders, _ = world
     rows = {name: one.rows(one.prepare([SCENE.image])) for name, one in encoders.items() if one.modality == "image"}
     dense = {name: code.to_dense()[0] for name, code in model.encode(rows, "local").items()}
+    codes = sample_codes(model, encoders, SCENE.image, "")
+    assert codes.keys() == dense.keys()
+    assert all(torch.equal(codes[name], values) for name, values in dense.items())
     expected = sum(values / values.norm() for values in dense.values()).topk(4).indices.tolist()
-    assert active_latents(model, encoders, SCENE.image, "", 4) == expected
+    assert active_latents(codes, 4) == expected
+    silent = next(latent for latent in range(32) if not codes["dino"][latent])
+    found = explain_sample(model, encoders, SCENE.image, "", {"silent": [silent], "first": expected[:1]}).targets
+    assert found[0].notes["dino"] == "not active"
+    assert found[1].notes == {
+        name: f"{code[expected[0]]:.2f}" if code[expected[0]] > 0 else "not active" for name, code in codes.items()
+    }
 
 
 def test_names_find_latents(world):
