@@ -39,7 +39,8 @@ class SimilarityTarget:
         sample: a PIL image or a text, as the stream's modality is.
         embeddings: the baseline: the cosine of the encoders' vectors, for the streams whose vectors lie in one space
             with those of `stream` because both come from one checkpoint. Otherwise, the product of the codes: of the
-            other sample's code, which its stream makes alone, with the pre-activations.
+            other sample's code, which its stream makes alone (of patch tokens, each latent's largest value), with the
+            pre-activations.
     """
 
     stream: str
@@ -76,6 +77,11 @@ def attention_relevance(
     for attention, gradient in reversed(list(zip(attentions, gradients, strict=True))[start_layer:]):
         rows = rows + rows @ (attention * gradient).clamp(min=0).mean(dim=1)
     return rows
+
+
+def map_method(encoder: StreamEncoder, wanted: str = "relevance") -> str:
+    """Return the kind of map a stream can have: "patch_codes" for streams of patch tokens, otherwise `wanted`."""
+    return "patch_codes" if encoder.pooling == "tokens" else wanted
 
 
 def image_maps(
@@ -310,9 +316,9 @@ def _resolved(
         )
         return F.normalize(rows[0], dim=-1) if same else None
     with torch.no_grad():
-        code = model.encode({target.stream: rows})[target.stream]
-    values = code.values[0] / code.values[0].norm().clamp(min=1e-8)
-    return {int(latent): float(value) for latent, value in zip(code.indices[0], values, strict=True) if value > 0}
+        code = model.encode({target.stream: rows})[target.stream].to_dense().amax(dim=0)
+    code = code / code.norm().clamp(min=1e-8)
+    return {int(latent): float(code[latent]) for latent in code.nonzero()[:, 0] if code[latent] > 0}
 
 
 def _moved(pixels: Tensor, offset: tuple[int, int], shifts: int, encoder: StreamEncoder) -> Tensor:

@@ -107,6 +107,9 @@ class ConceptsArguments:
         metadata={"help": "Draw maps of this many latents, by energy, over the same images in one figure."},
     )
     heatmap_images: int = field(default=8, metadata={"help": "Images in that figure, the first of the dataset."})
+    images: list[str] = field(
+        default_factory=list, metadata={"help": "Image files for that figure, in place of the dataset's."}
+    )
     maximise: list[int] = field(
         default_factory=list, metadata={"help": "Make an image per stream that fires each of these latents."}
     )

@@ -8,14 +8,23 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sparc_hf.attribution import ConceptTarget, image_maps, map_on_image
+from sparc_hf.attribution import ConceptTarget, image_maps, map_method, map_on_image
 from sparc_hf.backbone_trace import visible_box
 from sparc_hf.codes import CodeTable, encode_features
 from sparc_hf.command_arguments import ConceptsArguments
-from sparc_hf.concepts import Concept, concept_names, name_concepts, save_concepts, vocabulary_evidence
+from sparc_hf.concepts import (
+    Concept,
+    SimilarWord,
+    concept_names,
+    concepts_of,
+    name_concepts,
+    save_concepts,
+    vocabulary_evidence,
+)
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.explain import SHOWN_SIDE, save_figure
 from sparc_hf.features import FeatureDataset
+from sparc_hf.image_files import open_image
 from sparc_hf.map_plots import SheetCell, contact_sheet, heatmap_grid
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
 from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
@@ -103,7 +112,7 @@ def _maps_of(
     shown = {row: image for row, image in images.items() if image is not None}
     if encoder is None or method is None or not shown:
         return {}
-    kind = "patch_codes" if encoder.pooling == "tokens" else method
+    kind = map_method(encoder, method)
     target = [ConceptTarget((latent,))]
     maps = image_maps(model, {encoder.name: encoder}, list(shown.values()), target, kind, shifts=shifts)[encoder.name]
     return {
@@ -173,7 +182,7 @@ def concept_heatmaps(
     found: dict[str, np.ndarray] = {}
     for name, encoder in encoders.items():
         if encoder.modality == "image":
-            kind = "patch_codes" if encoder.pooling == "tokens" else method
+            kind = map_method(encoder, method)
             found |= image_maps(model, {name: encoder}, images, targets, kind, shifts=shifts)
     side = 64
     for at, latent in enumerate(latents):
@@ -221,30 +230,50 @@ def _run_on_features(
 ) -> dict[str, Any]:
     features = FeatureDataset.load(args.features or "")
     codes = encode_features(model, features, encoding="single", batch_size=args.batch_size)
-    vocabulary = None
-    if words is not None:
-        texts = [encoder for encoder in encoders.values() if encoder.modality == "text"]
-        if not texts:
-            raise ValueError(f"a vocabulary needs a text stream, and this model has {list(encoders)}")
-        stripped = [word.strip() for word in words if word.strip()]
-        vocabulary = vocabulary_evidence(model, texts[0], stripped, prompt=args.prompt)
-    concepts = name_concepts(codes, features, samples=args.samples, vocabulary=vocabulary)
-    path = save_concepts(concepts, args.model, features=Path(args.features or "").name, rows=len(features))
-    named = {concept.latent: concept.name for concept in concepts if concept.name is not None}
-    told: dict[str, Any] = {"concepts": str(path), "latents_that_fire": len(concepts), "named": len(named)}
-    if args.output is None:
-        return told
+    told: dict[str, Any] = {}
+    # Rows of patch tokens have nothing to name latents by, but show which are strong.
+    if features.label_names is not None or features.text is not None or words is not None or args.output is None:
+        vocabulary = None if words is None else _vocabulary(args, model, encoders, words)
+        concepts = name_concepts(codes, features, samples=args.samples, vocabulary=vocabulary)
+        path = save_concepts(concepts, args.model, features=Path(args.features or "").name, rows=len(features))
+        told = {"concepts": str(path), "latents_that_fire": len(concepts)}
+        told["named"] = sum(concept.name is not None for concept in concepts)
+    else:
+        concepts = concepts_of(model)
+    return told | (_draw(args, model, encoders, features, codes, concepts) if args.output is not None else {})
+
+
+def _vocabulary(
+    args: ConceptsArguments, model: SparcModel, encoders: Mapping[str, StreamEncoder], words: Sequence[str]
+) -> dict[int, list[SimilarWord]]:
+    texts = [encoder for encoder in encoders.values() if encoder.modality == "text"]
+    if not texts:
+        raise ValueError(f"a vocabulary needs a text stream, and this model has {list(encoders)}")
+    return vocabulary_evidence(model, texts[0], [word.strip() for word in words if word.strip()], prompt=args.prompt)
+
+
+def _draw(
+    args: ConceptsArguments,
+    model: SparcModel,
+    encoders: Mapping[str, StreamEncoder],
+    features: FeatureDataset,
+    codes: CodeTable,
+    concepts: Sequence[Concept],
+) -> dict[str, Any]:
+    """Draw contact sheets and heatmaps."""
+    told: dict[str, Any] = {}
+    names = {concept.latent: concept.name for concept in concepts if concept.name is not None}
+    folder, options = Path(args.output or ""), {"names": names, "method": args.method, "shifts": args.shifts}
     latents = list(dict.fromkeys([*args.latents, *latents_to_show(concepts, args.top)]))
-    folder, options = Path(args.output), {"names": named, "method": args.method, "shifts": args.shifts}
     if latents:
         best = top_samples(codes, SHEET_SAMPLES)
         told["sheets"] = write_latent_sheets(model, encoders, features, best, latents, folder, **options)
     if args.heatmaps:
-        images = [
-            image for row in range(min(args.heatmap_images, len(features))) if (image := _shown(features.image(row)))
-        ]
+        rows = range(min(args.heatmap_images, len(features)))
+        found = [open_image(path) for path in args.images] or [features.image(row) for row in rows]
+        images = [image for one in found if (image := _shown(one)) is not None]
         if not images:
-            raise ValueError(f"`{args.features}` has no images to draw heatmaps on")
+            raise ValueError(f"`{args.features}` has no images to draw heatmaps on; name files as `images`")
         strongest = strongest_latents(model, codes, args.heatmaps)
         folder.mkdir(parents=True, exist_ok=True)
         save_figure(concept_heatmaps(model, encoders, images, strongest, **options), folder / "heatmaps.png")

@@ -17,6 +17,7 @@ from sparc_hf.attribution import (
     SimilarityTarget,
     Target,
     image_maps,
+    map_method,
     map_on_image,
     word_scores,
 )
@@ -165,7 +166,11 @@ def explain_sample(
     used = {name: encoders[name] for name in [*images, *texts]}
     maps: dict[str, dict[str, np.ndarray]] = {}
     if image is not None and shown is not None and images and for_images:
-        found = image_maps(model, used, [image], list(for_images.values()), method, shifts=shifts)
+        found = {}
+        for stream in images:
+            needed = {stream: encoders[stream]} | {text: encoders[text] for text in texts}
+            kind = map_method(encoders[stream], method)
+            found |= image_maps(model, needed, [image], list(for_images.values()), kind, shifts=shifts)
         for stream, of_stream in found.items():
             box = visible_box(encoders[stream], shown)
             for title, grid in zip(for_images, of_stream[0], strict=True):

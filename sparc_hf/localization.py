@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from sparc_hf.attribution import ConceptTarget, SimilarityTarget, Target, image_maps, map_on_image
+from sparc_hf.attribution import ConceptTarget, SimilarityTarget, Target, image_maps, map_method, map_on_image
 from sparc_hf.backbone_trace import visible_box
 from sparc_hf.bootstrap import bootstrap_intervals
 from sparc_hf.codes import CodeTable
@@ -162,7 +162,7 @@ def localize(
         for stream in streams:
             used = {name: encoders[name] for name in (stream, *texts)}
             kinds = {"latent": latents.get(stream, {}), **targets}
-            for method in settings.methods:
+            for method in dict.fromkeys(map_method(encoders[stream], wanted) for wanted in settings.methods):
                 _measure(found, model, used, stream, method, numbers, read, kinds, names, settings)
     with_masks = _Truth(truth, names, len(images))
     return {

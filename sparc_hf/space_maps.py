@@ -8,7 +8,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sparc_hf.attribution import ConceptTarget, SimilarityTarget, Target, WordScore, image_maps, word_scores
+from sparc_hf.attribution import (
+    ConceptTarget,
+    SimilarityTarget,
+    Target,
+    WordScore,
+    image_maps,
+    map_method,
+    word_scores,
+)
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.space_data import SpaceData
 
@@ -124,7 +132,8 @@ def latent_maps(data: SpaceData, latent: int, rows: Mapping[str, Sequence[int]])
             try:
                 with data.encoding:
                     target = [ConceptTarget((latent,))]
-                    maps = image_maps(data.model, {stream: encoder}, list(images.values()), target, _method(encoder))
+                    kind = map_method(encoder)
+                    maps = image_maps(data.model, {stream: encoder}, list(images.values()), target, kind)
                     views = seen_images(encoder, list(images.values()))
             except ValueError as error:  # a backbone without maps; its samples are shown plain
                 logger.warning("%s", error)
@@ -156,7 +165,7 @@ def _add_maps(data: SpaceData, found: Explanation, image: Image.Image, caption: 
         view = seen_images(encoder, [image])[0]
         maps = []
         if targets:
-            method = _method(encoder)
+            method = map_method(encoder)
             fine = method == "relevance" and min(view.size) <= COARSE_GRID * min(encoder.patch_size)
             try:
                 maps = image_maps(data.model, involved, [image], targets, method, shifts=2 if fine else 1)[stream][0]
@@ -184,11 +193,6 @@ def _add_words(data: SpaceData, found: Explanation, image: Image.Image | None, c
     involved = texts | {name: data.encoders[name] for name in images}
     for stream, scores in word_scores(data.model, involved, [caption], [target]).items():
         found.words[stream] = scores[0][0]
-
-
-def _method(encoder: StreamEncoder) -> str:
-    """Streams of patch tokens have a code a patch; the others' codes are traced back through their attention."""
-    return "patch_codes" if encoder.pooling == "tokens" else "relevance"
 
 
 @torch.no_grad()

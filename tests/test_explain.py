@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_encoders import save_vit
 
 from sparc_hf import SparcConfig, SparcModel, map_plots
+from sparc_hf.attribution import SimilarityTarget, image_maps
 from sparc_hf.cli import main
 from sparc_hf.concepts import Concept, load_concepts, save_concepts, vocabulary_evidence
 from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
@@ -202,6 +203,38 @@ def test_streams_of_patch_tokens_are_maximised_over_their_tokens(tmp_path):
     assert rows.shape == (9, 16)
     mean = model.preactivations("x", rows, torch.tensor([2])).mean().item()
     assert mean == pytest.approx(found.activations[0], abs=0.02)
+
+
+def test_streams_of_patch_tokens_are_explained_by_their_codes(world, tmp_path):
+    _, encoders, _ = world
+    folder = str(save_vit(tmp_path / "vit"))
+    tokens = StreamEncoder("tokens", folder, "image", pooling="tokens", grid=(3, 3))
+    used = {"tokens": tokens, "dino": encoders["dino"]}
+    usae = {"objective": "usae", "selection": "local", "auxk": 8, "auxk_coef": 0.1}
+    model = SparcModel(SparcConfig(streams=[one.record for one in used.values()], num_latents=16, k=4, **usae)).eval()
+    found = explain_sample(model, used, SCENE.image, "", {"one": [3]}).targets[0]
+    by_token = model.encode({"tokens": tokens.rows(tokens.prepare([SCENE.image]))})["tokens"].to_dense()
+    largest = by_token[:, 3].max().item()
+    assert found.notes["tokens"] == (f"{largest:.2f}" if largest > 0 else "not active")
+    assert found.maps["tokens"].shape == (64, 64)
+    similar = image_maps(model, used, [SCENE.image], [SimilarityTarget("tokens", SCENE.image)], "patch_codes")
+    assert np.isfinite(similar["dino"]).all()
+
+
+def test_heatmaps_of_a_dataset_that_has_neither_images_nor_names(world, tmp_path, capsys):
+    model, encoders, _ = world
+    model.save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=(20, one.hidden_size)).astype(np.float32) for name, one in encoders.items()}
+    streams = {name: one.record for name, one in encoders.items()}
+    FeatureDataset.from_arrays(arrays, streams=streams).save(tmp_path / "bare")
+    SCENE.image.save(tmp_path / "a.png")
+    base = f"concepts --model {tmp_path}/model --features {tmp_path}/bare --heatmaps 2 --shifts 1"
+    told = run(f"{base} --output {tmp_path}/out --images {tmp_path}/a.png", capsys)
+    assert (list(told), len(told["heatmaps"]["latents"])) == (["heatmaps"], 2)
+    assert not (tmp_path / "model" / "concepts.json").exists()
+    assert main(f"{base} --output {tmp_path}/more".split()) == 2
+    assert "has no images to draw heatmaps on" in capsys.readouterr().err
 
 
 def test_an_overlay_is_strongest_where_the_map_is():
