@@ -33,6 +33,9 @@ Returns:
 """
 
 
+COLUMNS_AT_ONCE = 64
+
+
 def monosemanticity(rows: np.ndarray, values: np.ndarray, features: np.ndarray) -> dict[str, Any]:
     """Return the monosemanticity of every latent (arXiv 2504.02821).
 
@@ -50,7 +53,7 @@ def monosemanticity(rows: np.ndarray, values: np.ndarray, features: np.ndarray) 
     Raises:
         ValueError: for arrays that do not fit together, or a row number outside the features.
     """
-    rows, values, features = np.asarray(rows), np.asarray(values, np.float64), np.asarray(features, np.float64)
+    rows, values, features = np.asarray(rows), np.asarray(values, np.float64), np.asarray(features)
     if rows.shape != values.shape or rows.ndim != 2 or features.ndim != 2:
         raise ValueError(
             "`rows` and `values` must both be [latents, m] and `features` [rows, hidden_size], but they are "
@@ -61,15 +64,17 @@ def monosemanticity(rows: np.ndarray, values: np.ndarray, features: np.ndarray) 
     weights = np.where(rows >= 0, values, 0.0)
     latents, places = np.nonzero(weights > 0)
     strengths, samples = weights[latents, places], rows[latents, places]
-    spread = csr_array((strengths, (latents, samples)), shape=(len(rows), len(features)))
-    lengths = np.linalg.norm(features, axis=1)
-    units = features / np.maximum(lengths, 1e-12)[:, None]
-    summed = spread @ units
+    # A few columns at a time: in double precision the features of a large dataset would be copied whole.
+    blocks = [slice(start, start + COLUMNS_AT_ONCE) for start in range(0, features.shape[1], COLUMNS_AT_ONCE)]
+    lengths = np.sqrt(sum(np.square(features[:, block], dtype=np.float64).sum(axis=1) for block in blocks))
+    unit_strengths = strengths / np.maximum(lengths[samples], 1e-12)
+    spread = csr_array((unit_strengths, (latents, samples)), shape=(len(rows), len(features)))
+    summed = sum(((spread @ features[:, block].astype(np.float64)) ** 2).sum(axis=1) for block in blocks)
     squares = np.bincount(latents, weights=strengths**2 * (lengths[samples] > 0), minlength=len(rows))
     pairs = weights.sum(axis=1) ** 2 - (weights**2).sum(axis=1)
     enough = (weights > 0).sum(axis=1) >= 2
     scores = np.full(len(rows), np.nan)
-    scores[enough] = ((summed**2).sum(axis=1) - squares)[enough] / pairs[enough]
+    scores[enough] = (summed - squares)[enough] / pairs[enough]
     mean = float(scores[enough].mean()) if enough.any() else float("nan")
     return {"per_latent": scores, "mean": mean, "latents": int(enough.sum())}
 
