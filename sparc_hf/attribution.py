@@ -84,6 +84,13 @@ def map_method(encoder: StreamEncoder, wanted: str = "relevance") -> str:
     return "patch_codes" if encoder.pooling == "tokens" else wanted
 
 
+def check_map_settings(method: str, shifts: int) -> None:
+    """Raise ValueError for a kind of map there is not, or fewer than one shift."""
+    _check_choice("method", method, MAP_METHODS)
+    if shifts < 1:
+        raise ValueError(f"`shifts` must be at least 1, but it is {shifts}")
+
+
 def image_maps(
     model: SparcModel,
     encoders: Mapping[str, StreamEncoder],
@@ -119,9 +126,7 @@ def image_maps(
     Raises:
         ValueError: for no images, targets, latents or streams that do not exist, or a backbone without such maps.
     """
-    _check_choice("method", method, MAP_METHODS)
-    if shifts < 1:
-        raise ValueError(f"`shifts` must be at least 1, but it is {shifts}")
+    check_map_settings(method, shifts)
     lists = _targets_of(images, targets, "images")
     forms = {name: _Forms(model, encoders, name, lists) for name, one in encoders.items() if one.modality == "image"}
     if not forms:

@@ -136,6 +136,14 @@ def visible_box(encoder: StreamEncoder, image: Image.Image) -> tuple[float, floa
     return box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1]
 
 
+def pixel_statistics(encoder: StreamEncoder) -> tuple[list[float], list[float]]:
+    """Return mean and deviation of the three colours, from 0 to 1, that the image processor normalises with."""
+    processor = encoder.inputs_of.processor
+    if not getattr(processor, "do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    return list(processor.image_mean or [0.0] * 3), list(processor.image_std or [1.0] * 3)
+
+
 def _start_graph(_: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
     """Cut the graph before a block: the weights are frozen, so without this nothing would be in a graph."""
     if not torch.is_grad_enabled():

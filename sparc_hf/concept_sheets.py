@@ -94,7 +94,7 @@ def latent_sheet(
 
 
 def _shown(image: Image.Image | None) -> Image.Image | None:
-    """Return a copy that is no larger than encoders need, so that a sheet of photographs stays small."""
+    """Make an image no larger than a figure needs, so that a sheet of photographs stays small."""
     if image is not None:
         image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return image
@@ -203,6 +203,9 @@ def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
         ValueError: for pictures without a folder or the dataset they need, latents the model does not have, or as
             `name_concepts`.
     """
+    for name, least in (("samples", 1), ("top", 0), ("heatmaps", 0), ("heatmap_images", 1), ("shifts", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"`{name}` must be at least {least}, but it is {getattr(args, name)}")
     pictures = bool(args.latents or args.top or args.heatmaps)
     if (pictures or args.maximise) and args.output is None:
         raise ValueError("give the folder for the pictures as `output`")

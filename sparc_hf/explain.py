@@ -226,6 +226,9 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
         ValueError: for no samples, captions that do not fit the images, files that are no images, or as
             `explain_sample`.
     """
+    for name in ("rows", "top"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ValueError(f"`{name}` must be at least 1, but it is {number}")
     samples = _samples(args)
     model = SparcModel.from_pretrained(args.model).eval()
     encoders = load_encoders(model.config.streams or [])

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from sparc_hf.attribution import ConceptTarget, SimilarityTarget, Target, image_maps, map_method, map_on_image
+from sparc_hf.attribution import (
+    ConceptTarget,
+    SimilarityTarget,
+    Target,
+    check_map_settings,
+    image_maps,
+    map_method,
+    map_on_image,
+)
 from sparc_hf.backbone_trace import visible_box
 from sparc_hf.bootstrap import bootstrap_intervals
 from sparc_hf.codes import CodeTable
@@ -35,6 +43,9 @@ class LocalizationSettings:
         batch_size: images at a time.
         replicates: bootstrap draws of the images behind the intervals.
         seed: of the draws.
+
+    Raises:
+        ValueError: for a kind of map there is not, fewer than one shift, or a prompt without a place for the class.
     """
 
     methods: Sequence[str] = ("relevance",)
@@ -44,6 +55,12 @@ class LocalizationSettings:
     batch_size: int = 16
     replicates: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            check_map_settings(method, self.shifts)
+        if "{}" not in self.prompt:
+            raise ValueError(f"`prompt` needs {{}} where the class goes, but it is {self.prompt!r}")
 
 
 @dataclass
@@ -140,11 +157,9 @@ def localize(
         baseline), with 95 % bootstrap intervals over images for miou and pointing.
 
     Raises:
-        ValueError: for a prompt without a place for the class, or as `image_maps`.
+        ValueError: as `image_maps`.
     """
     settings = settings or LocalizationSettings()
-    if "{}" not in settings.prompt:
-        raise ValueError(f"`prompt` needs {{}} where the class goes, but it is {settings.prompt!r}")
     names = sorted({name for of_image in images.classes for name in of_image})
     texts = [name for name, encoder in encoders.items() if encoder.modality == "text"]
     targets: dict[str, dict[str, Target]] = {}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sparc_hf.backbone_trace import pixel_statistics
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.token_grid import resample_tokens
@@ -165,13 +165,7 @@ class _Parametrisation:
 
 def _activation(model: SparcModel, encoder: StreamEncoder, images: Tensor, latent: int) -> Tensor:
     """Return pre-activations [batch] of images from 0 to 1, differentiable."""
-    processor: Any = encoder.inputs_of.processor
-    mean, std = (
-        torch.tensor(getattr(processor, name, None) or default, device=images.device)[:, None, None]
-        for name, default in (("image_mean", [0.0] * 3), ("image_std", [1.0] * 3))
-    )
-    if not getattr(processor, "do_normalize", True):
-        mean, std = torch.zeros_like(mean), torch.ones_like(std)
+    mean, std = (torch.tensor(one, device=images.device)[:, None, None] for one in pixel_statistics(encoder))
     inputs = encoder.placed({"pixel_values": (images - mean) / std})
     chosen = torch.tensor([latent])
     if encoder.pooling != "tokens":

@@ -17,6 +17,7 @@ from sparc_hf.attribution import (
     map_method,
     word_scores,
 )
+from sparc_hf.backbone_trace import pixel_statistics
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.space_data import SpaceData
 
@@ -199,10 +200,6 @@ def _add_words(data: SpaceData, found: Explanation, image: Image.Image | None, c
 def seen_images(encoder: StreamEncoder, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Return images as an encoder sees them: resized, cropped, and back in colours."""
     pixels = encoder.prepare(list(images))["pixel_values"].float().numpy()
-    processor = encoder.inputs_of.processor
-    mean, deviation = (
-        np.asarray(getattr(processor, name, None) or default, np.float32)[None, :, None, None]
-        for name, default in (("image_mean", [0.0] * 3), ("image_std", [1.0] * 3))
-    )
+    mean, deviation = (np.array(one, np.float32)[None, :, None, None] for one in pixel_statistics(encoder))
     colours = np.clip((pixels * deviation + mean) * 255, 0, 255).round().astype(np.uint8)
     return [Image.fromarray(colour) for colour in colours.transpose(0, 2, 3, 1)]

@@ -7,7 +7,7 @@ import transformers
 from PIL import Image
 from tiny_encoders import SAVERS, TEXTS
 
-from sparc_hf.backbone_trace import blocks_of, patch_vectors, trace, visible_box
+from sparc_hf.backbone_trace import blocks_of, patch_vectors, pixel_statistics, trace, visible_box
 from sparc_hf.encoders import StreamEncoder
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
@@ -108,3 +108,15 @@ def test_the_box_is_what_the_processor_keeps(folders, family, size):
         # Pixels at the border of an image mix fewer of its pixels, so the ones next to them tell more.
         assert places[3] == pytest.approx(box[axis] + 3.5 * width, abs=0.6 + width / 4)
         assert places[-4] == pytest.approx(box[2 + axis] - 3.5 * width, abs=0.6 + width / 4)
+
+
+def test_colours_are_normalised_as_the_processor_does(folders):
+    encoder = StreamEncoder("x", folders["clip"], "image")
+    white = encoder.prepare([Image.new("RGB", (32, 32), "white")])["pixel_values"][0, :, 5, 5]
+    mean, deviation = (torch.tensor(one) for one in pixel_statistics(encoder))
+    torch.testing.assert_close(white * deviation + mean, torch.ones(3))
+    encoder.inputs_of.processor.do_normalize = False
+    assert pixel_statistics(encoder) == ([0.0] * 3, [1.0] * 3)
+    torch.testing.assert_close(
+        encoder.prepare([Image.new("RGB", (32, 32), "white")])["pixel_values"][0, :, 5, 5], torch.ones(3)
+    )

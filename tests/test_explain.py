@@ -127,6 +127,8 @@ def test_the_command_draws_and_goes_on_where_it_stopped(world, tmp_path, capsys)
         ("--text a --latents 99", "latents from 0 to 31"),
         ("--text a --concept zebra", "no concept named `zebra`"),
         ("", "give images, captions, or a feature dataset"),
+        ("--text a --top 0", "`top` must be at least 1"),
+        ("--text a --rows -3", "`rows` must be at least 1"),
     ],
 )
 def test_what_cannot_be_explained_is_told(world, tmp_path, capsys, flags, message):
@@ -154,6 +156,14 @@ def test_concepts_draws_sheets_heatmaps_and_images(world, tmp_path, capsys):
     assert "there are no latents [99]" in capsys.readouterr().err
     assert main(f"concepts --model {tmp_path}/model".split()) == 2
     assert main(f"concepts --model {tmp_path}/model --maximise 1".split()) == 2
+
+
+@pytest.mark.parametrize("flag", ["samples", "top", "heatmaps", "heatmap_images", "shifts"])
+def test_impossible_numbers_of_pictures_are_refused_before_anything_is_done(world, tmp_path, capsys, flag):
+    command = f"concepts --model {world[2]}/model --features {world[2]}/features --output {tmp_path}/out --{flag} -2"
+    assert main(command.split()) == 2
+    assert f"`{flag}` must be at least" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_vocabulary_names_a_latent_by_the_word_that_raises_it(world):

@@ -106,6 +106,15 @@ def test_every_kind_of_map_is_measured(demo):
         localize(model, encoders, images, latents, LocalizationSettings(prompt="a cat"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"methods": ["saliency"]}, "`method` must be one of"), ({"shifts": 0}, "`shifts` must be at least 1")],
+)
+def test_impossible_settings_are_refused_before_anything_is_measured(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LocalizationSettings(**settings)
+
+
 def test_a_latent_that_fires_for_a_class_is_chosen():
     model = tiny_model(num_latents=16, k=4)
     features = planted_features(300)
