@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparc_hf.command_guards import locked_folders, memory_sentence, yes_or_no
+
 
 @dataclass(frozen=True)
 class Command:
@@ -24,12 +26,16 @@ class Command:
         arguments: "module:Class" of the dataclass whose fields are its flags.
         run: takes the filled dataclass and returns what to print, as JSON-ready values.
         leading: the flag whose values may also be given bare, right after the command.
+        writes: the flags that name folders it writes into, which no other process may do at the same time.
+        is_shared: whether the processes of a launcher do it together.
     """
 
     summary: str
     arguments: str
     run: Callable[[Any], Any]
     leading: str | None = None
+    writes: tuple[str, ...] = ()
+    is_shared: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,14 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("sparc_hf").setLevel(logging.INFO)
     command = COMMANDS[chosen]
+    settings: Any = None
     try:
-        settings = _settings(chosen, command, rest)
-        result = command.run(settings)
+        settings, wait = _settings(chosen, command, rest)
+        with locked_folders(settings, command.writes, wait=wait, is_shared=command.is_shared):
+            result = command.run(settings)
     except KeyboardInterrupt:
         return _fail(chosen, "interrupted", 130)
-    except _expected_errors() as error:
+    except (MemoryError, RuntimeError, *_expected_errors()) as error:
+        memory = memory_sentence(error, settings)
+        if memory is None and not isinstance(error, _expected_errors()):
+            raise
         stopped_by = getattr(error, "signal_number", None)
-        return _fail(chosen, str(error), 2 if stopped_by is None else 128 + stopped_by)
+        return _fail(chosen, memory or str(error), 2 if stopped_by is None else 128 + stopped_by)
     if result is not None:
         sys.stdout.write(result if isinstance(result, str) else json.dumps(result, indent=2) + "\n")
     return 0
@@ -74,11 +85,18 @@ def _choose(argv: Sequence[str]) -> tuple[str, list[str]]:
     return given.command, [*rest, *argv[1:]]
 
 
-def _settings(name: str, command: Command, argv: Sequence[str]) -> Any:
-    """Fill the command's dataclass from preset, config file and flags, the later ones winning."""
+def _settings(name: str, command: Command, argv: Sequence[str]) -> tuple[Any, bool]:
+    """Fill the command's dataclass from preset, config file and flags, the later ones winning.
+
+    Returns:
+        The dataclass, and whether to wait for another process that writes into the same folder.
+    """
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", help="YAML or JSON file with any of these flags")
     files.add_argument("--preset", help="settings that come with the package: " + ", ".join(_presets()))
+    if command.writes:
+        wait_help = "wait until another process that writes into the same folder is done, instead of refusing"
+        files.add_argument("--wait", nargs="?", const=True, default=False, type=yes_or_no, help=wait_help)
     given, flags = files.parse_known_args(argv)
     module, _, class_name = command.arguments.partition(":")
     arguments = getattr(importlib.import_module(module), class_name)
@@ -102,8 +120,10 @@ def _settings(name: str, command: Command, argv: Sequence[str]) -> Any:
         bare += 1
     if bare:
         flags = [f"--{command.leading}", *flags]
-    # A second item, the parsed --config and --preset, follows the filled dataclass.
-    return parser.parse_args_into_dataclasses([*defaults, *flags], look_for_args_file=False)[0]
+    flags += ["--wait"] if getattr(given, "wait", False) else []
+    # A second item, the parsed flags that all commands have, follows the filled dataclass.
+    filled, common = parser.parse_args_into_dataclasses([*defaults, *flags], look_for_args_file=False)
+    return filled, getattr(common, "wait", False)
 
 
 def _presets() -> dict[str, Path]:
@@ -160,34 +180,40 @@ def _run_train(args: Any) -> dict[str, Any] | None:
     from sparc_hf.hub import write_model_card
     from sparc_hf.training import train
 
-    model = train(args)
+    def write_card(folder: Path) -> None:
+        title = Path(args.output_dir).resolve().name
+        write_model_card(folder, settings=args.to_dict(), title=title, repo=args.output_dir)
+
+    model = train(args, complete=write_card)
     if not PartialState().is_main_process:
         return None
-    write_model_card(args.output_dir, settings=args.to_dict())
     return {"model": args.output_dir, "latents": model.config.num_latents, "streams": model.config.stream_names}
 
 
 def _run_encode(args: Any) -> dict[str, Any]:
-    from sparc_hf.codes import encode_features
+    from sparc_hf.codes import CodeTable, encode_features
     from sparc_hf.features import FeatureDataset
     from sparc_hf.modeling_sparc import SparcModel
     from sparc_hf.top_samples import TOP_SAMPLES_FILE, top_samples, write_top_samples
 
     if args.top_samples < 0:
         raise ValueError(f"`top_samples` must not be negative, but it is {args.top_samples}")
+
+    def write_top(codes: CodeTable, folder: Path) -> None:
+        write_top_samples(top_samples(codes, args.top_samples), folder / TOP_SAMPLES_FILE)
+
     codes = encode_features(
         SparcModel.from_pretrained(args.model),
-        FeatureDataset.load(args.features),
+        FeatureDataset.load(args.features, verify=not args.no_verify),
         encoding=args.encoding,
         batch_size=args.batch_size,
         output=args.output,
         overwrite=args.overwrite,
+        complete=write_top if args.top_samples else None,
     )
     printed = {"codes": args.output, "rows": len(codes), "streams": codes.streams, "encoding": codes.encoding}
     if args.top_samples:
-        path = Path(args.output) / TOP_SAMPLES_FILE
-        write_top_samples(top_samples(codes, args.top_samples), path)
-        printed["top_samples"] = str(path)
+        printed["top_samples"] = str(Path(args.output) / TOP_SAMPLES_FILE)
     return printed
 
 
@@ -208,7 +234,7 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
     )
     if args.output is not None:
         check_report_folder(Path(args.output))
-    features = FeatureDataset.load(args.features)
+    features = FeatureDataset.load(args.features, verify=not args.no_verify)
     models = {name: SparcModel.from_pretrained(path) for name, path in model_names(args.models).items()}
     localize = _localizer(args) if args.masks else None
     evaluations = evaluate_models(models, features, settings)
@@ -257,22 +283,26 @@ def _run_import(args: Any) -> dict[str, Any]:
     from sparc_hf.features import FeatureDataset
     from sparc_hf.importers import run_import
 
-    found = run_import(args)
+    cards = []
+
+    def write_card(folder: Path) -> None:
+        from sparc_hf.hub import write_model_card
+        from sparc_hf.run_folder import read_settings
+
+        title = Path(args.output).resolve().name
+        card = write_model_card(folder, settings=read_settings(folder), title=title, repo=args.output)
+        cards.append(Path(args.output) / card.name)
+
+    found = run_import(args, complete=write_card)
     if isinstance(found, FeatureDataset):
         return {"features": args.output, "rows": len(found), "streams": found.streams}
-
-    from sparc_hf.hub import write_model_card
-    from sparc_hf.run_folder import SETTINGS_FILE
-
-    settings = json.loads((Path(args.output) / SETTINGS_FILE).read_text(encoding="utf-8"))
-    card = write_model_card(args.output, settings=settings)
     config = found.config
     return {
         "model": args.output,
         "latents": config.num_latents,
         "selection": config.selection,
         "streams": config.stream_names,
-        "card": str(card),
+        "card": str(cards[0]),
     }
 
 
@@ -303,10 +333,10 @@ def _run_explain(args: Any) -> dict[str, Any]:
 def _run_card(args: Any) -> dict[str, Any]:
     from sparc_hf.hub import write_model_card
     from sparc_hf.report import results_of_model
+    from sparc_hf.run_folder import read_settings
 
     results = results_of_model(args.results, args.model) if args.results else None
-    settings_file = Path(args.model) / "training_arguments.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else None
+    settings = read_settings(Path(args.model))
     return {"card": str(write_model_card(args.model, results=results, settings=settings, repo=args.repo))}
 
 
@@ -341,42 +371,52 @@ COMMANDS: dict[str, Command] = {
         "make scenes, extract features, train and evaluate, all from what ships with the package",
         "sparc_hf.command_arguments:DemoArguments",
         _run_demo,
+        writes=("output",),
     ),
     "extract": Command(
         "run frozen encoders over images and texts into a feature dataset",
         "sparc_hf.extraction:ExtractionArguments",
         _run_extract,
+        writes=("output",),
+        is_shared=True,
     ),
     "train": Command(
         "train a SparcModel on a feature dataset",
         "sparc_hf.training_arguments:SparcTrainingArguments",
         _run_train,
+        writes=("output_dir",),
+        is_shared=True,
     ),
     "encode": Command(
         "turn a feature dataset into a code table",
         "sparc_hf.command_arguments:EncodeArguments",
         _run_encode,
+        writes=("output",),
     ),
     "evaluate": Command(
         "measure models on a feature dataset, side by side",
         "sparc_hf.command_arguments:EvaluateArguments",
         _run_evaluate,
         leading="models",
+        writes=("output",),
     ),
     "import": Command(
         "bring features and checkpoints of the two earlier projects into today's formats",
         "sparc_hf.importers:ImportArguments",
         _run_import,
+        writes=("output",),
     ),
     "concepts": Command(
         "name latents, and draw their top samples, their maps, and images made to fire them",
         "sparc_hf.command_arguments:ConceptsArguments",
         _run_concepts,
+        writes=("model", "output"),
     ),
     "explain": Command(
         "draw where concepts are in images and captions, beside the baseline",
         "sparc_hf.explain:ExplainArguments",
         _run_explain,
+        writes=("output",),
     ),
     "retrieve": Command(
         "find the samples whose codes are most like those of an image, a text or another sample",
@@ -387,11 +427,13 @@ COMMANDS: dict[str, Command] = {
         "write the model card of a saved model",
         "sparc_hf.command_arguments:CardArguments",
         _run_card,
+        writes=("model",),
     ),
     "push": Command(
         "publish a model, a feature dataset, a metric or the Space on the Hub",
         "sparc_hf.push:PushArguments",
         _run_push,
+        writes=("dry_run",),
     ),
     "space": Command(
         "serve the Space: look at a model's concepts in the browser",

@@ -1,6 +1,7 @@
 """Pictures of concepts over a dataset: contact sheets of top samples with maps, and heatmaps of the strongest."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,14 @@ from sparc_hf.concepts import (
     vocabulary_evidence,
 )
 from sparc_hf.encoders import StreamEncoder, load_encoders
-from sparc_hf.explain import SHOWN_SIDE, save_figure
+from sparc_hf.explain import SHOWN_SIDE
 from sparc_hf.features import FeatureDataset
 from sparc_hf.image_files import open_image
 from sparc_hf.map_plots import SheetCell, contact_sheet, heatmap_grid
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
 from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.picture_folder import PictureFolder, picture_folder
 from sparc_hf.top_samples import TopSamples, top_samples
 
 if TYPE_CHECKING:
@@ -127,30 +129,29 @@ def write_latent_sheets(
     features: FeatureDataset,
     best: Mapping[str, TopSamples],
     latents: Sequence[int],
-    folder: Path,
+    pictures: PictureFolder,
     *,
     names: Mapping[int, str],
     method: str | None = "relevance",
     shifts: int = 1,
 ) -> list[str]:
-    """Write `latent-<number>.png` for each latent, those that are there excepted, and return the files.
+    """Write `latent-<number>.png` for each latent, those that are there excepted, and return the files' names.
 
     Raises:
         ValueError: for latents the model does not have.
     """
     if wrong := [latent for latent in latents if not 0 <= latent < model.config.num_latents]:
         raise ValueError(f"there are no latents {wrong}; this model has 0 to {model.config.num_latents - 1}")
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for latent in tqdm(latents, desc="contact sheets", unit="latent", delay=2, leave=False):
-        path = folder / f"latent-{latent:05d}.png"
-        files.append(str(path))
-        if path.exists():
-            continue
         title = f"latent {latent}" + (f": {names[latent]}" if latent in names else "")
-        save_figure(
-            latent_sheet(model, encoders, features, best, latent, title=title, method=method, shifts=shifts), path
-        )
+        rows = [[stream, *top.rows[latent].tolist()] for stream, top in best.items()]
+        facts = ("sheet", title, rows, len(features), method, shifts)
+        files.append(f"latent-{latent:05d}.png")
+        if pictures.has(files[-1], *facts):
+            continue
+        sheet = latent_sheet(model, encoders, features, best, latent, title=title, method=method, shifts=shifts)
+        pictures.save(sheet, files[-1], *facts)
     return files
 
 
@@ -217,11 +218,14 @@ def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
         raise ValueError(f"there are no latents {wrong}; this model has 0 to {model.config.num_latents - 1}")
     encoders = load_encoders(model.config.streams or []) if pictures or args.maximise or words else {}
     told: dict[str, Any] = {}
-    if args.features is not None:
-        told |= _run_on_features(args, model, encoders, words)
-    names = concept_names(model)
-    if args.maximise:
-        told["maximised"] = [_write_maximised(args, model, encoders, latent, names) for latent in args.maximise]
+    with nullcontext() if args.output is None else picture_folder(args.output, model) as folder:
+        if args.features is not None:
+            told |= _run_on_features(args, model, encoders, words, folder)
+        if args.maximise and folder is not None:
+            names = concept_names(model)
+            told["maximised"] = [
+                _write_maximised(args, model, encoders, latent, names, folder) for latent in args.maximise
+            ]
     return told
 
 
@@ -230,8 +234,9 @@ def _run_on_features(
     model: SparcModel,
     encoders: Mapping[str, StreamEncoder],
     words: Sequence[str] | None,
+    pictures: PictureFolder | None,
 ) -> dict[str, Any]:
-    features = FeatureDataset.load(args.features or "")
+    features = FeatureDataset.load(args.features or "", verify=not args.no_verify)
     codes = encode_features(model, features, encoding="single", batch_size=args.batch_size)
     told: dict[str, Any] = {}
     # Rows of patch tokens have nothing to name latents by, but show which are strong.
@@ -243,7 +248,9 @@ def _run_on_features(
         told["named"] = sum(concept.name is not None for concept in concepts)
     else:
         concepts = concepts_of(model)
-    return told | (_draw(args, model, encoders, features, codes, concepts) if args.output is not None else {})
+    if pictures is not None:
+        told |= _draw(args, model, encoders, features, codes, concepts, pictures)
+    return told
 
 
 def _vocabulary(
@@ -262,15 +269,17 @@ def _draw(
     features: FeatureDataset,
     codes: CodeTable,
     concepts: Sequence[Concept],
+    pictures: PictureFolder,
 ) -> dict[str, Any]:
     """Draw contact sheets and heatmaps."""
     told: dict[str, Any] = {}
     names = {concept.latent: concept.name for concept in concepts if concept.name is not None}
-    folder, options = Path(args.output or ""), {"names": names, "method": args.method, "shifts": args.shifts}
+    options = {"names": names, "method": args.method, "shifts": args.shifts}
     latents = list(dict.fromkeys([*args.latents, *latents_to_show(concepts, args.top)]))
     if latents:
         best = top_samples(codes, SHEET_SAMPLES)
-        told["sheets"] = write_latent_sheets(model, encoders, features, best, latents, folder, **options)
+        files = write_latent_sheets(model, encoders, features, best, latents, pictures, **options)
+        told["sheets"] = [_shown_path(args, file) for file in files]
     if args.heatmaps:
         rows = range(min(args.heatmap_images, len(features)))
         found = [open_image(path) for path in args.images] or [features.image(row) for row in rows]
@@ -278,10 +287,14 @@ def _draw(
         if not images:
             raise ValueError(f"`{args.features}` has no images to draw heatmaps on; name files as `images`")
         strongest = strongest_latents(model, codes, args.heatmaps)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_figure(concept_heatmaps(model, encoders, images, strongest, **options), folder / "heatmaps.png")
-        told["heatmaps"] = {"file": str(folder / "heatmaps.png"), "latents": strongest}
+        pictures.save(concept_heatmaps(model, encoders, images, strongest, **options), "heatmaps.png")
+        told["heatmaps"] = {"file": _shown_path(args, "heatmaps.png"), "latents": strongest}
     return told
+
+
+def _shown_path(args: ConceptsArguments, file: str) -> str:
+    """Return where a picture is when all is done."""
+    return str(Path(args.output or "") / file)
 
 
 def _write_maximised(
@@ -290,6 +303,7 @@ def _write_maximised(
     encoders: Mapping[str, StreamEncoder],
     latent: int,
     names: Mapping[int, str],
+    pictures: PictureFolder,
 ) -> dict[str, Any]:
     found = maximise_latent(model, encoders, latent, MaximisationSettings(steps=args.steps, seed=args.seed))
     rows = {
@@ -300,9 +314,8 @@ def _write_maximised(
         for name, stream in found.items()
     }
     title = f"images that fire latent {latent}" + (f": {names[latent]}" if latent in names else "")
-    path = Path(args.output or "") / f"maximised-{latent:05d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(contact_sheet(title, rows), path)
+    file = f"maximised-{latent:05d}.png"
+    pictures.save(contact_sheet(title, rows), file)
     streams = {
         name: {
             "activation": round(stream.activations[0], 5),
@@ -311,4 +324,4 @@ def _write_maximised(
         }
         for name, stream in found.items()
     }
-    return {"latent": latent, "file": str(path), "streams": streams}
+    return {"latent": latent, "file": _shown_path(args, file), "streams": streams}

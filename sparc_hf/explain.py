@@ -1,6 +1,5 @@
 """Panels that show where concepts are in an image and its caption."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,11 +27,11 @@ from sparc_hf.features import FeatureDataset
 from sparc_hf.image_files import open_image
 from sparc_hf.map_plots import ExplainedTarget, explanation_panel
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.picture_folder import picture_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 130
 # Maps are drawn over a smaller copy of larger images: a photograph of 100 million pixels would need gigabytes.
 SHOWN_SIDE = 640
 
@@ -212,13 +211,6 @@ def _row(
     return ExplainedTarget(title, {stream: maps.get(stream) for stream in streams}, words, notes)
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG; the file appears complete or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    figure.savefig(unfinished, format="png", dpi=DPI)
-    os.replace(unfinished, path)
-
-
 def run_explain(args: ExplainArguments) -> dict[str, Any]:
     """Draw a panel for every sample; panels that are there from an earlier run are kept.
 
@@ -238,24 +230,24 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
     for word in args.concept:
         latents = latents_named(concepts, word)
         chosen[f"{word} (latents {', '.join(map(str, latents))})"] = latents
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    facts = ("panel", args.features, args.text, chosen, args.top, args.method, args.shifts)
     told, kept = [], 0
-    for name, read in tqdm(samples, desc="panels", unit="sample", delay=2, leave=False):
-        path = output / f"{name}.png"
-        if path.exists() and not args.overwrite:
-            kept += 1
-            continue
-        image, caption = read()
-        latents = chosen or {
-            _title(latent, names): (latent,)
-            for latent in active_latents(sample_codes(model, encoders, image, caption), args.top)
-        }
-        found = explain_sample(model, encoders, image, caption, latents, method=args.method, shifts=args.shifts)
-        save_figure(found.panel(), path)
-        told.append({"panel": str(path), "targets": [_told(target) for target in found.targets]})
-    facts: dict[str, Any] = {"output": str(output), "drawn": len(told), "kept": kept}
-    return facts | ({} if args.features else {"samples": told})
+    with picture_folder(args.output, model) as pictures:
+        for name, read in tqdm(samples, desc="panels", unit="sample", delay=2, leave=False):
+            if pictures.has(f"{name}.png", *facts) and not args.overwrite:
+                kept += 1
+                continue
+            image, caption = read()
+            latents = chosen or {
+                _title(latent, names): (latent,)
+                for latent in active_latents(sample_codes(model, encoders, image, caption), args.top)
+            }
+            found = explain_sample(model, encoders, image, caption, latents, method=args.method, shifts=args.shifts)
+            pictures.save(found.panel(), f"{name}.png", *facts)
+            path = Path(args.output) / f"{name}.png"
+            told.append({"panel": str(path), "targets": [_told(target) for target in found.targets]})
+    counts: dict[str, Any] = {"output": args.output, "drawn": len(told), "kept": kept}
+    return counts | ({} if args.features else {"samples": told})
 
 
 def _title(latent: int, names: Mapping[int, str | None]) -> str:

@@ -31,6 +31,7 @@ class RetrieveArguments:
     count: int = field(default=10, metadata={"help": "Most samples to find in a stream."})
     shared: int = field(default=3, metadata={"help": "Concepts to tell of each match, those that bring it most."})
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+    no_verify: bool = field(default=False, metadata={"help": "Do not compare features with their checksums."})
 
 
 def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
             f"give one of `text`, `image` and `row`, and a `count` of 1 or more, but got {given or 'none'}"
         )
     model = SparcModel.from_pretrained(args.model).eval()
-    features = FeatureDataset.load(args.features)
+    features = FeatureDataset.load(args.features, verify=not args.no_verify)
     streams = model.config.stream_names
     if unknown := [name for name in [*args.target, *filter(None, [args.source])] if name not in streams]:
         raise ValueError(f"there are no streams {unknown}; this model has {streams}")

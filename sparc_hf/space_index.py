@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from sparc_hf.atomic_files import write_json
 from sparc_hf.code_search import CodeSearch
 from sparc_hf.codes import CodeTable, encode_features
 from sparc_hf.concepts import Concept, load_concepts, name_concepts, save_concepts
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
 from sparc_hf.features import FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
-from sparc_hf.run_folder import write_json
 from sparc_hf.top_samples import TopSamples, top_samples
 
 FORMAT_VERSION = 1

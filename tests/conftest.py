@@ -102,6 +102,17 @@ def small_space(space_cache):
     return small_demo(space_cache)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Run in one thread, as forked children need it; with more, some processors add in another order too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the commands that are run
+        yield
+    torch.set_num_threads(threads)
+
+
 @contextlib.contextmanager
 def torch_operators_only() -> Iterator[None]:
     """Leave the compiled operators out, wherever they are loaded."""
