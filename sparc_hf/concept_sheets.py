@@ -27,9 +27,9 @@ from sparc_hf.features import FeatureDataset
 from sparc_hf.image_files import open_image
 from sparc_hf.map_plots import SheetCell, contact_sheet, heatmap_grid
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
-from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.top_samples import TopSamples, top_samples
+from sparc_hf.universality import latent_universality
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,14 +155,8 @@ def write_latent_sheets(
 
 
 def strongest_latents(model: SparcModel, codes: CodeTable, count: int) -> list[int]:
-    """Return the latents of largest energy, summed over streams: the importance ranking of USAE (arXiv 2502.03714).
-
-    A stream's energy is the latent's mean value times the norm of its atom.
-    """
-    # The USAE objective brings its atoms to unit norm at every use.
-    usae = model.config.objective == "usae"
-    norms = None if usae else {name: model.atoms[name].detach().norm(dim=1).cpu().numpy() for name in codes.streams}
-    energy = concept_universality({name: codes.csr(name) for name in codes.streams}, atom_norms=norms)["energy"]
+    """Return the latents of largest energy, summed over streams: the importance ranking of USAE (arXiv 2502.03714)."""
+    energy = latent_universality(model, {name: codes.csr(name) for name in codes.streams})["energy"]
     return [int(latent) for latent in np.argsort(-energy, kind="stable")[:count] if energy[latent] > 0]
 
 

@@ -164,7 +164,7 @@ def _figures(evaluation: Evaluation) -> Iterator[dict[str, str]]:
     caption = "Firing entropy of the latents that fire: 1 fires equally often in all streams, 0 in one only."
     yield shown("firing entropy", caption, plots.entropy_histogram(entropies))
     cofires = {encoding: (found["energy"], found["cofires"]) for encoding, found in latents.items()}
-    caption = "Rows on which a latent fires in all streams at once, against its energy (mean value times atom norm)."
+    caption = "Rows on which a latent fires in all streams at once, against its energy, the length of what it adds."
     yield shown("co-fires against energy", caption, plots.cofires_against_energy(cofires))
 
 

@@ -65,6 +65,7 @@ FLOORS = {
     "legacy_usae": 5,
     "importers": 6,
     "training": 4,
+    "universality": 3,
     "retrieval": 4,
     "probing": 5,
     "evaluation": 6,
