@@ -123,7 +123,7 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.ImportFrom):
-            inside = "demo." if room_of(path) == "demo" else ""
+            inside = "" if path.parent == PACKAGE else f"{room_of(path)}."
             names = [f"sparc_hf.{inside}{node.module}"] if node.level else [node.module or ""]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
