@@ -237,8 +237,7 @@ def _localizer(args: Any) -> Callable[[Any], dict[str, Any]]:
         methods=tuple(args.map_methods),
         shifts=args.shifts,
         prompt=args.prompt,
-        replicates=args.replicates,
-        seed=args.seed,
+        intervals=args.replicates > 0,
     )
     images = open_masked_images(args.masks, args.mask_images, args.mask_rows)
     rows = None if args.concept_features is None else FeatureDataset.load(args.concept_features)

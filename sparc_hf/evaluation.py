@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from tqdm.auto import tqdm
 
-from sparc_hf.bootstrap import bootstrap_intervals
 from sparc_hf.codes import ENCODINGS, CodeTable, check_streams, code_batches, code_columns, encode_features
+from sparc_hf.count_figures import CountFigures
 from sparc_hf.features import FeatureDataset
+from sparc_hf.intervals import Figure, mean_figure, plain_figure, random_groups, share_figure, unit_sums
 from sparc_hf.metrics.concept_alignment.concept_alignment import (
     concept_alignment,
-    jaccard_of_counts,
-    label_counts,
-    labelled_rows,
     taxonomy_buckets,
 )
 from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
@@ -40,7 +39,6 @@ from sparc_hf.universality import latent_universality
 logger = logging.getLogger(__name__)
 
 HIT_DEPTH = 1
-SHARES = ("dead_share", "jaccard", "jaccard_live", *(f"{family}_r_at_{HIT_DEPTH}" for family in FAMILIES))
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,12 @@ class EvaluationSettings:
 
     Attributes:
         batch_size: rows encoded at a time.
-        replicates: bootstrap draws behind the confidence intervals; 0 leaves them out.
+        replicates: how often figures made from counts are measured again for their intervals, each time without
+            another part of the rows; 0 leaves all intervals out.
         retrieval_rows: samples that retrieval is measured on, spread evenly; all by default.
         probes: whether the slow parts are done too: probes and classifiers, where there are labels, and matching the
             atoms of models.
-        seed: of the draws.
+        seed: of what is drawn: the parts of the rows, and the probes' splits.
         dataset: what cards and reports call the rows.
     """
 
@@ -69,8 +68,8 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, but it is {value}")
-        if self.replicates < 0:
-            raise ValueError(f"`replicates` must not be negative, but it is {self.replicates}")
+        if self.replicates < 0 or self.replicates == 1:
+            raise ValueError(f"`replicates` must be 0, or 2 or more, but it is {self.replicates}")
 
 
 @dataclass
@@ -116,7 +115,7 @@ def evaluate_model(
     Returns:
         An evaluation whose `results` hold "dataset", "rows", "model" (the settings that tell models apart), and for
         each of "joint" and "single":
-        "headline": name -> {"value", "low", "high"} with 95 % bootstrap intervals over rows;
+        "headline": name -> {"value", "low", "high"} with 95 % intervals, see `intervals`;
         "reconstruction": nmse, fvu, r2, cosine -> target -> source -> number;
         "liveness": what `latent_liveness` returns, without the per-latent part;
         "universality": means of `concept_universality` over the latents that fire above the model's dead threshold;
@@ -182,13 +181,24 @@ class Measurements:
         return _labels_of(self.features)
 
     @cached_property
+    def units(self) -> np.ndarray:
+        """Int [rows]: which rows are drawn together, the patch tokens of a sample; else each row alone."""
+        rows = len(self.features)
+        has_samples = "sample" in self.features.column_names
+        return np.array(self.features.column("sample", range(rows))) if has_samples else np.arange(rows)
+
+    @cached_property
+    def searched_rows(self) -> np.ndarray:
+        """The rows that retrieval is measured on, spread evenly."""
+        rows = len(self.features)
+        return np.unique(np.linspace(0, rows - 1, min(self.settings.retrieval_rows or rows, rows), dtype=np.int64))
+
+    @cached_property
     def ranks(self) -> dict[str, dict[str, np.ndarray]]:
         """Family -> "source->target" -> int64 [retrieval rows]."""
-        count, rows = self.settings.retrieval_rows, len(self.features)
-        if count is None or count >= rows:
+        if len(self.searched_rows) == len(self.features):
             return model_ranks(self.model, self.features, self.table, batch_size=self.settings.batch_size)
-        chosen = np.unique(np.linspace(0, rows - 1, count, dtype=np.int64))
-        part = self.features.select(chosen)
+        part = self.features.select(self.searched_rows)
         codes = encode_features(self.model, part, encoding=self.encoding, batch_size=self.settings.batch_size)
         return model_ranks(self.model, part, codes, batch_size=self.settings.batch_size)
 
@@ -254,46 +264,27 @@ class Measurements:
         live = int(found["live"].sum())
         return {"depths": depths, "mean": found["mean"], "mean_live": found["mean_live"], "live": live}
 
-    def _headline(self) -> dict[str, Any]:
+    def _headline(self) -> dict[str, Figure]:
         """Figures one would put first, with intervals."""
-        shares = {
-            "nmse_self": _mean_of(_relative_error(self.terms[name, name]) for name in self.streams),
-            "nmse_cross": _mean_of(
-                _relative_error(self.terms[pair]) for pair in itertools.permutations(self.streams, 2)
-            ),
+        errors = {
+            "nmse_self": [_relative_error(self.terms[name, name]) for name in self.streams],
+            "nmse_cross": [_relative_error(self.terms[pair]) for pair in itertools.permutations(self.streams, 2)],
         }
-        drawn: dict[str, Any] = {
-            "replicates": self.settings.replicates,
-            "seed": self.settings.seed,
-            "bounds": {name: (0, 1) for name in SHARES},
-        }
-        rows = len(self.features)
-        found = bootstrap_intervals(lambda weights: _weighted(shares, weights) | self._counts(weights), rows, **drawn)
         hits = {
-            f"{family}_r_at_{HIT_DEPTH}": _mean_of(ranks <= HIT_DEPTH for ranks in self.ranks[family].values())
+            f"{family}_r_at_{HIT_DEPTH}": [ranks <= HIT_DEPTH for ranks in self.ranks[family].values()]
             for family in FAMILIES
         }
-        searched = len(next(iter(self.ranks[FAMILIES[0]].values())))
-        return found | bootstrap_intervals(lambda weights: _weighted(hits, weights), searched, **drawn)
-
-    def _counts(self, weights: np.ndarray | None) -> dict[str, float]:
-        """Figures made from counts: the dead share, and the label Jaccard at full depth."""
-        counts, active, alive = {}, {}, {}
-        for stream, codes in self.codes.items():
-            if self.labels is not None:
-                labelled = labelled_rows(self.labels)
-                counted = labelled if weights is None else weights * labelled
-                counts[stream], active[stream] = label_counts(codes, self.labels, counted)
-            drawn = np.ones(codes.shape[0], bool) if weights is None else weights > 0
-            kept = np.repeat(drawn, np.diff(codes.indptr))
-            alive[stream] = np.bincount(codes.indices[kept], minlength=codes.shape[1]) > 0
-        found = {"dead_share": float(np.mean([1 - one.mean() for one in alive.values()]))}
-        if self.labels is None:
-            return found
-        scores = jaccard_of_counts(counts, active)
-        live = np.sum(list(active.values()), axis=0) >= 2
-        mean_live = float(scores[live].mean()) if live.any() else math.nan
-        return found | {"jaccard": float(scores.mean()), "jaccard_live": mean_live}
+        seed, replicates = self.settings.seed, self.settings.replicates
+        groups = list(random_groups(self.units, replicates, seed)) if replicates else []
+        found = {
+            name: mean_figure(*unit_sums(np.mean(rows, axis=0), self.units)) for name, rows in errors.items() if rows
+        }
+        found |= CountFigures(self.codes, self.labels).with_intervals(
+            tqdm(groups, desc="confidence intervals", unit="group", leave=False)
+        )
+        units = self.units[self.searched_rows]
+        found |= {name: share_figure(*unit_sums(np.mean(rows, axis=0), units)) for name, rows in hits.items() if rows}
+        return found if replicates else {name: plain_figure(figure["value"]) for name, figure in found.items()}
 
 
 def _labels_of(features: FeatureDataset) -> Any:
@@ -342,16 +333,6 @@ def _encoded(
 
 def _relative_error(terms: np.ndarray) -> np.ndarray:
     return terms[:, 0] / terms[:, 1]
-
-
-def _mean_of(parts: Iterator[np.ndarray]) -> np.ndarray | None:
-    arrays = list(parts)
-    return np.mean(arrays, axis=0) if arrays else None
-
-
-def _weighted(shares: Mapping[str, np.ndarray | None], weights: np.ndarray | None) -> dict[str, float]:
-    """Return name -> weighted mean of a figure's rows, leaving out figures that no pair of streams has."""
-    return {name: float(np.average(rows, weights=weights)) for name, rows in shares.items() if rows is not None}
 
 
 def _json_ready(value: Any) -> Any:

@@ -10,10 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import planted_features, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sparc_hf.bootstrap import bootstrap_intervals
 from sparc_hf.codes import encode_features
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model, evaluate_models
 from sparc_hf.feature_columns import fixed_size_lists
@@ -122,6 +119,8 @@ def test_unusual_features():
         evaluate_model(tiny_model(3), FeatureDataset.from_arrays(broken), QUICK)
     with pytest.raises(ValueError, match="`retrieval_rows`"):
         EvaluationSettings(retrieval_rows=0)
+    with pytest.raises(ValueError, match="`replicates` must be 0, or 2 or more"):
+        EvaluationSettings(replicates=1)
 
 
 def test_labels_that_say_nothing_and_rows_without_labels(caplog):
@@ -178,31 +177,6 @@ def test_retrieval_on_some_rows():
     assert few.results["single"]["headline"]["nmse_self"]["low"] is None
     with pytest.raises(ValueError, match="the codes have 100 rows"):
         model_ranks(model, part, encode_features(model, features))
-
-
-@settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 2**31 - 1), rows=st.integers(20, 60))
-def test_the_interval_of_a_mean_is_the_textbook_one(seed, rows):
-    values = np.random.default_rng(seed).normal(3, 2, rows)
-    found = bootstrap_intervals(
-        lambda weights: {"mean": float(np.average(values, weights=weights))}, rows, replicates=400, seed=seed
-    )["mean"]
-    half = 1.96 * values.std() / np.sqrt(rows)
-    assert found["value"] == pytest.approx(values.mean())
-    assert found["low"] == pytest.approx(values.mean() - half, abs=0.35 * half)
-    assert found["high"] == pytest.approx(values.mean() + half, abs=0.35 * half)
-
-
-def test_intervals_repeat_and_may_be_left_out():
-    def figures(weights):
-        return {"share": 0.5 if weights is None else float(weights[0] > 0), "nothing": float("nan")}
-
-    one, other = (bootstrap_intervals(figures, 9, replicates=30, seed=4) for _ in range(2))
-    assert one["share"] == other["share"]
-    assert one["nothing"]["low"] is None
-    assert one["share"]["high"] > 0.6
-    assert bootstrap_intervals(figures, 9, replicates=30, seed=4, bounds={"share": (0, 0.6)})["share"]["high"] == 0.6
-    assert bootstrap_intervals(figures, 9, replicates=0)["share"] == {"value": 0.5, "low": None, "high": None}
 
 
 def test_the_files_of_a_report(pair, tmp_path):

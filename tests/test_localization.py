@@ -74,7 +74,7 @@ def test_figures_by_hand(demo, monkeypatch):
     monkeypatch.setattr("sparc_hf.localization.image_maps", maps)
     latents = {"dino": {"a": ConceptTarget((1,))}}
     used = {"dino": encoders["dino"]}
-    found = localize(model, used, images, latents, LocalizationSettings(replicates=50, batch_size=2))
+    found = localize(model, used, images, latents, LocalizationSettings(batch_size=2))
     assert (found["images"], found["pairs"], len(found["maps"])) == (3, 4, 1)
     (row,) = found["maps"]
     assert (row["target"], row["stream"], row["method"]) == ("latent", "dino", "relevance")
@@ -90,7 +90,7 @@ def test_every_kind_of_map_is_measured(demo):
     images = open_masked_images("demo:test", rows=3)
     names = {name for of_image in images.classes for name in of_image}
     latents = {stream: {name: ConceptTarget((3,)) for name in names} for stream in ("dino", "clip_img")}
-    settings = LocalizationSettings(methods=("relevance", "patch_codes"), replicates=2, batch_size=2)
+    settings = LocalizationSettings(methods=("relevance", "patch_codes"), intervals=False, batch_size=2)
     found = localize(model, encoders, images, latents, settings)
     kinds = {(row["target"], row["stream"], row["method"]) for row in found["maps"]}
     for method in settings.methods:
