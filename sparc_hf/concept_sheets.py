@@ -24,7 +24,7 @@ from sparc_hf.concepts import (
     vocabulary_evidence,
 )
 from sparc_hf.encoders import StreamEncoder, load_encoders
-from sparc_hf.explain import SHOWN_SIDE, save_figure
+from sparc_hf.explain import SHOWN_SIDE, sample_codes, save_figure
 from sparc_hf.features import FeatureDataset
 from sparc_hf.image_files import open_image
 from sparc_hf.map_plots import SheetCell, contact_sheet, heatmap_grid
@@ -162,14 +162,19 @@ def concept_heatmaps(
     method: str = "relevance",
     shifts: int = 1,
 ) -> "Figure":
-    """Return maps of several latents over one set of images, in all image streams, in one figure."""
+    """Return maps of several latents over one set of images, in all image streams, in one figure.
+
+    Images in which a latent is not active, each stream alone, are pale and have no map.
+    """
     rows: dict[tuple[str, str], np.ndarray] = {}
+    values: dict[tuple[str, str], list[float]] = {}
     targets = [ConceptTarget((latent,)) for latent in latents]
     found: dict[str, np.ndarray] = {}
     for name, encoder in encoders.items():
         if encoder.modality == "image":
             kind = map_method(encoder, method)
             found |= image_maps(model, {name: encoder}, images, targets, kind, shifts=shifts)
+    codes = [sample_codes(model, {name: encoders[name] for name in found}, image, "") for image in images]
     side = 64
     for at, latent in enumerate(latents):
         title = f"latent {latent}" + (f"\n{names[latent]}" if latent in names else "")
@@ -179,7 +184,8 @@ def concept_heatmaps(
                 heat, _ = map_on_image(grid, visible_box(encoders[name], image), image.size)
                 placed.append(np.asarray(Image.fromarray(heat).resize((side, side), Image.Resampling.BILINEAR)))
             rows[title, name] = np.stack(placed)
-    return heatmap_grid(images, rows)
+            values[title, name] = [float(of_image[name][latent]) for of_image in codes]
+    return heatmap_grid(images, rows, values)
 
 
 def run_concepts(args: ConceptsArguments) -> dict[str, Any]:

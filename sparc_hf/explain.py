@@ -200,7 +200,10 @@ def _row(
     values: Mapping[str, float] | None = None,
 ) -> ExplainedTarget:
     notes = {stream: f"{value:.2f}" if value > 0 else "not active" for stream, value in (values or {}).items()}
-    return ExplainedTarget(title, {stream: maps.get(stream) for stream in streams}, words, notes)
+    inactive = frozenset(stream for stream, value in (values or {}).items() if not value > 0)
+    # A map of what is not there shows where it is least absent, which reads as the opposite.
+    shown = {stream: None if stream in inactive else maps.get(stream) for stream in streams}
+    return ExplainedTarget(title, shown, words, notes, inactive)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

@@ -4,7 +4,7 @@ import base64
 import csv
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,22 +115,24 @@ def _figures(evaluation: Evaluation) -> Iterator[dict[str, str]]:
     both = {encoding: evaluation.results[encoding] for encoding in ENCODINGS}
     latents = evaluation.latents
 
-    def shown(title: str, caption: str, figure: Any) -> dict[str, str]:
-        return {"title": title, "caption": caption, "address": _embedded(figure)}
+    def shown(title: str, caption: str, plot: Callable[..., Any], *args: Any, **options: Any) -> dict[str, str]:
+        wide, narrow = (_embedded(plot(*args, **options, stacked=stacked)) for stacked in (False, True))
+        return {"title": title, "caption": caption, "address": wide, "narrow": narrow}
 
-    for name, words in (("nmse", "Normalised squared error, 0 is perfect"), ("cosine", "Cosine similarity")):
+    ways = (("nmse", "low", "Normalised squared error, 0 is perfect"), ("cosine", "high", "Cosine similarity"))
+    for name, better, words in ways:
         panels = {encoding: found["reconstruction"][name] for encoding, found in both.items()}
         caption = f"{words}, of every target stream decoded from every source stream's code."
-        yield shown(f"reconstruction, {name}", caption, plots.reconstruction_matrix(panels, name))
+        yield shown(f"reconstruction, {name}", caption, plots.reconstruction_matrix, panels, name, better=better)
     if "alignment" in both["joint"]:
         scores = {
             encoding: {depth: latents[encoding][f"jaccard/depth{depth}"] for depth in found["alignment"]["depths"]}
             for encoding, found in both.items()
         }
         caption = "How alike the labels are of the rows on which a latent fires in different streams."
-        yield shown("label Jaccard", caption, plots.jaccard_by_depth(scores))
+        yield shown("label Jaccard", caption, plots.jaccard_by_depth, scores)
     patterns = {encoding: _patterns(found["liveness"]) for encoding, found in both.items()}
-    yield shown("liveness", "In which streams latents fire at all on these rows.", plots.liveness_bars(patterns))
+    yield shown("liveness", "In which streams latents fire at all on these rows.", plots.liveness_bars, patterns)
     histograms = {
         encoding: (
             np.array(found["liveness"]["histogram"]["edges"]),
@@ -138,14 +140,14 @@ def _figures(evaluation: Evaluation) -> Iterator[dict[str, str]]:
         )
         for encoding, found in both.items()
     }
-    yield shown("firing frequency", "How often live latents fire.", plots.frequency_histogram(histograms))
+    yield shown("firing frequency", "How often live latents fire.", plots.frequency_histogram, histograms)
     firing = {encoding: np.sum(_frequencies(found), axis=0) > 0 for encoding, found in latents.items()}
     entropies = {encoding: found["entropy"][firing[encoding]] for encoding, found in latents.items()}
     caption = "Firing entropy of the latents that fire: 1 fires equally often in all streams, 0 in one only."
-    yield shown("firing entropy", caption, plots.entropy_histogram(entropies))
+    yield shown("firing entropy", caption, plots.entropy_histogram, entropies)
     cofires = {encoding: (found["energy"], found["cofires"]) for encoding, found in latents.items()}
     caption = "Rows on which a latent fires in all streams at once, against its energy, the length of what it adds."
-    yield shown("co-fires against energy", caption, plots.cofires_against_energy(cofires))
+    yield shown("co-fires against energy", caption, plots.cofires_against_energy, cofires)
 
 
 def _patterns(liveness: Mapping[str, Any]) -> dict[str, int]:

@@ -1,10 +1,14 @@
 """Panels, contact sheets, heatmaps and maximisation, on the shipped encoders."""
 
+import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 from tiny_encoders import save_vit
 
@@ -53,9 +57,13 @@ def test_an_explanation_holds_concepts_and_the_agreement(world):
     model, encoders, _ = world
     found = explain_sample(model, encoders, SCENE.image, SCENE.captions[0], {"one": [3], "two": [3, 9]})
     assert [target.title for target in found.targets] == ["one", "two", "agreement of image and clip_txt"]
-    for target in found.targets[:2]:
+    codes = sample_codes(model, encoders, SCENE.image, SCENE.captions[0])
+    for target, latents in zip(found.targets, ([3], [3, 9]), strict=False):
         assert list(target.maps) == ["dino", "clip_img"]
-        assert all(heat.shape == (64, 64) for heat in target.maps.values())
+        for name, heat in target.maps.items():
+            active = float(codes[name][latents].sum()) > 0
+            assert (heat is not None and heat.shape == (64, 64)) if active else heat is None
+            assert (name in target.inactive) == (not active)
         assert list(target.words) == ["clip_txt"]
     agreement = found.targets[2]
     assert list(agreement.maps) == ["dino", "clip_img", "clip_img, embeddings (baseline)"]
@@ -63,7 +71,7 @@ def test_an_explanation_holds_concepts_and_the_agreement(world):
     assert [word.word for word in agreement.words["clip_txt for dino"]] == SCENE.captions[0].split()
     figure = found.panel()
     drawn = [axis for axis in figure.axes if axis.images]
-    assert len(drawn) == 3 + 3 + 4
+    assert len(drawn) == 3 + 3 + 4 + 1  # and the scale
 
 
 def test_images_or_captions_alone_are_explained(world):
@@ -82,7 +90,7 @@ def test_a_huge_image_is_explained_on_a_small_copy(world):
     model, encoders, _ = world
     found = explain_sample(model, encoders, Image.new("RGB", (6000, 30), "red"), "red", {"one": [3]})
     assert found.image.size == (640, 3)
-    assert found.targets[0].maps["dino"].shape == (3, 640)
+    assert found.targets[-1].maps["dino"].shape == (3, 640)
 
 
 def test_codes_and_active_latents_of_a_sample(world):
@@ -247,7 +255,7 @@ def test_streams_of_patch_tokens_are_explained_by_their_codes(world, tmp_path):
     by_token = model.encode({"tokens": tokens.rows(tokens.prepare([SCENE.image]))})["tokens"].to_dense()
     largest = by_token[:, 3].max().item()
     assert found.notes["tokens"] == (f"{largest:.2f}" if largest > 0 else "not active")
-    assert found.maps["tokens"].shape == (64, 64)
+    assert found.maps["tokens"].shape == (64, 64) if largest > 0 else found.maps["tokens"] is None
     similar = image_maps(model, used, [SCENE.image], [SimilarityTarget("tokens", SCENE.image)], "patch_codes")
     assert np.isfinite(similar["dino"]).all()
 
@@ -266,6 +274,79 @@ def test_heatmaps_of_a_dataset_that_has_neither_images_nor_names(world, tmp_path
     assert not (tmp_path / "model" / "concepts.json").exists()
     assert main(f"{base} --output {tmp_path}/more".split()) == 2
     assert "has no images to draw heatmaps on" in capsys.readouterr().err
+
+
+def shown_texts(figure) -> list[tuple[str, Any]]:
+    """Every text of a figure, with its extent in pixels."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    artists = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text().strip())
+    visible = [one for one in artists if one.axes is None or one.axes.axison or one in one.axes.texts]
+    return [(one.get_text(), one.get_window_extent(renderer)) for one in visible]
+
+
+def overlaps(figure) -> list[tuple[str, str]]:
+    texts = shown_texts(figure)
+    pixels = figure.bbox
+    for words, place in texts:
+        assert place.x0 >= -1, words
+        assert place.y0 >= -1, words
+        assert place.x1 <= pixels.x1 + 1, words
+        assert place.y1 <= pixels.y1 + 1, words
+    return [
+        (words, others)
+        for (words, place), (others, other) in itertools.combinations(texts, 2)
+        if min(place.x1, other.x1) - max(place.x0, other.x0) > 1
+        and min(place.y1, other.y1) - max(place.y0, other.y0) > 1
+    ]
+
+
+def test_no_text_of_a_picture_lies_on_another():
+    image, heat = Image.new("RGB", (40, 30), "teal"), np.random.default_rng(0).random((30, 40))
+    caption = "a red circle beside a very large blue star on a light background with a long tail " * 2
+    words = [(word, 0.1 * at, 0, len(caption)) for at, word in enumerate(caption.split())]
+    rows = [
+        map_plots.ExplainedTarget(
+            "dark background (latents 105, 240, 17, 242, 138, 177, 89, 184, 84, 5, 78, 115, 116, 117, 118, 119, 120)",
+            {"dino": heat, "clip_img": None, "siglip": None},
+            {"clip_txt": words, "other": words},
+            {"dino": "0.23", "clip_img": "not active"},
+            frozenset({"clip_img"}),
+        ),
+        map_plots.ExplainedTarget(
+            "agreement of image and clip_txt",
+            {"dino": heat, "clip_img, embeddings (baseline)": heat},
+            {"clip_txt": []},
+        ),
+    ]
+    figure = map_plots.explanation_panel(image, caption, rows)
+    assert overlaps(figure) == []
+    told = {words for words, _ in shown_texts(figure)}
+    assert {"dino (0.23)", "clip_img (not active)", "no such map", "largest value of each map"} <= told
+    cells = [map_plots.SheetCell(image, heat, note="0.231")] * 2, [map_plots.SheetCell(None, text=caption, note="0.1")]
+    sheet = map_plots.contact_sheet(
+        "latent 12: a name of several words", {"dino": cells[0], "clip_txt": cells[1], "c": []}
+    )
+    assert overlaps(sheet) == []
+    maps = {
+        ("latent 1\ndark background, and more words", stream): np.stack([heat] * 3) for stream in ("dino", "clip_img")
+    }
+    grid = map_plots.heatmap_grid([image] * 3, maps, {key: [0.2, 0.0, 0.1] for key in maps})
+    assert overlaps(grid) == []
+    assert [words for words, _ in shown_texts(grid)].count("not active") == 2
+
+
+def test_what_is_not_active_has_no_map_in_a_picture():
+    """Pale, as the image is, and without the map's colours."""
+    image, heat = Image.new("RGB", (32, 32), (10, 60, 10)), np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)
+    target = map_plots.ExplainedTarget("one", {"a": heat, "b": None}, {}, {"b": "not active"}, frozenset({"b"}))
+    figure = map_plots.explanation_panel(image, "", [target])
+    first, active, inactive, scale = (np.asarray(axis.images[0].get_array(), int) for axis in figure.axes)
+    assert len(np.unique(active.reshape(-1, 3), axis=0)) > 5
+    assert len(np.unique(inactive.reshape(-1, 3), axis=0)) == 1
+    assert (inactive > first).all()
+    assert scale.shape[0] == 1
+    # The scale has the colours of the maps: from the image's to those of the largest value.
+    assert np.abs(scale[0, -1] - map_plots.overlay(image, heat)[-1, -1]).max() < 60
 
 
 def test_an_overlay_is_strongest_where_the_map_is():
