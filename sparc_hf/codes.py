@@ -95,8 +95,14 @@ class CodeTable:
         return self._array(f"{stream}_values", stream)
 
     def csr(self, stream: str) -> "csr_array":
-        """Return the positive values of a stream as a scipy CSR array [rows, N] of its own memory."""
+        """Return the positive values of a stream as a scipy CSR array [rows, N] of its own memory.
+
+        Raises:
+            ValueError: for an unknown stream, latents that are none of the N, or values that are not finite.
+        """
         from scipy.sparse import csr_array
+
+        from sparc_hf.metrics.latent_liveness.checked_input import checked_matrix
 
         indices = self.indices(stream)
         rows, k = indices.shape
@@ -105,7 +111,7 @@ class CodeTable:
         csr = csr_array(data, shape=(rows, self.num_latents), copy=True)
         csr.eliminate_zeros()
         csr.sort_indices()
-        return csr
+        return checked_matrix(csr, f"the codes of `{stream}`")
 
     def rows(self, start: int, stop: int) -> "CodeTable":
         """Return the table of rows `start` to `stop`, exclusive, without copying."""
