@@ -24,7 +24,7 @@ from sparc_hf.concepts import (
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.explain import SHOWN_SIDE, save_figure
 from sparc_hf.features import FeatureDataset
-from sparc_hf.image_files import open_image
+from sparc_hf.image_files import open_image, upright_rgb
 from sparc_hf.map_plots import SheetCell, contact_sheet, heatmap_grid
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
 from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
@@ -178,6 +178,7 @@ def concept_heatmaps(
 ) -> "Figure":
     """Return maps of several latents over one set of images, in all image streams, in one figure."""
     rows: dict[tuple[str, str], np.ndarray] = {}
+    images = [upright_rgb(image) for image in images]
     targets = [ConceptTarget((latent,)) for latent in latents]
     found: dict[str, np.ndarray] = {}
     for name, encoder in encoders.items():

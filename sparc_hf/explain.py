@@ -25,7 +25,7 @@ from sparc_hf.backbone_trace import visible_box
 from sparc_hf.concepts import Concept, concepts_of
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.features import FeatureDataset
-from sparc_hf.image_files import open_image
+from sparc_hf.image_files import open_image, upright_rgb
 from sparc_hf.map_plots import ExplainedTarget, explanation_panel
 from sparc_hf.modeling_sparc import SparcModel
 
@@ -147,7 +147,7 @@ def explain_sample(
     """
     if image is None and not caption:
         raise ValueError("give an image, a caption, or both")
-    shown = None if image is None else image.copy()
+    shown = None if image is None else upright_rgb(image)
     if shown is not None:
         shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     texts = [name for name, encoder in encoders.items() if encoder.modality == "text"] if caption else []

@@ -1,6 +1,5 @@
 """FeatureDataset: what several frozen encoders say about the same samples, on disk and in memory."""
 
-import io
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -255,14 +254,14 @@ class FeatureDataset:
         return (column if table_rows is None else column.take(pa.array(table_rows))).to_pylist()
 
     def image(self, row: int) -> "PIL.Image.Image | None":
-        """Return the image of one sample as RGB; None where it has none."""
-        from PIL import Image
+        """Return the image of one sample, upright and in RGB as its encoders saw it; None where it has none.
 
-        stored = self.column("image", [row])[0] if "image" in self.column_names else None
-        if not stored or not (stored.get("bytes") or stored.get("path")):
-            return None
-        with Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]) as opened:
-            return opened.convert("RGB")
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        from sparc_hf.image_files import stored_image
+
+        return stored_image(self.column("image", [row])[0]) if "image" in self.column_names else None
 
     def select(self, rows: Rows) -> "FeatureDataset":
         """Return the dataset of these rows, in this order, without copying features."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparc_hf.encoders import StreamEncoder
+from sparc_hf.image_files import open_image, upright_rgb
 from sparc_hf.sources import features_of, find_column
 
 if TYPE_CHECKING:
@@ -289,15 +290,19 @@ class _Preparation(Dataset):
         if value is None:
             raise _BadRow("it has no image; remove it from the dataset")
         try:
-            return self._image.decode_example(value).convert("RGB")
+            if value["bytes"] is None and "://" in (value["path"] or ""):  # which datasets knows how to fetch
+                return upright_rgb(self._image.decode_example(value))
+            return open_image(value["bytes"] or value["path"])
         except Exception as error:  # a damaged file can raise anything, from OSError to struct.error
-            raise _BadRow(f"its image cannot be read ({error}); repair or remove it") from error
+            raise _BadRow(f"its image cannot be read ({error.__cause__ or error}); repair or remove it") from error
 
     def _embedded(self, column: str, value: Any) -> Any:
         """Return a kept image with its bytes, so that it travels with the features; other values as they are."""
         if column not in self.images or value is None or value["bytes"] is not None:
             return value
         try:
+            if not Path(value["path"]).is_file():
+                raise FileNotFoundError(f"{value['path']} is no file")  # a pipe would be waited for
             return {"bytes": Path(value["path"]).read_bytes(), "path": Path(value["path"]).name}
         except OSError as error:
             raise _BadRow(f"its image cannot be read ({error}); repair or remove it") from error

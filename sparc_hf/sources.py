@@ -1,6 +1,5 @@
 """Where samples come from: datasets of any stored form, their image and text columns, and streams as strings."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,18 +96,6 @@ def rows_with_images(columns: Mapping[str, Sequence[Any]], types: Mapping[str, A
     features = datasets.Features({name: types.get(name, datasets.Value("string")) for name in columns})
     made = datasets.Dataset.from_dict({name: list(values) for name, values in columns.items()}, features=features)
     return made.cast_column("image", datasets.Image(decode=False))
-
-
-def read_json(file: Path) -> Any:
-    """Read a JSON file of a source.
-
-    Raises:
-        ValueError: if it is missing or no JSON.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read `{file}` as JSON: {error}") from error
 
 
 def find_column(dataset: "datasets.Dataset | datasets.IterableDataset", modality: Literal["image", "text"]) -> str:
