@@ -11,8 +11,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+from sparc_hf.plain_files import read_yaml
+from sparc_hf.user_errors import is_users
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = command.run(settings)
     except KeyboardInterrupt:
         return _fail(chosen, "interrupted", 130)
-    except _expected_errors() as error:
-        stopped_by = getattr(error, "signal_number", None)
+    except Exception as error:
+        stopped_by = getattr(error, "signal_number", None)  # of a run that saved its state and left
+        if stopped_by is None and not is_users(error):
+            raise
         return _fail(chosen, str(error), 2 if stopped_by is None else 128 + stopped_by)
     if result is not None:
         sys.stdout.write(result if isinstance(result, str) else json.dumps(result, indent=2) + "\n")
@@ -102,8 +108,13 @@ def _settings(name: str, command: Command, argv: Sequence[str]) -> Any:
         bare += 1
     if bare:
         flags = [f"--{command.leading}", *flags]
-    # A second item, the parsed --config and --preset, follows the filled dataclass.
-    return parser.parse_args_into_dataclasses([*defaults, *flags], look_for_args_file=False)[0]
+    # Behind the filled dataclass come the parsed --config and --preset, and what no flag takes.
+    filled, *_, unknown = parser.parse_args_into_dataclasses(
+        [*defaults, *flags], look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise ValueError(f"there are no flags {unknown}; see `sparc {name} --help`")
+    return filled
 
 
 def _presets() -> dict[str, Path]:
@@ -112,31 +123,21 @@ def _presets() -> dict[str, Path]:
 
 def _flags_of(file: Path, command: str) -> list[str]:
     """Return a settings file as command-line flags; it is flat, or has one section a command."""
-    import yaml
-
     if not file.is_file():
         raise ValueError(f"there is no settings file {file}")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    content = read_yaml(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold settings as `name: value`, but it holds {type(content).__name__}")
     if content and all(isinstance(value, dict) and key in COMMANDS for key, value in content.items()):
         content = content.get(command, {})
     flags: list[str] = []
     for key, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, str | int | float | date) or one is None for one in values):
+            raise ValueError(f"`{key}` in {file} must be one value or a list of them, but it holds values in others")
         if value is not None:
-            flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+            flags += [f"--{key}", *map(str, values)]
     return flags
-
-
-def _expected_errors() -> tuple[type[BaseException], ...]:
-    """Errors that tell a user what to change; anything else is a bug and keeps its traceback."""
-    errors: list[type[BaseException]] = [ValueError, OSError, FloatingPointError, ImportError]
-    if "sparc_hf.training" in sys.modules:
-        errors.append(sys.modules["sparc_hf.training"].TrainingInterrupted)
-    return tuple(errors)
 
 
 def _fail(command: str, message: str, status: int) -> int:

@@ -9,7 +9,7 @@ from functools import cache
 from os import PathLike
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 # Deeper values are refused, because functions that walk them would run out of stack.
 DEEPEST = 200
@@ -73,8 +73,11 @@ def read_json(file: str | PathLike, shape: Any = Any) -> Any:
     Raises:
         ValueError: if it is missing, no JSON, nested too deeply, or of another shape.
     """
+    text = read_text(file)
     try:
-        content = json.loads(read_text(file))
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # half a character, which nothing can write
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot read `{file}` as JSON: {error}") from error
     return checked(content, shape, f"{file}")
@@ -103,8 +106,8 @@ def checked(value: Any, shape: Any, name: str) -> Any:
 
     Args:
         value: made of what JSON has.
-        shape: `Any`, bool, int, float, str, None, `list[...]`, `dict[str, ...]`, a union of these, a TypedDict (other
-            keys than its own are allowed), or one of them `Annotated` with a `Limit`.
+        shape: `Any`, bool, int, float, str, None, `Literal[...]`, `list[...]`, `dict[str, ...]`, a union of these, a
+            TypedDict (other keys than its own are allowed), or one of them `Annotated` with a `Limit`.
         name: what the error calls it.
 
     Raises:
@@ -139,6 +142,8 @@ def _fault(value: Any, shape: Any, depth: int) -> tuple[str, str, Any] | None:
         return told
     if kind is TypedDict:
         return _fault_of_record(value, parts[0], parts[1], depth)
+    if kind is Literal:
+        return None if any(value == one and type(value) is type(one) for one in parts) else ("", _words(shape), value)
     if kind is list or kind is dict:
         if not isinstance(value, kind):
             return "", _words(shape), value
@@ -187,6 +192,8 @@ def _is(value: Any, shape: Any) -> bool:
 @cache
 def _words(shape: Any) -> str:
     kind, parts = _form(shape)
+    if kind is Literal:
+        return " or ".join(map(repr, parts))
     if kind is Union:
         return " or ".join(dict.fromkeys(_words(part) for part in parts))
     return parts[1].words if kind is Annotated else WORDS.get(NoneType if kind is None else kind, WORDS[dict])

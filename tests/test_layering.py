@@ -74,6 +74,7 @@ FLOORS = {
     "map_plots": 0,
     "image_files": -1,
     "plain_files": -1,
+    "user_errors": -1,
     "coco_masks": 0,
     "explain": 6,
     "sample_search": 6,
