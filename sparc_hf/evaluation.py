@@ -1,6 +1,7 @@
 """Evaluate a model on a feature dataset: every figure of the papers, under joint and single-stream encoding."""
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,14 +19,15 @@ from sparc_hf.metrics.concept_alignment.concept_alignment import (
     concept_alignment,
     jaccard_of_counts,
     label_counts,
+    labelled_rows,
     taxonomy_buckets,
 )
-from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
 from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
 from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
 from sparc_hf.metrics.reconstruction.reconstruction import FIGURES, figures_of_terms, row_terms
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.probing import (
+    FEWEST_ROWS,
     bridge_figures,
     classifier_figures,
     monosemanticity_figures,
@@ -33,6 +35,9 @@ from sparc_hf.probing import (
     stability_figures,
 )
 from sparc_hf.retrieval import FAMILIES, model_ranks
+from sparc_hf.universality import latent_universality
+
+logger = logging.getLogger(__name__)
 
 HIT_DEPTH = 1
 SHARES = ("dead_share", "jaccard", "jaccard_live", *(f"{family}_r_at_{HIT_DEPTH}" for family in FAMILIES))
@@ -125,6 +130,7 @@ def evaluate_model(
     """
     settings = settings or EvaluationSettings()
     check_streams(model, features)
+    _check_labels(features, settings)
     config = model.config
     training = model.training
     model.eval()
@@ -172,8 +178,8 @@ class Measurements:
 
     @cached_property
     def labels(self) -> Any:
-        """Sparse 0/1 [rows, classes], or None."""
-        return self.features.labels_csr() if "labels" in self.features.column_names else None
+        """Sparse 0/1 [rows, classes], or None where no row has a label."""
+        return _labels_of(self.features)
 
     @cached_property
     def ranks(self) -> dict[str, dict[str, np.ndarray]]:
@@ -229,16 +235,14 @@ class Measurements:
         return found
 
     def _universality(self) -> dict[str, Any]:
-        norms = {name: self.model.atoms[name].detach().norm(dim=1).cpu().numpy() for name in self.streams}
-        threshold = float(self.model.config.dead_threshold)
-        found = concept_universality(self.codes, atom_norms=norms, threshold=threshold)
+        found = latent_universality(self.model, self.codes)
         firing = np.sum(list(found["fires"].values()), axis=0) > 0
         self.latents |= {name: found[name] for name in ("entropy", "cofires", "cofire_jaccard", "energy")}
         means = {
             f"mean_{name}": found[name][firing].mean() if firing.any() else math.nan
             for name in ("entropy", "cofire_jaccard", "cofire_iou")
         }
-        return {"threshold": threshold, "firing": int(firing.sum()), **means}
+        return {"threshold": self.model.config.dead_threshold, "firing": int(firing.sum()), **means}
 
     def _alignment(self) -> dict[str, Any]:
         buckets = None
@@ -274,21 +278,39 @@ class Measurements:
 
     def _counts(self, weights: np.ndarray | None) -> dict[str, float]:
         """Figures made from counts: the dead share, and the label Jaccard at full depth."""
-        counts, alive = {}, {}
+        counts, active, alive = {}, {}, {}
         for stream, codes in self.codes.items():
             if self.labels is not None:
-                counts[stream], alive[stream] = label_counts(codes, self.labels, weights)
-            else:
-                drawn = np.ones(codes.shape[0], bool) if weights is None else weights > 0
-                kept = np.repeat(drawn, np.diff(codes.indptr))
-                alive[stream] = np.bincount(codes.indices[kept], minlength=codes.shape[1]) > 0
+                labelled = labelled_rows(self.labels)
+                counted = labelled if weights is None else weights * labelled
+                counts[stream], active[stream] = label_counts(codes, self.labels, counted)
+            drawn = np.ones(codes.shape[0], bool) if weights is None else weights > 0
+            kept = np.repeat(drawn, np.diff(codes.indptr))
+            alive[stream] = np.bincount(codes.indices[kept], minlength=codes.shape[1]) > 0
         found = {"dead_share": float(np.mean([1 - one.mean() for one in alive.values()]))}
         if self.labels is None:
             return found
-        scores = jaccard_of_counts(counts, alive)
-        live = np.sum(list(alive.values()), axis=0) >= 2
+        scores = jaccard_of_counts(counts, active)
+        live = np.sum(list(active.values()), axis=0) >= 2
         mean_live = float(scores[live].mean()) if live.any() else math.nan
         return found | {"jaccard": float(scores.mean()), "jaccard_live": mean_live}
+
+
+def _labels_of(features: FeatureDataset) -> Any:
+    labels = features.labels_csr() if "labels" in features.column_names else None
+    return None if labels is None or not labels.nnz else labels
+
+
+def _check_labels(features: FeatureDataset, settings: EvaluationSettings) -> None:
+    """Say what cannot be measured by the labels, before anything is."""
+    labels = _labels_of(features)
+    if labels is None and "labels" in features.column_names:
+        logger.warning("no row of %s has a label, so that nothing is measured by labels", settings.dataset)
+    if labels is not None and settings.probes and len(features) < FEWEST_ROWS:
+        raise ValueError(
+            f"probes and classifiers need {FEWEST_ROWS} rows or more, but there are {len(features)}; give more rows, "
+            "or leave them out (`probes=False`, `--no_probes`)"
+        )
 
 
 def _encoded(

@@ -5,6 +5,7 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from sparc_hf.bootstrap import bootstrap_intervals
 from sparc_hf.codes import encode_features
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model, evaluate_models
+from sparc_hf.feature_columns import fixed_size_lists
 from sparc_hf.features import FeatureDataset
-from sparc_hf.report import model_names, report_html, results_of_model, write_report
+from sparc_hf.report import model_names, report_html, write_report
+from sparc_hf.results import results_of_model
 from sparc_hf.retrieval import model_ranks
 
 QUICK = EvaluationSettings(batch_size=64, replicates=20, probes=False)
@@ -121,6 +124,38 @@ def test_unusual_features():
         EvaluationSettings(retrieval_rows=0)
 
 
+def test_labels_that_say_nothing_and_rows_without_labels(caplog):
+    features, model = planted_features(40), tiny_model(2)
+    arrays = {name: features.array(name) for name in ("dino", "clip_img")}
+    nothing = FeatureDataset.from_arrays(arrays, labels=[[] for _ in range(40)])
+    found = evaluate_model(model, nothing, QUICK).results["joint"]
+    assert "alignment" not in found
+    assert "no row of held-out rows has a label" in caplog.text
+    # Of single class ids, some unknown: as if these rows were not there.
+    ids = pa.array([None if row % 4 == 0 else row % 3 for row in range(40)], pa.int32())
+    table = pa.table(dict(zip(arrays, map(fixed_size_lists, arrays.values()), strict=True)) | {"labels": ids})
+    partly = FeatureDataset(table, [{"name": name, "hidden_size": rows.shape[1]} for name, rows in arrays.items()])
+    found = evaluate_model(model, partly, QUICK).results["single"]["alignment"]
+    known = np.flatnonzero(np.arange(40) % 4)
+    alone = evaluate_model(model, partly.select(known), QUICK).results["single"]["alignment"]
+    assert found == alone
+    for wrong in (pa.array([[1, None]] * 40), pa.array(["a"] * 40), pa.array([["a"]] * 40), pa.array([0.5] * 40)):
+        odd = FeatureDataset(table.set_column(2, "labels", wrong), partly.streams)
+        with pytest.raises(ValueError, match="`labels` must hold class ids"):
+            evaluate_model(model, odd, QUICK)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_probes_of_a_few_rows(rows):
+    features, model = planted_features(10).select(range(rows)), tiny_model(1)
+    settings = EvaluationSettings(replicates=0)
+    if rows < 4:
+        with pytest.raises(ValueError, match=f"need 4 rows or more, but there are {rows}; .* `--no_probes`"):
+            evaluate_model(model, features, settings)
+    else:
+        assert set(evaluate_model(model, features, settings).results["single"]["classifiers"]) >= {"raw", "codes"}
+
+
 def test_a_stream_whose_latents_are_all_dead():
     model = tiny_model(3)
     with torch.no_grad():
@@ -221,6 +256,7 @@ def test_names_and_results_of_models(pair, tmp_path):
     assert results_of_model(path, "runs/local") == pair["local"].results
     with pytest.raises(ValueError, match="none or several"):
         results_of_model(path, "runs/other")
-    path.write_text("{}")
-    with pytest.raises(ValueError, match=r"not a results\.json"):
-        results_of_model(path, "runs/local")
+    for content in ("{}", "[1]", '{"models": {}}', '{"models": {"local": 3}}', '{"models": ["local"]}', "\udcff"):
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ValueError, match=r"not a results\.json"):
+            results_of_model(path, "runs/local")

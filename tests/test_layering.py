@@ -65,9 +65,11 @@ FLOORS = {
     "legacy_usae": 5,
     "importers": 6,
     "training": 4,
+    "universality": 3,
     "retrieval": 4,
     "probing": 5,
     "evaluation": 6,
+    "results": 1,
     "hub": 6,
     "report": 7,
     "pipeline": 6,
@@ -76,10 +78,10 @@ FLOORS = {
     "plain_files": -1,
     "user_errors": -1,
     "coco_masks": 0,
-    "explain": 6,
+    "explain": 7,
     "sample_search": 6,
     "maximisation": 3,
-    "concept_sheets": 7,
+    "concept_sheets": 8,
     "backbone_trace": 2,
     "attribution": 3,
     "masked_images": 3,
@@ -89,6 +91,7 @@ FLOORS = {
     "demo_run": 8,
     "stranger_input": 0,
     "code_search": 4,
+    "concept_search": 6,
     "space_index": 7,
     "space_data": 9,
     "space_maps": 10,
@@ -123,7 +126,7 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.ImportFrom):
-            inside = "demo." if room_of(path) == "demo" else ""
+            inside = "" if path.parent == PACKAGE else f"{room_of(path)}."
             names = [f"sparc_hf.{inside}{node.module}"] if node.level else [node.module or ""]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
