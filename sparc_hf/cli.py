@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sparc_hf.plain_files import read_yaml
+from sparc_hf.plain_files import read_json, read_yaml
 from sparc_hf.user_errors import is_users
 
 
@@ -265,7 +265,7 @@ def _run_import(args: Any) -> dict[str, Any]:
     from sparc_hf.hub import write_model_card
     from sparc_hf.run_folder import SETTINGS_FILE
 
-    settings = json.loads((Path(args.output) / SETTINGS_FILE).read_text(encoding="utf-8"))
+    settings = read_json(Path(args.output) / SETTINGS_FILE, dict[str, Any])
     card = write_model_card(args.output, settings=settings)
     config = found.config
     return {
@@ -307,7 +307,7 @@ def _run_card(args: Any) -> dict[str, Any]:
 
     results = results_of_model(args.results, args.model) if args.results else None
     settings_file = Path(args.model) / "training_arguments.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else None
+    settings = read_json(settings_file, dict[str, Any]) if settings_file.exists() else None
     return {"card": str(write_model_card(args.model, results=results, settings=settings, repo=args.repo))}
 
 

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from sparc_hf.feature_columns import fixed_size_lists
 from sparc_hf.feature_files import (
-    LARGEST_SIZE,
     FolderKind,
     Manifest,
     check_target,
@@ -33,13 +32,15 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 ENCODINGS = ("joint", "single")
+# An array of one double per latent then takes a gigabyte.
+MOST_LATENTS = 2**27
 
 
 class CodeManifest(Manifest):
     """The manifest of a code table."""
 
     streams: list[str]
-    num_latents: Annotated[int, Limit(f"a number from 1 to {LARGEST_SIZE}", lambda value: 1 <= value <= LARGEST_SIZE)]
+    num_latents: Annotated[int, Limit(f"a number from 1 to {MOST_LATENTS}", lambda value: 1 <= value <= MOST_LATENTS)]
     encoding: Literal["joint", "single"]
 
 

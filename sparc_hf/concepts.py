@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from sparc_hf.codes import CodeTable
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.features import FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.plain_files import Count, checked, read_json
 from sparc_hf.top_samples import TopSamples, top_samples
 
 CONCEPTS_FILE = "concepts.json"
@@ -260,7 +261,7 @@ def _strongest(names: list[str], lift: np.ndarray, counts: np.ndarray, z: np.nda
 def _sample_names(rows: np.ndarray, features: FeatureDataset) -> list[str]:
     # `row_name` is for messages; here the bare id, or the row's number.
     ids = features.ids
-    return [str(row) if ids is None else ids[row] for row in rows.tolist() if row >= 0]
+    return [str(row if ids is None else ids[row]) for row in rows.tolist() if row >= 0]
 
 
 def save_concepts(concepts: Sequence[Concept], folder: str | os.PathLike, **facts: Any) -> Path:
@@ -293,28 +294,62 @@ def load_concepts(folder: str | os.PathLike) -> list[Concept]:
     if not path.is_file():
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["format_version"]
+        content = read_json(path, dict[str, Any])
+        version = checked(content.get("format_version"), int, "format_version")
         if version > FORMAT_VERSION:
             raise ValueError(f"format version {version}, where this version of sparc_hf reads up to {FORMAT_VERSION}")
-        return [
-            Concept(
-                **entry
-                | {"labels": [Evidence(**one) for one in entry["labels"]]}
-                | {"words": [Evidence(**one) for one in entry["words"]]}
-                | {"vocabulary": [SimilarWord(**one) for one in entry.get("vocabulary", [])]}
-            )
-            for entry in content["concepts"].values()
-        ]
-    except (ValueError, KeyError, TypeError) as error:
+        entries = checked(content.get("concepts"), dict[str, _ConceptEntry], "concepts").values()
+    except ValueError as error:
         raise ValueError(f"`{path}` cannot be read: {error}") from error
+    return [
+        Concept(
+            entry["latent"],
+            entry["name"],
+            entry["score"],
+            entry["fires"],
+            labels=[Evidence(one["name"], one["lift"], one["count"], one["z"]) for one in entry["labels"]],
+            words=[Evidence(one["name"], one["lift"], one["count"], one["z"]) for one in entry["words"]],
+            samples=entry.get("samples", {}),
+            vocabulary=[SimilarWord(one["name"], one["value"], one["z"]) for one in entry.get("vocabulary", [])],
+        )
+        for entry in entries
+    ]
+
+
+class _EvidenceEntry(TypedDict):
+    name: str
+    lift: float
+    count: int
+    z: float
+
+
+class _SimilarWordEntry(TypedDict):
+    name: str
+    value: float
+    z: float
+
+
+class _Named(TypedDict):
+    latent: Count
+    name: str | None
+    score: float
+    fires: dict[str, float]
+    labels: list[_EvidenceEntry]
+    words: list[_EvidenceEntry]
+
+
+class _ConceptEntry(_Named, total=False):
+    """A concept as the file has it."""
+
+    samples: dict[str, list[str | int]]
+    vocabulary: list[_SimilarWordEntry]
 
 
 def concepts_of(model: SparcModel) -> list[Concept]:
     """Return what `concepts.json` beside a loaded model says, in its folder or on the Hub; nothing where it has none.
 
     Raises:
-        ValueError: as `load_concepts`.
+        ValueError: as `load_concepts`, and where it names latents that the model does not have.
     """
     where = str(model.config._name_or_path or "")
     if not where:
@@ -327,7 +362,13 @@ def concepts_of(model: SparcModel) -> list[Concept]:
         if found is None:
             return []
         folder = Path(found).parent
-    return load_concepts(folder)
+    concepts = load_concepts(folder)
+    if wrong := [concept.latent for concept in concepts if concept.latent >= model.config.num_latents]:
+        raise ValueError(
+            f"`{folder / CONCEPTS_FILE}` names latents up to {max(wrong)}, but the model has "
+            f"{model.config.num_latents}; it is of another model, name its latents again with `sparc concepts`"
+        )
+    return concepts
 
 
 def concept_names(model: SparcModel) -> dict[int, str]:

@@ -147,8 +147,9 @@ def _fault(value: Any, shape: Any, depth: int) -> tuple[str, str, Any] | None:
     if kind is list or kind is dict:
         if not isinstance(value, kind):
             return "", _words(shape), value
-        # Keys of JSON are texts.
         items = enumerate(value) if isinstance(value, list) else value.items()
+        if kind is dict and (odd := [key for key in value if not isinstance(key, str)]):  # which YAML can have
+            return "", "an object whose names are texts", odd[0]
         return next((_inside(f"[{key!r}]", f) for key, v in items if (f := _fault(v, parts[-1], depth + 1))), None)
     return None if _is(value, shape) else ("", _words(shape), value)
 

@@ -15,6 +15,7 @@ from sparc_hf.concepts import CONCEPTS_FILE
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import space_folder, write_dataset_card, write_model_card
 from sparc_hf.parquet_features import DATA_FOLDER, write_parquet_split
+from sparc_hf.plain_files import read_json, read_text
 from sparc_hf.run_folder import RESULTS_FILE, SETTINGS_FILE
 from sparc_hf.version import __version__
 
@@ -105,7 +106,7 @@ def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None =
         for file in model.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     settings = folder / SETTINGS_FILE
-    told = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
+    told = read_json(settings, dict[str, Any]) if settings.exists() else None
     if told is not None:
         # Where things lay on the trainer's machine is nobody's business.
         private = ("features", "eval_features", "output_dir")
@@ -181,7 +182,7 @@ def prepare_space(space: Path, folder: Path) -> None:
         raise ValueError(f"{space} is no Space: it lacks {missing}")
     left_out = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
     shutil.copytree(space, folder, ignore=left_out, dirs_exist_ok=True)
-    lines = (space / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    lines = read_text(space / "requirements.txt").splitlines()
     pinned = [_pinned(line) for line in lines]
     (folder / "requirements.txt").write_text("\n".join(pinned) + "\n", encoding="utf-8")
 

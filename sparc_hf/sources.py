@@ -59,8 +59,10 @@ def open_source(
             found = datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), **options)
         else:
             found = datasets.load_dataset(str(path) if path.is_dir() else source, **options)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # The files fail in as many ways as datasets has readers.
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ValueError(f"cannot open `{source}` as a dataset: {reason}") from error
     if not isinstance(found, dict):
         return found
@@ -104,7 +106,7 @@ def find_column(dataset: "datasets.Dataset | datasets.IterableDataset", modality
     Raises:
         ValueError: if there is none, or several without a usual name.
     """
-    fits = _is_image if modality == "image" else _is_text
+    fits = is_image if modality == "image" else _is_text
     features = features_of(dataset)
     found = [name for name, feature in features.items() if fits(feature)]
     for name in PREFERRED_NAMES[modality]:
@@ -143,7 +145,8 @@ def parse_streams(specifications: Sequence[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _is_image(feature: Any) -> bool:
+def is_image(feature: Any) -> bool:
+    """Return whether a column's type is that of images."""
     from datasets import Image
 
     return isinstance(feature, Image)

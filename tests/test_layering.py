@@ -78,6 +78,7 @@ FLOORS = {
     "plain_files": -1,
     "user_errors": -1,
     "coco_masks": 0,
+    "declared_sizes": 0,
     "explain": 7,
     "sample_search": 6,
     "maximisation": 3,

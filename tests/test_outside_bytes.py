@@ -1,24 +1,41 @@
 """Files from elsewhere: odd values are refused in one sentence, at once, and nothing else happens."""
 
 import json
+import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from conftest import ROOT, planted_features, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny_features import features
 
+from sparc_hf import SparcModel
+from sparc_hf.coco_source import open_coco
 from sparc_hf.codes import CodeTable, encode_features
+from sparc_hf.concepts import concepts_of, load_concepts
 from sparc_hf.features import FeatureDataset
+from sparc_hf.importers import ImportArguments, run_import
+from sparc_hf.label_hierarchy import hierarchy_of_codes
+from sparc_hf.legacy_checkpoints import _read_run_config as read_run_config
+from sparc_hf.legacy_hdf5 import configured_files, stream_order
+from sparc_hf.legacy_usae import _read_settings as read_usae_settings
+from sparc_hf.masked_images import open_masked_images
+from sparc_hf.open_images_source import _narratives as narratives
+from sparc_hf.parquet_features import _facts as parquet_facts
 from sparc_hf.plain_files import Taxonomy, checked, read_json, read_text, read_yaml
+from sparc_hf.results import results_of_model
 from sparc_hf.user_errors import is_users
 
 ODD = st.recursive(
@@ -299,3 +316,269 @@ def test_numpys_error_inside_this_package_keeps_its_traceback(monkeypatch, capsy
     monkeypatch.setitem(cli.COMMANDS, "card", ours)
     assert cli.main(["card", "--model", "x"]) == 2
     assert "there is no stream `ears`" in capsys.readouterr().err
+
+
+def with_labels(text: str) -> dict[str, Any]:
+    return {"name": text, "lift": 2.0, "count": 3, "z": 4.5}
+
+
+CONCEPTS = {
+    "format_version": 1,
+    "concepts": {
+        "3": {
+            "latent": 3,
+            "name": "circle",
+            "score": 4.5,
+            "fires": {"dino": 0.25},
+            "labels": [with_labels("circle")],
+            "words": [with_labels("round")],
+            "samples": {"dino": ["a", "b"]},
+            "vocabulary": [{"name": "disc", "value": 1.0, "z": 3.0}],
+        }
+    },
+}
+FIGURES = {
+    "headline": {
+        "dead_share": {"value": 0.1, "low": 0.0, "high": 0.2},
+        "nmse_self": dict.fromkeys(("value", "low", "high")),
+    },
+    "reconstruction": {"nmse": {"dino": {"dino": 0.5}}},
+}
+RESULTS = {"models": {"model": {"dataset": "rows", "rows": 9, "model": {}, "joint": FIGURES, "single": FIGURES}}}
+RUN = {
+    "args": {
+        "n_latents": 64,
+        "k": 4,
+        "auxk": 4,
+        "auxk_coef": 0.03,
+        "cross_loss_coef": 1.0,
+        "dead_steps_threshold": 10,
+        "auxk_threshold": 0.001,
+        "topk_type": "global",
+        "lr": 0.1,
+    },
+    "config_file_content": {"train_stream_feature_files": {"dino": "a.h5"}, "dataset": "coco"},
+}
+USAE_RUN = {
+    "sae_params": {"top_k": 4},
+    "global": {"lr": 0.1, "standardize": True},
+    "model_zoo": {"dino": {"model_mean": 0.0, "model_std": 1.0}},
+    "viz": {"dataset": "coco"},
+}
+COCO = {
+    "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 7, "caption": "a cat", "segmentation": [[0, 0, 4, 0, 4, 4]]},
+        {
+            "id": 2,
+            "image_id": 1,
+            "category_id": 7,
+            "caption": "it",
+            "segmentation": {"size": [8, 8], "counts": [9, 55]},
+        },
+    ],
+    "categories": [{"id": 7, "name": "cat", "supercategory": "animal"}],
+}
+FACTS = {
+    "format_version": 1,
+    "rows": 25,
+    "streams": [{"name": "zeta", "hidden_size": 6}],
+    "label_names": ["a"],
+    "taxonomy": {"LabelName": "x", "Subcategory": [{"LabelName": "a"}]},
+    "source": {"made": "here"},
+}
+TREE = {"LabelName": "/m/0", "Subcategory": [{"LabelName": "/m/1", "Subcategory": [{"LabelName": "/m/2"}]}]}
+
+
+def use_concepts(file: Path) -> None:
+    file.rename(file.with_name("concepts.json"))
+    for concept in load_concepts(file.parent):
+        f"{concept.score:.1f} {concept.latent + 1} {(concept.name or '').lower()}"
+        f"{min(concept.fires.values(), default=0):.1f}"
+        [f"{one.lift:.1f}" + one.name for one in (*concept.labels, *concept.words)]
+
+
+def use_results(file: Path) -> None:
+    from sparc_hf.hub import eval_results, figure_text
+
+    results = results_of_model(file, "model")
+    eval_results(results)
+    [figure_text(figure) for part in ("joint", "single") for figure in results[part]["headline"].values()]
+
+
+def use_coco(file: Path) -> None:
+    Image.new("RGB", (8, 8)).save(file.parent / "a.png")
+    open_coco(file, file.parent, instances=file)
+    images = open_masked_images(str(file), str(file.parent))
+    [images.read(number) for number in range(len(images))]
+
+
+def use_facts(file: Path) -> None:
+    parquet_facts(pa.schema([]).with_metadata({b"sparc_features": file.read_bytes()}), "a.parquet")
+
+
+PARSERS = {
+    "concepts": (CONCEPTS, use_concepts),
+    "results": (RESULTS, use_results),
+    "run_config": (
+        RUN,
+        lambda file: (read_run_config(file), stream_order(read_run_config(file).get("config_file_content"))),
+    ),
+    "usae run": (USAE_RUN, lambda file: read_usae_settings(file.parent, file)),
+    "coco": (COCO, use_coco),
+    "parquet": (FACTS, use_facts),
+    "narratives": ({"a": ["one", {"caption": "two"}]}, narratives),
+    "hierarchy": (TREE, lambda file: hierarchy_of_codes(read_json(file), {"/m/1": "one", "/m/2": "two"})),
+    "feature files": (RUN["config_file_content"], lambda file: configured_files(file, "train")),
+}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+@settings(max_examples=150, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_odd_values_in_files_are_refused_or_harmless(name, data):
+    whole, use = PARSERS[name]
+    place = data.draw(st.sampled_from(places(whole)))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "file.json"
+        file.write_text(json.dumps(changed(whole, place, data.draw(ODD), data.draw(st.booleans()))))
+        error = raised(lambda: use(file))
+    assert error is None or is_users(error), f"{place}: {error!r}"
+
+
+@pytest.mark.parametrize("name", [name for name in PARSERS if name != "feature files"])
+def test_the_files_of_these_tests_are_usable(name, tmp_path):
+    whole, use = PARSERS[name]
+    (tmp_path / "file.json").write_text(json.dumps(whole))
+    use(tmp_path / "file.json")
+
+
+def test_names_of_latents_that_the_model_lacks_are_refused(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    changed_concepts = json.loads(json.dumps(CONCEPTS).replace('"latent": 3', '"latent": 64'))
+    (tmp_path / "concepts.json").write_text(json.dumps(changed_concepts))
+    with pytest.raises(ValueError, match="names latents up to 64, but the model has 64"):
+        concepts_of(SparcModel.from_pretrained(tmp_path))
+
+
+def import_in_a_minute(source: str, output: Path) -> str:
+    """Import in another process, which is killed after a minute: a bomb would keep it busy for hours."""
+    command = ["import", "--source", source, "--output", str(output)]
+    code = f"import sys; from sparc_hf.cli import main; sys.exit(main({command!r}))"
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=90
+    )
+    assert told.returncode == 2
+    assert "Traceback" not in told.stderr
+    assert not output.exists()
+    return told.stderr
+
+
+def test_an_hdf5_file_of_rows_that_were_never_written_is_refused(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    for name, options in {
+        "chunks": {"chunks": (1000, 1024), "compression": "gzip"},
+        "plain": {},
+        "part": {"chunks": (1000, 1024)},
+    }.items():
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            made = file.create_dataset("features", (10**9, 1024), "f4", **options)
+            file.create_dataset("indices", (10**9,), "i4", chunks=(10**6,))
+            if name == "part":
+                made[:1000] = 1
+        if name != "part":
+            assert (tmp_path / f"{name}.h5").stat().st_size < 5000
+        assert "bytes of them were written" in import_in_a_minute(f"a={tmp_path}/{name}.h5", tmp_path / "made")
+
+
+def test_an_analysis_cache_that_was_never_written_is_refused(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "cache.h5", "w") as file:
+        file.create_dataset("a/raw/batch_0", (10**9, 1024), "f4", chunks=(1000, 1024))
+        file.create_dataset("dataset_indices/batch_0", (10**9,), "i4", chunks=(10**6,))
+    assert "bytes of them were written" in import_in_a_minute(f"{tmp_path}/cache.h5", tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"features": np.ones((5, 4), np.float32), "indices": np.array(["a"] * 5, "S1")},
+        {"features/inner": np.ones(3), "indices": np.arange(5)},
+        {"features": np.ones((5, 4), np.float32), "indices/inner": np.arange(5)},
+        {"dataset_indices/one": np.arange(5), "a/raw/one": np.ones((5, 4))},
+        {"dataset_indices": np.arange(5), "a/raw/batch_0": np.ones((5, 4))},
+        {"dataset_indices/batch_0": np.arange(5), "a/raw": np.ones((5, 4))},
+        {"dataset_indices/batch_0": np.arange(5), "a": np.ones((5, 4))},
+        {"dataset_indices/batch_0": np.arange(5), "a/raw/batch_0": np.ones(5)},
+        {"dataset_indices/batch_0": np.arange(5), "a/raw/batch_0/inner": np.ones(5)},
+        {
+            "dataset_indices/batch_0": np.arange(5),
+            "dataset_indices/batch_1": np.arange(5),
+            "a/raw/batch_0": np.ones((5, 4)),
+        }
+        | {"a/raw/batch_1": np.ones((5, 3))},
+    ],
+    ids=lambda made: ",".join(made),
+)
+def test_hdf5_files_of_another_build_are_refused(made, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, values in made.items():
+            file[name] = values
+    source = f"{tmp_path}/a.h5" if any(name.startswith("dataset_indices") for name in made) else f"a={tmp_path}/a.h5"
+    error = raised(lambda: run_import(ImportArguments(source=[source], output=str(tmp_path / "made"))))
+    assert isinstance(error, ValueError)
+    assert is_users(error), repr(error)
+
+
+def npz_tree(folder: Path) -> Path:
+    (folder / "cat").mkdir(parents=True)
+    return folder / "cat" / "image_dino.npz"
+
+
+def test_npz_bombs_are_refused(tmp_path):
+    packed = npz_tree(tmp_path / "zeros")
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("activation.npy", "w") as entry:
+        np.lib.format.write_array_header_1_0(entry, {"descr": "<f4", "fortran_order": False, "shape": (100_000, 1024)})
+        for _ in range(100):
+            entry.write(bytes(4_096_000))
+    assert packed.stat().st_size < 1 << 20
+    assert "packing bomb" in import_in_a_minute(str(tmp_path / "zeros"), tmp_path / "made")
+    claims = npz_tree(tmp_path / "claims")
+    with zipfile.ZipFile(claims, "w") as archive, archive.open("activation.npy", "w") as entry:
+        np.lib.format.write_array_header_1_0(entry, {"descr": "<f4", "fortran_order": False, "shape": (10**9, 1024)})
+        entry.write(bytes(4096))
+    assert "cannot read" in import_in_a_minute(str(tmp_path / "claims"), tmp_path / "made")
+
+
+@pytest.mark.parametrize("content", ["pipe", b"", b"PK\x03\x04", b"\x93NUMPY"])
+def test_files_that_are_no_npz_are_refused(content, tmp_path):
+    file = npz_tree(tmp_path / "tree")
+    os.mkfifo(file) if content == "pipe" else file.write_bytes(content)
+    assert "image_dino.npz" in import_in_a_minute(str(tmp_path / "tree"), tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        [1, 2],
+        {1: torch.ones(2)},
+        {"a": 3},
+        {"encoders.a.weight": torch.full((4, 3), float("nan"))},
+        {"encoders.a.weight": torch.ones(4, 3).to_sparse()},
+        {"encoders.a.weight": torch.ones(4, 3, dtype=torch.complex64)},
+        {"encoders.a.weight": torch.ones(4)},
+        {"encoders..weight": torch.ones(64, 3)},
+        {"encoders.a.weight": torch.ones(64, 0)},
+        {"model_state_dict": 3},
+    ],
+    ids=lambda state: str(state)[:40],
+)
+def test_checkpoints_with_odd_fields_are_refused(state, tmp_path):
+    torch.save(state, tmp_path / "msae_checkpoint.pth")
+    (tmp_path / "run_config.json").write_text(json.dumps(RUN | {"config_file_content": None}))
+    error = raised(lambda: run_import(ImportArguments(source=[str(tmp_path)], output=str(tmp_path / "made"))))
+    assert isinstance(error, ValueError)
+    assert is_users(error), repr(error)
+    assert not (tmp_path / "made").exists()
