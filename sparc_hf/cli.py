@@ -8,8 +8,9 @@ import importlib
 import json
 import logging
 import os
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -169,13 +170,20 @@ def _run_train(args: Any) -> dict[str, Any] | None:
 
 
 def _run_encode(args: Any) -> dict[str, Any]:
-    from sparc_hf.codes import encode_features
+    from sparc_hf.codes import CODE_FOLDER, encode_features
+    from sparc_hf.feature_files import check_target
     from sparc_hf.features import FeatureDataset
     from sparc_hf.modeling_sparc import SparcModel
+    from sparc_hf.output_folder import check_output_folder
     from sparc_hf.top_samples import TOP_SAMPLES_FILE, top_samples, write_top_samples
 
-    if args.top_samples < 0:
-        raise ValueError(f"`top_samples` must not be negative, but it is {args.top_samples}")
+    if args.top_samples < 0 or args.batch_size < 1:
+        raise ValueError(
+            f"`top_samples` must not be negative and `batch_size` at least 1, but they are {args.top_samples} and "
+            f"{args.batch_size}"
+        )
+    check_output_folder(args.output)
+    check_target(Path(args.output), args.overwrite, CODE_FOLDER)
     codes = encode_features(
         SparcModel.from_pretrained(args.model),
         FeatureDataset.load(args.features),
@@ -209,9 +217,10 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
     )
     if args.output is not None:
         check_report_folder(Path(args.output))
-    features = FeatureDataset.load(args.features)
     models = {name: SparcModel.from_pretrained(path) for name, path in model_names(args.models).items()}
-    localize = _localizer(args) if args.masks else None
+    localize = _localizer(args, models.values()) if args.masks else None
+    # Last, because all rows are compared with their checksums.
+    features = FeatureDataset.load(args.features)
     evaluations = evaluate_models(models, features, settings)
     if localize is not None:
         for name, evaluation in evaluations.items():
@@ -226,12 +235,12 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
     }
 
 
-def _localizer(args: Any) -> Callable[[Any], dict[str, Any]]:
-    """Return what measures the maps of a model, after looking at what it is given."""
-    from sparc_hf.codes import encode_features
-    from sparc_hf.encoders import load_encoders
+def _localizer(args: Any, models: Iterable[Any]) -> Callable[[Any], dict[str, Any]]:
+    """Return what measures the maps of a model, after looking at what it and the models are given."""
+    from sparc_hf.codes import check_streams, encode_features
+    from sparc_hf.encoders import check_encoders, load_encoders
     from sparc_hf.features import FeatureDataset
-    from sparc_hf.localization import LocalizationSettings, latents_of_classes, localize
+    from sparc_hf.localization import LocalizationSettings, check_labelled, latents_of_classes, localize
     from sparc_hf.masked_images import open_masked_images
 
     settings = LocalizationSettings(
@@ -241,8 +250,14 @@ def _localizer(args: Any) -> Callable[[Any], dict[str, Any]]:
         replicates=args.replicates,
         seed=args.seed,
     )
+    for model in models:
+        check_encoders(model.config.streams)
     images = open_masked_images(args.masks, args.mask_images, args.mask_rows)
     rows = None if args.concept_features is None else FeatureDataset.load(args.concept_features)
+    if rows is not None:
+        check_labelled(rows)
+        for model in models:
+            check_streams(model, rows)
     classes = sorted({name for of_image in images.classes for name in of_image})
 
     def measure(model: Any) -> dict[str, Any]:
@@ -317,6 +332,19 @@ def _run_push(args: Any) -> dict[str, Any]:
     return run_push(args)
 
 
+def _check_address(host: str, port: int | None) -> None:
+    """Look whether the Space can listen there, before it prepares what it shows."""
+    if port is not None and not 0 < port < 1 << 16:
+        raise ValueError(f"`port` must be from 1 to 65535, but it is {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(f"nothing can listen on `host` {host}, `port` {port}: {error.strerror}") from error
+
+
 def _run_space(args: Any) -> None:
     import importlib.util
 
@@ -325,6 +353,7 @@ def _run_space(args: Any) -> None:
 
     if importlib.util.find_spec("gradio") is None:
         raise ImportError('the Space needs gradio: pip install "sparc-hf[space]"')
+    _check_address(args.host, args.port)
     model = args.model or os.environ.get("SPARC_MODEL") or None
     # A model of one's own is not shown on the dataset that the environment has for another one.
     features = args.features or (None if args.model else os.environ.get("SPARC_DATASET")) or None

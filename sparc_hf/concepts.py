@@ -114,10 +114,9 @@ def name_concepts(
         raise ValueError(f"there are codes of {len(codes)} rows but features of {len(features)}")
     if codes.encoding != "single":
         raise ValueError(f"concepts are named from single-stream codes, but these are {codes.encoding}")
+    check_nameable(features, vocabulary is not None)
     has_labels = features.label_names is not None and "labels" in features.column_names
     texts = features.text
-    if not has_labels and texts is None and vocabulary is None:
-        raise ValueError("naming needs features with `labels` and label names, or with `text`, or a vocabulary")
     best = top_samples(codes, samples)
     firing: dict[str, Any] = {stream: codes.csr(stream).astype(bool) for stream in codes.streams}
     labels = _label_evidence(firing, features, kept) if has_labels else {}
@@ -153,6 +152,28 @@ def surest_concepts(concepts: Sequence[Concept], count: int) -> list[Concept]:
     return list(surest.values())[:count]
 
 
+def check_nameable(features: FeatureDataset, vocabulary: bool = False) -> None:
+    """Raise ValueError for features that latents cannot be named by, without a vocabulary to do it by."""
+    has_labels = features.label_names is not None and "labels" in features.column_names
+    if not has_labels and features.text is None and not vocabulary:
+        raise ValueError("naming needs features with `labels` and label names, or with `text`, or a vocabulary")
+
+
+def vocabulary_words(text: str, prompt: str = "{}") -> list[str]:
+    """Return the words of a vocabulary, one a line, each once.
+
+    Raises:
+        ValueError: for fewer than two, or a prompt without a place for them.
+    """
+    words = list(dict.fromkeys(word.strip() for word in text.split("\n") if word.strip()))
+    if len(words) < 2 or "{}" not in prompt:
+        raise ValueError(
+            f"a vocabulary needs two words or more and a prompt with {{}}, but there are {len(words)} words, and the "
+            f"prompt is {prompt!r}"
+        )
+    return words
+
+
 @torch.no_grad()
 def vocabulary_evidence(
     model: SparcModel, encoder: StreamEncoder, words: Sequence[str], *, prompt: str = "{}", kept: int = 5
@@ -175,7 +196,7 @@ def vocabulary_evidence(
             f"a vocabulary needs a text stream, two words or more and a prompt with {{}}, but `{encoder.name}` "
             f"encodes {encoder.modality}, there are {len(words)} words, and the prompt is {prompt!r}"
         )
-    rows = torch.from_numpy(encoder.encode([prompt.format(word) for word in words]))
+    rows = torch.from_numpy(encoder.encode([prompt.replace("{}", word) for word in words]))
     every = torch.arange(model.config.num_latents)
     values = model.preactivations(encoder.name, rows, every).cpu().numpy()
     z = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-9)

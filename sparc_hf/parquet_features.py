@@ -103,8 +103,7 @@ def write_parquet_split(features: SavableFeatures, folder: Path, split: str, fil
     Raises:
         ValueError: for an unusable name of a split, or no rows.
     """
-    if not re.fullmatch(r"\w+", split):
-        raise ValueError(f"a split must be named by letters, digits and underscores, but it is {split!r}")
+    check_split_name(split)
     rows = len(features)
     if not rows:
         raise ValueError(f"the split `{split}` has no rows")
@@ -126,6 +125,12 @@ def write_parquet_split(features: SavableFeatures, folder: Path, split: str, fil
             for start in groups[number * groups_per_file : (number + 1) * groups_per_file]:
                 batch = features.record_batch(slice(start, start + ROWS_PER_GROUP))
                 writer.write_batch(pa.record_batch(batch.columns, schema=schema))
+
+
+def check_split_name(split: str) -> None:
+    """Raise ValueError for a name that Parquet files of a split cannot have."""
+    if not re.fullmatch(r"\w+", split):
+        raise ValueError(f"a split must be named by letters, digits and underscores, but it is {split!r}")
 
 
 def is_parquet_address(address: str | os.PathLike) -> bool:

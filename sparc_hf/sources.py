@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sparc_hf.encoder_families import MODALITIES, POOLINGS
+
 if TYPE_CHECKING:
     import datasets
 
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 PREFERRED_NAMES = {"image": ("image",), "text": ("text", "caption", "captions")}
-MODALITIES = ("image", "text")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def parse_streams(specifications: Sequence[str]) -> list[dict[str, Any]]:
                 f"cannot read the stream {text!r}; write name=encoder[@revision]:modality[:pooling], for example "
                 "dino=facebook/dinov2-base:image"
             )
+        if pooling not in (None, *POOLINGS):
+            raise ValueError(f"the stream {text!r} has the pooling {pooling!r}; it must be one of {list(POOLINGS)}")
         record: dict[str, Any] = {"name": name, "encoder": encoder, "modality": modality}
         if "@" in encoder and not Path(encoder).is_dir():
             record["encoder"], _, record["revision"] = encoder.rpartition("@")

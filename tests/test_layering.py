@@ -76,6 +76,7 @@ FLOORS = {
     "map_plots": 0,
     "image_files": -1,
     "plain_files": -1,
+    "output_folder": -1,
     "user_errors": -1,
     "coco_masks": 0,
     "declared_sizes": 0,
