@@ -8,28 +8,32 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sparc_hf.attribution import ConceptTarget, image_maps, map_method, map_on_image
+from sparc_hf.attribution import ConceptTarget, check_map_settings, image_maps, map_method, map_on_image
 from sparc_hf.backbone_trace import visible_box
-from sparc_hf.codes import CodeTable, encode_features
+from sparc_hf.codes import CodeTable, check_streams, encode_features
 from sparc_hf.command_arguments import ConceptsArguments
 from sparc_hf.concept_search import ConceptSearch
 from sparc_hf.concepts import (
     Concept,
     SimilarWord,
+    check_nameable,
     concept_names,
     concepts_of,
     name_concepts,
     save_concepts,
     surest_concepts,
     vocabulary_evidence,
+    vocabulary_words,
 )
-from sparc_hf.encoders import StreamEncoder, load_encoders
-from sparc_hf.explain import SHOWN_SIDE, sample_codes, save_figure
+from sparc_hf.encoders import StreamEncoder, check_encoders, load_encoders
+from sparc_hf.explain import SHOWN_SIDE, check_latents, sample_codes, save_figure
 from sparc_hf.features import FeatureDataset
-from sparc_hf.image_files import open_image
+from sparc_hf.image_files import open_image, size_of_file, upright_rgb
 from sparc_hf.map_plots import SheetCell, contact_sheet, heatmap_grid
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.output_folder import check_output_folder
+from sparc_hf.plain_files import read_text
 from sparc_hf.top_samples import TopSamples, top_samples
 from sparc_hf.universality import latent_universality
 
@@ -130,8 +134,7 @@ def write_latent_sheets(
     Raises:
         ValueError: for latents the model does not have.
     """
-    if wrong := [latent for latent in latents if not 0 <= latent < model.config.num_latents]:
-        raise ValueError(f"there are no latents {wrong}; this model has 0 to {model.config.num_latents - 1}")
+    check_latents(model, latents)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for latent in tqdm(latents, desc="contact sheets", unit="latent", delay=2, leave=False):
@@ -168,6 +171,7 @@ def concept_heatmaps(
     """
     rows: dict[tuple[str, str], np.ndarray] = {}
     values: dict[tuple[str, str], list[float]] = {}
+    images = [upright_rgb(image) for image in images]
     targets = [ConceptTarget((latent,)) for latent in latents]
     found: dict[str, np.ndarray] = {}
     for name, encoder in encoders.items():
@@ -195,39 +199,88 @@ def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
         ValueError: for pictures without a folder or the dataset they need, latents the model does not have, or as
             `name_concepts`.
     """
-    for name, least in (("samples", 1), ("top", 0), ("heatmaps", 0), ("heatmap_images", 1), ("shifts", 1)):
+    for name, least in (("samples", 1), ("top", 0), ("heatmaps", 0), ("heatmap_images", 1), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"`{name}` must be at least {least}, but it is {getattr(args, name)}")
     pictures = bool(args.latents or args.concept or args.top or args.heatmaps)
-    if (pictures or args.maximise) and args.output is None:
-        raise ValueError("give the folder for the pictures as `output`")
-    if args.features is None and (pictures or args.vocabulary or not args.maximise):
-        raise ValueError("give a feature dataset to name latents by and to draw samples of, as `features`")
-    words = None if args.vocabulary is None else Path(args.vocabulary).read_text(encoding="utf-8").split("\n")
+    _check_flags(args, pictures)
+    words = None if args.vocabulary is None else vocabulary_words(read_text(args.vocabulary), args.prompt)
     model = SparcModel.from_pretrained(args.model).eval()
-    if wrong := [one for one in [*args.latents, *args.maximise] if not 0 <= one < model.config.num_latents]:
-        raise ValueError(f"there are no latents {wrong}; this model has 0 to {model.config.num_latents - 1}")
+    check_latents(model, [*args.latents, *args.maximise])
+    needed = {"text": words, "image": args.maximise}
+    _check_streams_for(model, [modality for modality, use in needed.items() if use], pictures)
+    # What takes long comes last: reading all rows for their checksums, loading encoders, encoding.
+    features = None if args.features is None else _checked_features(args, model, words)
     encoders = load_encoders(model.config.streams or []) if pictures or args.maximise or words else {}
     told: dict[str, Any] = {}
-    if args.features is not None:
-        told |= _run_on_features(args, model, encoders, words)
+    if features is not None:
+        told |= _run_on_features(args, model, features, encoders, words)
     names = concept_names(model)
     if args.maximise:
         told["maximised"] = [_write_maximised(args, model, encoders, latent, names) for latent in args.maximise]
     return told
 
 
+def _check_flags(args: ConceptsArguments, pictures: bool) -> None:
+    """Raise ValueError for flags that contradict each other, and for files and folders that cannot be used."""
+    if (pictures or args.maximise) and args.output is None:
+        raise ValueError("give the folder for the pictures as `output`")
+    if args.features is None and (pictures or args.vocabulary or not args.maximise):
+        raise ValueError("give a feature dataset to name latents by and to draw samples of, as `features`")
+    check_map_settings(args.method, args.shifts)
+    MaximisationSettings(steps=args.steps, seed=args.seed)
+    if args.output is not None:
+        check_output_folder(args.output)
+    elif args.features is not None:
+        _check_named_model(args.model)
+    for path in args.images:
+        size_of_file(path)
+
+
+def _check_named_model(model: str) -> None:
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(f"names are written beside the model, so give its folder as `model`, which {model} is not")
+    check_output_folder(model, "model")
+
+
+def _check_streams_for(model: SparcModel, modalities: Sequence[str], encoded: bool) -> None:
+    """Raise ValueError where no stream encodes what is needed, or an encoder that is cannot be reached."""
+    records = model.config.streams or []
+    for modality in modalities:
+        if not any(record.get("modality") == modality for record in records):
+            use = {"text": "a vocabulary", "image": "maximisation"}[modality]
+            raise ValueError(f"{use} needs a stream that encodes {modality}, and this model has none")
+    if modalities or encoded:
+        check_encoders(records)
+
+
+def _names_latents(args: ConceptsArguments, features: FeatureDataset, words: Sequence[str] | None) -> bool:
+    # Rows of patch tokens have nothing to name latents by, but show which are strong.
+    return features.label_names is not None or features.text is not None or words is not None or args.output is None
+
+
+def _checked_features(args: ConceptsArguments, model: SparcModel, words: Sequence[str] | None) -> FeatureDataset:
+    """Open the dataset; ValueError where it lacks a stream, or what latents are named by or maps are drawn on."""
+    features = FeatureDataset.load(args.features or "")
+    check_streams(model, features)
+    if _names_latents(args, features, words):
+        _check_named_model(args.model)
+        check_nameable(features, words is not None)
+    if args.heatmaps and not args.images and "image" not in features.column_names:
+        raise ValueError(f"`{args.features}` has no images to draw heatmaps on; name files as `images`")
+    return features
+
+
 def _run_on_features(
     args: ConceptsArguments,
     model: SparcModel,
+    features: FeatureDataset,
     encoders: Mapping[str, StreamEncoder],
     words: Sequence[str] | None,
 ) -> dict[str, Any]:
-    features = FeatureDataset.load(args.features or "")
     codes = encode_features(model, features, encoding="single", batch_size=args.batch_size)
     told: dict[str, Any] = {}
-    # Rows of patch tokens have nothing to name latents by, but show which are strong.
-    if features.label_names is not None or features.text is not None or words is not None or args.output is None:
+    if _names_latents(args, features, words):
         vocabulary = None if words is None else _vocabulary(args, model, encoders, words)
         concepts = name_concepts(codes, features, samples=args.samples, vocabulary=vocabulary)
         path = save_concepts(concepts, args.model, features=Path(args.features or "").name, rows=len(features))
@@ -241,10 +294,8 @@ def _run_on_features(
 def _vocabulary(
     args: ConceptsArguments, model: SparcModel, encoders: Mapping[str, StreamEncoder], words: Sequence[str]
 ) -> dict[int, list[SimilarWord]]:
-    texts = [encoder for encoder in encoders.values() if encoder.modality == "text"]
-    if not texts:
-        raise ValueError(f"a vocabulary needs a text stream, and this model has {list(encoders)}")
-    return vocabulary_evidence(model, texts[0], [word.strip() for word in words if word.strip()], prompt=args.prompt)
+    encoder = next(encoder for encoder in encoders.values() if encoder.modality == "text")
+    return vocabulary_evidence(model, encoder, words, prompt=args.prompt)
 
 
 def _draw(

@@ -25,6 +25,7 @@ from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
 from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
 from sparc_hf.metrics.reconstruction.reconstruction import FIGURES, figures_of_terms, row_terms
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.plain_files import Taxonomy, checked
 from sparc_hf.probing import (
     FEWEST_ROWS,
     bridge_figures,
@@ -294,6 +295,8 @@ def _labels_of(features: FeatureDataset) -> Any:
 
 def _check_labels(features: FeatureDataset, settings: EvaluationSettings) -> None:
     """Say what cannot be measured by the labels, before anything is."""
+    if features.taxonomy is not None and features.label_names is not None:
+        taxonomy_buckets(features.label_names, checked(features.taxonomy, Taxonomy, "taxonomy"))
     labels = _labels_of(features)
     if labels is None and "labels" in features.column_names:
         logger.warning("no row of %s has a label, so that nothing is measured by labels", settings.dataset)

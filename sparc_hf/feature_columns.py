@@ -21,8 +21,11 @@ class ColumnRows:
     """
 
     def __init__(self, column: pa.ChunkedArray):
-        if not _is_float_lists(column.type) or column.null_count:
-            raise ValueError(f"expected fixed-size lists without missing rows, but got {column.type}")
+        if not _is_float_lists(column.type) or any(c.null_count or c.flatten().null_count for c in column.chunks):
+            raise ValueError(
+                f"expected fixed-size lists without missing rows or numbers, but got {column.null_count} missing rows "
+                f"of {column.type}"
+            )
         self.width = column.type.list_size
         chunks = [chunk for chunk in column.chunks if len(chunk)] or [pa.array([], type=column.type)]
         self.views = [_aligned(np.asarray(chunk.flatten())).reshape(-1, self.width) for chunk in chunks]
@@ -143,6 +146,12 @@ def lengths_and_ids(labels: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"`labels` must hold class ids, whole numbers or lists of them, but it holds {held}")
     lengths = call_function("list_value_length", [labels]).fill_null(0).to_numpy()
     return lengths, ids.to_numpy()
+
+
+def check_texts(name: str, kind: pa.DataType) -> None:
+    """Raise ValueError where a column holds no texts, by its Arrow type."""
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise ValueError(f"the column `{name}` must hold one text a row, but it holds {kind}")
 
 
 def _is_float_lists(kind: pa.DataType) -> bool:

@@ -1,13 +1,13 @@
 """Cards: what a model or a feature dataset says about itself on the Hub."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from sparc_hf.configuration_sparc import SparcConfig
+from sparc_hf.plain_files import read_json
 from sparc_hf.results import check_results, results_of_model
 from sparc_hf.run_folder import RESULTS_FILE, write_json
 from sparc_hf.version import __version__
@@ -245,10 +245,20 @@ def eval_results(results: Mapping[str, Any]) -> list[Any]:
 def _config_of(folder: Path) -> SparcConfig:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (no config.json); save one there with `save_pretrained` first")
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "config.json", dict[str, Any])
     if content.get("model_type") != SparcConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {content.get('model_type')!r}, not a SparcModel")
     return SparcConfig.from_dict(content)
+
+
+class _Origin(TypedDict):
+    """Where an imported model came from."""
+
+    project: str
+    checkpoint: str
+    sha256: str
+    run: Any
+    data: Any
 
 
 def _origin_of(folder: Path) -> dict[str, Any] | None:
@@ -256,7 +266,7 @@ def _origin_of(folder: Path) -> dict[str, Any] | None:
     from sparc_hf.legacy_checkpoints import ORIGIN_FILE
 
     file = folder / ORIGIN_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file, _Origin) if file.is_file() else None
 
 
 def _is_hub_id(encoder: Any) -> bool:
@@ -305,14 +315,14 @@ def figure_text(figure: Mapping[str, Any] | None, percent: bool = False) -> str:
         return "not measured"
     form = ".1%" if percent else ".3f"
     text = format(figure["value"], form)
-    if figure["low"] is None:
+    if figure["low"] is None or figure["high"] is None:
         return text
     return f"{text} ({format(figure['low'], form)} to {format(figure['high'], form)})"
 
 
-def _error_row(nmse: Mapping[str, Mapping[str, float]], target: str) -> list[str]:
+def _error_row(nmse: Mapping[str, Mapping[str, float | None]], target: str) -> list[str]:
     """Return the error of one target from every source, as text."""
-    return [f"{value:.3f}" for value in nmse[target].values()]
+    return ["undefined" if value is None else f"{value:.3f}" for value in nmse[target].values()]
 
 
 def _encoder_link(record: Mapping[str, Any]) -> str:

@@ -103,8 +103,8 @@ def latents_of_classes(
     """
     from sklearn.metrics import average_precision_score
 
-    if features.label_names is None:
-        raise ValueError("choosing a latent for each class needs features with `labels` and label names")
+    check_labelled(features)
+    names = features.label_names or []
     if len(codes) != len(features) or codes.encoding != "single":
         raise ValueError(
             f"choosing latents needs single-stream codes of the same {len(features)} rows, but there are "
@@ -112,12 +112,12 @@ def latents_of_classes(
         )
     labels: Any = features.labels_csr().astype(bool)
     found: dict[str, dict[str, ConceptTarget]] = {}
-    known = [name for name in classes if name in features.label_names]
+    known = [name for name in classes if name in names]
     for stream in codes.streams:
         values: Any = codes.csr(stream).tocsc()
         found[stream] = {}
         for name in known:
-            has = labels[:, [features.label_names.index(name)]].toarray().ravel()
+            has = labels[:, [names.index(name)]].toarray().ravel()
             if not 0 < has.sum() < len(has):
                 continue
             inside = np.asarray(values.T @ has) / has.sum()
@@ -126,6 +126,12 @@ def latents_of_classes(
             scores = [average_precision_score(has, values[:, [latent]].toarray().ravel()) for latent in candidates]
             found[stream][name] = ConceptTarget((int(candidates[int(np.argmax(scores))]),))
     return found
+
+
+def check_labelled(features: FeatureDataset) -> None:
+    """Raise ValueError for features by which no latents of classes can be chosen."""
+    if features.label_names is None or "labels" not in features.column_names:
+        raise ValueError("choosing a latent for each class needs features with `labels` and label names")
 
 
 def localize(
@@ -163,7 +169,9 @@ def localize(
     targets: dict[str, dict[str, Target]] = {}
     for text in texts:
         for kind, embeddings in ((f"codes of {text}", False), (f"embeddings of {text}", True)):
-            targets[kind] = {name: SimilarityTarget(text, settings.prompt.format(name), embeddings) for name in names}
+            targets[kind] = {
+                name: SimilarityTarget(text, settings.prompt.replace("{}", name), embeddings) for name in names
+            }
     found: dict[tuple[str, str, str], _Pairs] = defaultdict(_Pairs)
     truth: list[dict[str, Any]] = []
     streams = [name for name, encoder in encoders.items() if encoder.modality == "image"]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from sparc_hf.image_files import upright_rgb
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -94,12 +96,12 @@ def overlay(image: Image.Image, heat: np.ndarray, opacity: float = 0.75) -> np.n
 
     Args:
         image: of any mode.
-        heat: float [height, width], 0 or more; its largest value is drawn strongest.
+        heat: float [height, width] over the upright image, 0 or more; its largest value is drawn strongest.
         opacity: of the strongest places.
     """
     import matplotlib
 
-    pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+    pixels = np.asarray(upright_rgb(image), np.float32) / 255
     strength = heat / max(float(heat.max()), 1e-12)
     colours = matplotlib.colormaps["inferno"](0.15 + 0.85 * strength)[..., :3]
     share = opacity * np.sqrt(strength)[..., None]
@@ -260,7 +262,7 @@ def _pale(image: Image.Image) -> Image.Image:
 
 def _small(image: Image.Image) -> Image.Image:
     """Return a copy no larger than a figure shows."""
-    image = image.convert("RGB")
+    image = upright_rgb(image)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return image
 

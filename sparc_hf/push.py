@@ -14,7 +14,9 @@ from typing import Any
 from sparc_hf.concepts import CONCEPTS_FILE
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import space_folder, write_dataset_card, write_model_card
-from sparc_hf.parquet_features import DATA_FOLDER, write_parquet_split
+from sparc_hf.output_folder import check_output_folder
+from sparc_hf.parquet_features import DATA_FOLDER, check_split_name, write_parquet_split
+from sparc_hf.plain_files import read_json, read_text
 from sparc_hf.run_folder import RESULTS_FILE, SETTINGS_FILE
 from sparc_hf.version import __version__
 
@@ -76,6 +78,10 @@ def run_push(args: PushArguments) -> dict[str, Any]:
     _check_name(args.repo)
     if args.dry_run is not None and Path(args.dry_run).exists():
         raise ValueError(f"`dry_run` must be a new folder, but {args.dry_run} exists")
+    if args.dry_run is None:
+        _check_login(args.repo)
+    else:
+        check_output_folder(args.dry_run, "dry_run")
     with _folder_for(args.dry_run) as folder:
         if args.model:
             prepare_model(Path(args.model), folder, repo=args.repo, results=args.results)
@@ -98,6 +104,10 @@ def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None =
     """Copy a model's files into a folder and write its card for `repo`; the weights keep their bytes."""
     from sparc_hf.results import results_of_model
 
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} holds no model (no config.json); save one there with `save_pretrained` first")
+    if not list(model.glob("*.safetensors")):
+        raise ValueError(f"{model} holds no weights (no *.safetensors)")
     own = model / RESULTS_FILE
     file = results or (own if own.is_file() else None)
     shown = None if file is None else results_of_model(file, model)
@@ -105,14 +115,12 @@ def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None =
         for file in model.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     settings = folder / SETTINGS_FILE
-    told = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
+    told = read_json(settings, dict[str, Any]) if settings.exists() else None
     if told is not None:
         # Where things lay on the trainer's machine is nobody's business.
         private = ("features", "eval_features", "output_dir")
         settings.write_text(json.dumps({k: v for k, v in told.items() if k not in private}, indent=2) + "\n")
     write_model_card(folder, results=shown, settings=told, repo=repo)
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{model} holds no weights (no *.safetensors)")
     _add_code(folder)
 
 
@@ -137,11 +145,14 @@ def prepare_features(
     Raises:
         ValueError: where the splits do not have the same streams, or as `FeatureDataset.load`.
     """
+    for split in splits:
+        check_split_name(split)
     loaded = {split: FeatureDataset.load(path) for split, path in splits.items()}
     first = next(iter(loaded.values()))
     for split, features in loaded.items():
         if features.streams != first.streams:
             raise ValueError(f"the splits of one dataset have the same streams, but those of `{split}` are others")
+    for split, features in loaded.items():
         write_parquet_split(features, folder, split)
     write_dataset_card(folder, loaded, repo=repo, license=license)
 
@@ -181,7 +192,7 @@ def prepare_space(space: Path, folder: Path) -> None:
         raise ValueError(f"{space} is no Space: it lacks {missing}")
     left_out = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
     shutil.copytree(space, folder, ignore=left_out, dirs_exist_ok=True)
-    lines = (space / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    lines = read_text(space / "requirements.txt").splitlines()
     pinned = [_pinned(line) for line in lines]
     (folder / "requirements.txt").write_text("\n".join(pinned) + "\n", encoding="utf-8")
 
@@ -213,8 +224,8 @@ def push_folder(folder: Path, repo: str, kind: str, *, private: bool = False) ->
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
+    _check_login(repo)
     with _refusals(repo):
-        api.whoami()
         api.create_repo(
             repo, repo_type=kind, private=private, exist_ok=True, space_sdk="gradio" if kind == "space" else None
         )
@@ -235,6 +246,14 @@ def push_folder(folder: Path, repo: str, kind: str, *, private: bool = False) ->
             else:
                 return str(commit.commit_url)
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _check_login(repo: str) -> None:
+    """Ask the Hub who is there, before anything is prepared for it."""
+    from huggingface_hub import HfApi
+
+    with _refusals(repo):
+        HfApi().whoami()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from sparc_hf import plots
 from sparc_hf.codes import ENCODINGS
 from sparc_hf.evaluation import Evaluation
 from sparc_hf.hub import METRIC_NAMES, eval_results, figure_text, templates_folder
+from sparc_hf.output_folder import check_output_folder
 from sparc_hf.run_folder import RESULTS_FILE, write_json
 from sparc_hf.version import __version__
 
@@ -40,8 +41,7 @@ def model_names(paths: Sequence[str]) -> dict[str, str]:
 
 def check_report_folder(folder: Path) -> None:
     """Raise ValueError where `folder` cannot take a report, before any work is done."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`output` must be a folder, but {folder} is a file")
+    check_output_folder(folder)
 
 
 def write_report(

@@ -5,8 +5,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from sparc_hf.image_files import upright_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 10 * 1024 * 1024
@@ -56,7 +57,7 @@ def checked_image(path: str | Path) -> tuple[Image.Image, list[str]]:
                 remarks = _remarks(opened)
                 opened.draft("RGB", (MAX_SIDE, MAX_SIDE))
                 opened.load()
-                image = _as_rgb(ImageOps.exif_transpose(opened))
+                image = upright_rgb(opened)
     except Image.DecompressionBombError as error:
         raise InputRefused(
             f"The image has far too many pixels; at most {MAX_PIXELS // 1_000_000} million can be used."
@@ -115,16 +116,3 @@ def _remarks(image: Image.Image) -> list[str]:
     if image.mode == "CMYK":
         remarks.append("The image has print colours (CMYK), which were turned into screen colours.")
     return remarks
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Return RGB; what is transparent becomes white, and 16 bits a pixel become 8."""
-    if image.mode.startswith(("I", "F")):
-        numbers = np.nan_to_num(np.asarray(image, np.float32))
-        span = float(np.ptp(numbers)) or 1.0
-        image = Image.fromarray(((numbers - numbers.min()) / span * 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", coloured.size, "white")
-        return Image.alpha_composite(white, coloured).convert("RGB")
-    return image.convert("RGB")
