@@ -5,7 +5,6 @@ them it is the embedded demo, which is prepared once. Nothing a visitor sends is
 """
 
 import functools
-import html
 import logging
 import os
 from collections.abc import Callable
@@ -14,9 +13,11 @@ from typing import Any
 
 import gradio as gr
 from gradio.themes import Default
+from starlette.middleware import Middleware
 
 from sparc_hf import space_page as page
 from sparc_hf.space_data import ORDERS, SpaceData, open_space, spread_rows
+from sparc_hf.space_guard import GuardedBlocks, NoFetching, refusal, upload
 from sparc_hf.space_maps import explain, latent_maps
 from sparc_hf.stranger_input import InputRefused, checked_image, checked_number, checked_text
 
@@ -76,9 +77,7 @@ def answered(handler: Callable) -> Callable:
         try:
             return handler(*args, **options)
         except ValueError as error:
-            raise gr.Error(
-                html.escape(str(error), quote=False), title="That cannot be used", print_exception=False
-            ) from None
+            raise refusal(error) from None
         except Exception:
             logger.exception("a request failed")
             raise gr.Error(
@@ -90,7 +89,7 @@ def answered(handler: Callable) -> Callable:
 
 def build_app(data: SpaceData) -> gr.Blocks:
     """Return the page over a model and its index."""
-    with gr.Blocks(title="SPARC concept explorer", analytics_enabled=False, delete_cache=(1800, 3600)) as app:
+    with GuardedBlocks(title="SPARC concept explorer", analytics_enabled=False, delete_cache=(1800, 3600)) as app:
         gr.Markdown("# SPARC concept explorer")
         with gr.Tabs(selected="explorer", overflow_behavior="wrap", elem_id="tabs") as tabs:
             with gr.Tab("Concept explorer", id="explorer"):
@@ -216,7 +215,7 @@ def explain_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> Non
     named = [latent for latent in data.find_latents("", FIRST_ORDER) if data.name(latent)][:LISTED_LATENTS]
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            picture = upload(elem_id="explain-image")
+            picture = upload(elem_id="explain-image", height=220)
             strip = fragment(page.sample_strip(data, spread_rows(data, PICKS)), elem_id="explain-strip")
             caption = gr.Textbox(label="Caption", lines=2, elem_id="explain-caption")
             target = gr.Dropdown(
@@ -293,7 +292,7 @@ def retrieve_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> No
                 list(directions), value=first, label="From, to", elem_id="direction", visible=first is not None
             )
             caption = gr.Textbox(label="Caption", lines=2, elem_id="retrieve-caption")
-            picture = upload(elem_id="retrieve-image")
+            picture = upload(elem_id="retrieve-image", height=220)
             strip = fragment(page.sample_strip(data, spread_rows(data, PICKS)), elem_id="retrieve-strip")
             sample = gr.Textbox(label="or the number of an indexed sample", max_lines=1, elem_id="retrieve-sample")
             with gr.Row():
@@ -335,21 +334,6 @@ def compare_tab(data: SpaceData, tab: gr.Tab, open_latent: Callable[[Callable], 
     open_latent(result.click)
 
 
-def upload(**options: Any) -> gr.Image:
-    """Return a place for an image that hands over the file unopened, because it is checked before it is decoded."""
-    picture = gr.Image(
-        type="filepath",
-        image_mode=None,
-        format="png",
-        sources=["upload", "clipboard"],
-        label="Image",
-        height=220,
-        **options,
-    )
-    picture.preprocess = lambda payload: None if payload is None else payload.path
-    return picture
-
-
 def picked(data: SpaceData) -> Callable:
     """Return the handler that takes a sample's image and caption over."""
 
@@ -375,9 +359,12 @@ def target_latent(data: SpaceData, target: str) -> int | None:
     return found[0]
 
 
-def launch(data: SpaceData, *, host: str | None = None, port: int | None = None) -> None:
-    """Serve the page; None takes gradio's own settings from the environment."""
-    build_app(data).launch(server_name=host, server_port=port, **LAUNCH)
+def launch(data: SpaceData, *, host: str | None = None, port: int | None = None, **options: Any) -> gr.Blocks:
+    """Serve the page and return it; None takes gradio's own settings from the environment."""
+    app = build_app(data)
+    guards = {"middleware": [Middleware(NoFetching)]}
+    app.launch(server_name=host, server_port=port, app_kwargs=guards, **LAUNCH, **options)
+    return app
 
 
 if __name__ == "__main__":

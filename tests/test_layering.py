@@ -85,6 +85,7 @@ FLOORS = {
     "push": 8,
     "demo_run": 8,
     "stranger_input": 0,
+    "space_guard": 1,
     "code_search": 4,
     "space_index": 7,
     "space_data": 9,
