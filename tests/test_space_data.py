@@ -1,23 +1,27 @@
 """The index and what is read from it: facts of latents, samples, retrieval, maps; opening and caching."""
 
 import html
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 from sparc_hf import SparcModel, space_data
 from sparc_hf.concepts import load_concepts
 from sparc_hf.features import FeatureDataset
 from sparc_hf.space_data import ORDERS, card_text, open_space
-from sparc_hf.space_index import open_index
+from sparc_hf.space_index import index_name, open_index
 from sparc_hf.space_maps import explain, latent_maps, seen_images
 from sparc_hf.space_page import compare_page, heat_image, latent_page, latent_samples, marked_words, matches_page
 
@@ -233,6 +237,77 @@ def test_another_model_has_another_index(data, cache, tmp_path):
     with torch.no_grad():
         other.atoms["dino"][0] *= -1
     assert open_index(other, data.features, tmp_path).folder.name != data.index.folder.name
+
+
+def changed(features: FeatureDataset, **columns) -> FeatureDataset:
+    """Return the dataset with other columns."""
+    table = features.table
+    for name, values in columns.items():
+        at = table.column_names.index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+    facts = {"label_names": features.label_names, "taxonomy": features.taxonomy}
+    return FeatureDataset(table, features.streams, **facts)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"dead_threshold": 0.5},
+        {"objective": "usae"},
+        {"distance": "l2"},
+        {"selection": "local"},
+        {"k": 3},
+        {"auxk_coef": 0.5},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_an_index_of_other_settings_is_not_served(data, setting, monkeypatch):
+    before = index_name(data.model, data.features)
+    for name, value in setting.items():
+        monkeypatch.setattr(data.model.config, name, value)
+    assert index_name(data.model, data.features) != before
+
+
+def test_a_model_that_fires_from_another_threshold_has_other_figures(data, tmp_path, monkeypatch):
+    assert open_index(data.model, data.features, tmp_path).results["single"]["universality"]["firing"] > 0
+    monkeypatch.setattr(data.model.config, "dead_threshold", 1e6)
+    assert open_index(data.model, data.features, tmp_path).results["single"]["universality"]["firing"] == 0
+
+
+def test_an_index_of_other_rows_or_names_is_not_served(data):
+    features = data.features
+    at = 57
+    text, ids, labels, images = (features.column(name) for name in ("text", "id", "labels", "image"))
+    vectors = features.array("dino")
+    vectors[at, 0] += 1
+    other = Image.new("RGB", (64, 64))
+    buffer = io.BytesIO()
+    other.save(buffer, "PNG")
+    concept = load_concepts(data.index.folder)[0]
+    names = [
+        index_name(data.model, one, concepts)
+        for one, concepts in (
+            (features, None),
+            (changed(features, text=[*text[:at], "another caption", *text[at + 1 :]]), None),
+            (changed(features, id=[*ids[:at], "another", *ids[at + 1 :]]), None),
+            (changed(features, labels=[*labels[:at], [0], *labels[at + 1 :]]), None),
+            (changed(features, dino=list(vectors)), None),
+            (changed(features, image=[*images[:at], {"bytes": buffer.getvalue()}, *images[at + 1 :]]), None),
+            (with_facts(features, taxonomy=None), None),
+            (with_facts(features, taxonomy={"thing": features.label_names}), None),
+            (with_facts(features, label_names=features.label_names[::-1]), None),
+            (features.select(range(len(features) - 1)), None),
+            (features, [concept]),
+            (features, [replace(concept, score=concept.score + 1)]),
+            (features, [replace(concept, labels=[])]),
+        )
+    ]
+    assert len(set(names)) == len(names)
+
+
+def with_facts(features: FeatureDataset, **facts) -> FeatureDataset:
+    known = {"label_names": features.label_names, "taxonomy": features.taxonomy}
+    return FeatureDataset(features.table, features.streams, **known | facts)
 
 
 def test_cards(data, tmp_path):
