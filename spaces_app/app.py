@@ -1,7 +1,8 @@
 """The Space: look at the concepts of a SPARC model instead of reading about them.
 
 `SPARC_MODEL` names the model (Hub id or folder) and `SPARC_DATASET` the feature dataset it is shown on; without
-them it is the embedded demo, which is prepared once. Nothing a visitor sends is ever loaded as a model.
+them it is the embedded demo, which lies beside this file in a pushed Space and is prepared once elsewhere. Nothing a
+visitor sends is ever loaded as a model.
 """
 
 import functools
@@ -16,7 +17,7 @@ from gradio.themes import Default
 from starlette.middleware import Middleware
 
 from sparc_hf import space_page as page
-from sparc_hf.space_data import ORDERS, SpaceData, open_space, spread_rows
+from sparc_hf.space_data import ORDERS, SHIPPED_FOLDER, SpaceData, open_space, spread_rows
 from sparc_hf.space_guard import GuardedBlocks, NoFetching, refusal, upload
 from sparc_hf.space_maps import explain, latent_maps
 from sparc_hf.stranger_input import InputRefused, checked_image, checked_number, checked_text
@@ -370,4 +371,6 @@ def launch(data: SpaceData, *, host: str | None = None, port: int | None = None,
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("sparc_hf").setLevel(logging.INFO)
-    launch(open_space(os.environ.get("SPARC_MODEL") or None, os.environ.get("SPARC_DATASET") or None))
+    shipped = HERE / SHIPPED_FOLDER
+    settings = (os.environ.get("SPARC_MODEL") or None, os.environ.get("SPARC_DATASET") or None)
+    launch(open_space(*settings, shipped=shipped if shipped.is_dir() else None))

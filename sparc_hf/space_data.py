@@ -4,6 +4,7 @@ import base64
 import logging
 import os
 import re
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ ORDERS = {
     "entropy": "entropy/single",
     "co-firing": "cofire_jaccard/single",
 }
+# Where a pushed Space has its prepared demo, beside app.py.
+SHIPPED_FOLDER = "demo"
+INDEXES_FOLDER = "indexes"
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "concepts.json", "README.md", "*.png")
 
 
@@ -225,19 +229,25 @@ class SpaceData:
         return [(int(other), float(cosines[other])) for other in order if np.isfinite(cosines[other])]
 
 
-def open_space(model: str | None = None, dataset: str | None = None, cache: str | None = None) -> SpaceData:
+def open_space(
+    model: str | None = None,
+    dataset: str | None = None,
+    cache: str | None = None,
+    *,
+    shipped: Path | None = None,
+) -> SpaceData:
     """Load what a Space shows; without a model it is the embedded demo, which the first call prepares.
 
     Args:
         model: folder or Hub id of a model.
         dataset: folder or Hub id of the feature dataset that is indexed: samples with their images, texts and labels.
         cache: folder for the demo and the indexes (default: `SPARC_CACHE`, or ~/.cache/sparc_hf).
+        shipped: folder that `ship_demo` wrote, whose demo is shown as it is; nothing is written there.
 
     Raises:
         ValueError: for a model without a dataset, and as `SparcModel.from_pretrained` and `open_index`.
     """
-    folder = Path(cache or os.environ.get("SPARC_CACHE") or Path.home() / ".cache" / "sparc_hf").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _cache_folder(cache)
     if model is None and dataset is not None:
         raise ValueError("a dataset is given but no model; give both, or none for the embedded demo")
     if model is not None and dataset is None:
@@ -247,15 +257,45 @@ def open_space(model: str | None = None, dataset: str | None = None, cache: str 
         )
     # Of several processes one prepares, and the others wait.
     with WeakFileLock(folder / "space.lock"):
-        model_folder, address = (
-            (_downloaded(model), _address(dataset)) if model is not None and dataset is not None else _demo(folder)
-        )
+        if model is not None and dataset is not None:
+            model_folder, address = _downloaded(model), _address(dataset)
+        elif shipped is not None:
+            model_folder, address = str(shipped / "model"), str(shipped / "features")
+        else:
+            model_folder, address = _demo(folder)
         loaded = SparcModel.from_pretrained(model_folder).eval()
         features = FeatureDataset.load(address)
-        index = open_index(loaded, features, folder / "indexes", names=load_concepts(model_folder))
+        index = open_index(
+            loaded,
+            features,
+            folder / INDEXES_FOLDER,
+            names=load_concepts(model_folder),
+            shipped=None if shipped is None else shipped / INDEXES_FOLDER,
+        )
     return SpaceData(
         loaded, features, index, encoders=_encoders(loaded), card=card_text(Path(model_folder) / "README.md")
     )
+
+
+def ship_demo(target: Path, cache: str | None = None) -> None:
+    """Write the embedded demo with its index into a new folder, for `open_space` on another machine.
+
+    Args:
+        target: the folder.
+        cache: as in `open_space`; the demo is prepared there where it is missing.
+    """
+    data = open_space(cache=cache)
+    model_folder, features_folder = _demo(_cache_folder(cache))
+    (target / "model").mkdir(parents=True)
+    for pattern in MODEL_FILES:
+        for file in Path(model_folder).glob(pattern):
+            shutil.copyfile(file, target / "model" / file.name)
+    card = target / "model" / "README.md"
+    # It says where the model lies, which is somewhere else now.
+    text = card.read_text(encoding="utf-8").replace(model_folder, f"{SHIPPED_FOLDER}/model")
+    card.write_text(text, encoding="utf-8")
+    shutil.copytree(features_folder, target / "features")
+    shutil.copytree(data.index.folder, target / INDEXES_FOLDER / data.index.folder.name)
 
 
 def card_text(path: Path) -> str:
@@ -272,6 +312,12 @@ def card_text(path: Path) -> str:
         return f"![{found.group(1)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
 
     return re.sub(r"!\[([^\]]*)\]\(([^)\s]+)\)", embedded, text.strip())
+
+
+def _cache_folder(cache: str | None) -> Path:
+    folder = Path(cache or os.environ.get("SPARC_CACHE") or Path.home() / ".cache" / "sparc_hf").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _demo(cache: Path) -> tuple[str, str]:

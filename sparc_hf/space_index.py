@@ -79,7 +79,12 @@ class SpaceIndex:
 
 
 def open_index(
-    model: SparcModel, features: FeatureDataset, cache: str | Path, *, names: list[Concept] | None = None
+    model: SparcModel,
+    features: FeatureDataset,
+    cache: str | Path,
+    *,
+    names: list[Concept] | None = None,
+    shipped: Path | None = None,
 ) -> SpaceIndex:
     """Return the index of a model and a dataset, made now where `cache` does not have it.
 
@@ -88,11 +93,15 @@ def open_index(
         features: the samples; with `image`, `text` and `labels` where they have them.
         cache: folder of indexes, each in a folder called by a digest of model and dataset.
         names: names of latents that come with the model; they win over those the dataset suggests.
+        shipped: another folder of indexes, looked into first and never written to.
 
     Raises:
         ValueError: as `evaluate_model`.
     """
-    folder = Path(cache) / index_name(model, features, names)
+    name = index_name(model, features, names)
+    if shipped is not None and (shipped / name / FACTS_FILE).is_file():
+        return SpaceIndex(shipped / name)
+    folder = Path(cache) / name
     if not (folder / FACTS_FILE).is_file():
         shutil.rmtree(folder, ignore_errors=True)
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.making")

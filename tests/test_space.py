@@ -11,8 +11,6 @@ from PIL import Image
 from space_demo import space_app
 
 from sparc_hf.cli import main
-from sparc_hf.push import PushArguments, run_push
-from sparc_hf.version import __version__
 
 gradio_client = pytest.importorskip("gradio_client", reason="the Space needs gradio")
 
@@ -164,16 +162,11 @@ def test_no_request_names_a_model(client):
     }
 
 
-def test_the_space_folder_is_ready_to_be_pushed(tmp_path):
-    space = ROOT / "spaces_app"
-    assert (space / "requirements.txt").read_text() == f"sparc-hf[space]=={__version__}\n"
-    header = (space / "README.md").read_text().split("---\n")[1]
+def test_the_spaces_header_names_the_tested_gradio():
+    header = (ROOT / "spaces_app" / "README.md").read_text().split("---\n")[1]
     pinned = re.search(r"^gradio==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M).group(1)
     assert f"sdk: gradio\nsdk_version: {pinned}\n" in header
     assert "app_file: app.py\n" in header
-    told = run_push(PushArguments(repo="me/space", space=str(space), dry_run=str(tmp_path / "pushed")))
-    assert told["kind"] == "space"
-    assert told["files"] == ["README.md", "app.py", "page.css", "requirements.txt"]
 
 
 def test_the_command_explains_itself(capsys, tmp_path):
