@@ -302,7 +302,7 @@ def _run_explain(args: Any) -> dict[str, Any]:
 
 def _run_card(args: Any) -> dict[str, Any]:
     from sparc_hf.hub import write_model_card
-    from sparc_hf.report import results_of_model
+    from sparc_hf.results import results_of_model
 
     results = results_of_model(args.results, args.model) if args.results else None
     settings_file = Path(args.model) / "training_arguments.json"

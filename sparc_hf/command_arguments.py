@@ -101,7 +101,12 @@ class ConceptsArguments:
     latents: list[int] = field(
         default_factory=list, metadata={"help": "Draw contact sheets of these latents: top samples with maps."}
     )
-    top: int = field(default=0, metadata={"help": "Draw contact sheets of this many latents, by lift of their label."})
+    concept: list[str] = field(
+        default_factory=list, metadata={"help": "Draw contact sheets of these concepts, found as by `sparc explain`."}
+    )
+    top: int = field(
+        default=0, metadata={"help": "Draw contact sheets of this many latents, the most surely named, one a name."}
+    )
     heatmaps: int = field(
         default=0,
         metadata={"help": "Draw maps of this many latents, by energy, over the same images in one figure."},

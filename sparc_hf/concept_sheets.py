@@ -12,6 +12,7 @@ from sparc_hf.attribution import ConceptTarget, image_maps, map_method, map_on_i
 from sparc_hf.backbone_trace import visible_box
 from sparc_hf.codes import CodeTable, encode_features
 from sparc_hf.command_arguments import ConceptsArguments
+from sparc_hf.concept_search import ConceptSearch
 from sparc_hf.concepts import (
     Concept,
     SimilarWord,
@@ -19,6 +20,7 @@ from sparc_hf.concepts import (
     concepts_of,
     name_concepts,
     save_concepts,
+    surest_concepts,
     vocabulary_evidence,
 )
 from sparc_hf.encoders import StreamEncoder, load_encoders
@@ -27,24 +29,14 @@ from sparc_hf.features import FeatureDataset
 from sparc_hf.image_files import open_image
 from sparc_hf.map_plots import SheetCell, contact_sheet, heatmap_grid
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
-from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.top_samples import TopSamples, top_samples
+from sparc_hf.universality import latent_universality
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHEET_SAMPLES = 8
-
-
-def latents_to_show(concepts: Sequence[Concept], count: int) -> list[int]:
-    """Return the latents that go most surely with a label, or else a word: by lift, among those sure enough of it."""
-    sure = [concept for concept in concepts if concept.name is not None]
-
-    def lift(concept: Concept) -> float:
-        return (concept.labels or concept.words)[0].lift
-
-    return [concept.latent for concept in sorted(sure, key=lambda concept: -lift(concept))[:count]]
 
 
 def latent_sheet(
@@ -155,14 +147,8 @@ def write_latent_sheets(
 
 
 def strongest_latents(model: SparcModel, codes: CodeTable, count: int) -> list[int]:
-    """Return the latents of largest energy, summed over streams: the importance ranking of USAE (arXiv 2502.03714).
-
-    A stream's energy is the latent's mean value times the norm of its atom.
-    """
-    # The USAE objective brings its atoms to unit norm at every use.
-    usae = model.config.objective == "usae"
-    norms = None if usae else {name: model.atoms[name].detach().norm(dim=1).cpu().numpy() for name in codes.streams}
-    energy = concept_universality({name: codes.csr(name) for name in codes.streams}, atom_norms=norms)["energy"]
+    """Return the latents of largest energy, summed over streams: the importance ranking of USAE (arXiv 2502.03714)."""
+    energy = latent_universality(model, {name: codes.csr(name) for name in codes.streams})["energy"]
     return [int(latent) for latent in np.argsort(-energy, kind="stable")[:count] if energy[latent] > 0]
 
 
@@ -206,7 +192,7 @@ def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
     for name, least in (("samples", 1), ("top", 0), ("heatmaps", 0), ("heatmap_images", 1), ("shifts", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"`{name}` must be at least {least}, but it is {getattr(args, name)}")
-    pictures = bool(args.latents or args.top or args.heatmaps)
+    pictures = bool(args.latents or args.concept or args.top or args.heatmaps)
     if (pictures or args.maximise) and args.output is None:
         raise ValueError("give the folder for the pictures as `output`")
     if args.features is None and (pictures or args.vocabulary or not args.maximise):
@@ -267,7 +253,10 @@ def _draw(
     told: dict[str, Any] = {}
     names = {concept.latent: concept.name for concept in concepts if concept.name is not None}
     folder, options = Path(args.output or ""), {"names": names, "method": args.method, "shifts": args.shifts}
-    latents = list(dict.fromkeys([*args.latents, *latents_to_show(concepts, args.top)]))
+    search = ConceptSearch(concepts, model.config.num_latents)
+    named = [match.latent for word in args.concept for match in search.named(word)]
+    surest = [concept.latent for concept in surest_concepts(concepts, args.top)]
+    latents = list(dict.fromkeys([*args.latents, *named, *surest]))
     if latents:
         best = top_samples(codes, SHEET_SAMPLES)
         told["sheets"] = write_latent_sheets(model, encoders, features, best, latents, folder, **options)

@@ -143,6 +143,15 @@ def name_concepts(
     return found
 
 
+def surest_concepts(concepts: Sequence[Concept], count: int) -> list[Concept]:
+    """Return the most surely named concepts, the surest first, one of each name."""
+    surest: dict[str, Concept] = {}
+    for concept in sorted(concepts, key=lambda concept: -concept.score):
+        if concept.name is not None:
+            surest.setdefault(concept.name, concept)
+    return list(surest.values())[:count]
+
+
 @torch.no_grad()
 def vocabulary_evidence(
     model: SparcModel, encoder: StreamEncoder, words: Sequence[str], *, prompt: str = "{}", kept: int = 5

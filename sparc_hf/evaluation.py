@@ -20,7 +20,6 @@ from sparc_hf.metrics.concept_alignment.concept_alignment import (
     label_counts,
     taxonomy_buckets,
 )
-from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
 from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
 from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
 from sparc_hf.metrics.reconstruction.reconstruction import FIGURES, figures_of_terms, row_terms
@@ -33,6 +32,7 @@ from sparc_hf.probing import (
     stability_figures,
 )
 from sparc_hf.retrieval import FAMILIES, model_ranks
+from sparc_hf.universality import latent_universality
 
 HIT_DEPTH = 1
 SHARES = ("dead_share", "jaccard", "jaccard_live", *(f"{family}_r_at_{HIT_DEPTH}" for family in FAMILIES))
@@ -229,16 +229,14 @@ class Measurements:
         return found
 
     def _universality(self) -> dict[str, Any]:
-        norms = {name: self.model.atoms[name].detach().norm(dim=1).cpu().numpy() for name in self.streams}
-        threshold = float(self.model.config.dead_threshold)
-        found = concept_universality(self.codes, atom_norms=norms, threshold=threshold)
+        found = latent_universality(self.model, self.codes)
         firing = np.sum(list(found["fires"].values()), axis=0) > 0
         self.latents |= {name: found[name] for name in ("entropy", "cofires", "cofire_jaccard", "energy")}
         means = {
             f"mean_{name}": found[name][firing].mean() if firing.any() else math.nan
             for name in ("entropy", "cofire_jaccard", "cofire_iou")
         }
-        return {"threshold": threshold, "firing": int(firing.sum()), **means}
+        return {"threshold": self.model.config.dead_threshold, "firing": int(firing.sum()), **means}
 
     def _alignment(self) -> dict[str, Any]:
         buckets = None

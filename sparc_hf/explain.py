@@ -22,7 +22,8 @@ from sparc_hf.attribution import (
     word_scores,
 )
 from sparc_hf.backbone_trace import visible_box
-from sparc_hf.concepts import Concept, concepts_of
+from sparc_hf.concept_search import EXACT_NAME, ConceptSearch, LatentMatch
+from sparc_hf.concepts import concepts_of
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.features import FeatureDataset
 from sparc_hf.image_files import open_image
@@ -51,7 +52,11 @@ class ExplainArguments:
     rows: int | None = field(default=None, metadata={"help": "First rows of the feature dataset (default: all)."})
     latents: list[int] = field(default_factory=list, metadata={"help": "Latents to explain, each by itself."})
     concept: list[str] = field(
-        default_factory=list, metadata={"help": "Concepts to explain, by name: all latents of that name together."}
+        default_factory=list,
+        metadata={
+            "help": "Concepts to explain: all latents of that name together, or else the latent that goes most surely "
+            "with that label or word."
+        },
     )
     top: int = field(
         default=3, metadata={"help": "Without latents or concepts: this many of the sample's most active ones."}
@@ -103,20 +108,6 @@ def active_latents(codes: Mapping[str, torch.Tensor], count: int) -> list[int]:
     """Return the latents most active in a sample: by the mean over streams of its codes [N], each of unit length."""
     values = torch.stack([code / code.norm().clamp(min=1e-8) for code in codes.values()]).sum(dim=0)
     return [int(latent) for latent in values.topk(min(count, len(values))).indices if values[latent] > 0]
-
-
-def latents_named(concepts: Sequence[Concept], word: str) -> tuple[int, ...]:
-    """Return the latents of a name, the surest first.
-
-    Raises:
-        ValueError: where there is none, with names that there are.
-    """
-    found = [concept for concept in concepts if concept.name is not None and concept.name.lower() == word.lower()]
-    if not found:
-        names = sorted({concept.name for concept in concepts if concept.name is not None})
-        told = f"it has {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}" if names else "it has no names"
-        raise ValueError(f"this model has no concept named `{word}`; {told} (see `sparc concepts`)")
-    return tuple(concept.latent for concept in sorted(found, key=lambda concept: -concept.score))
 
 
 def explain_sample(
@@ -234,10 +225,10 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
     encoders = load_encoders(model.config.streams or [])
     concepts = concepts_of(model)
     names = {concept.latent: concept.name for concept in concepts}
+    search = ConceptSearch(concepts, model.config.num_latents)
+    matches = {word: search.named(word) for word in args.concept}
     chosen: dict[str, Sequence[int]] = {_title(latent, names): (latent,) for latent in args.latents}
-    for word in args.concept:
-        latents = latents_named(concepts, word)
-        chosen[f"{word} (latents {', '.join(map(str, latents))})"] = latents
+    chosen |= {_found_title(word, found): [match.latent for match in found] for word, found in matches.items()}
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     told, kept = [], 0
@@ -255,12 +246,23 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
         save_figure(found.panel(), path)
         told.append({"panel": str(path), "targets": [_told(target) for target in found.targets]})
     facts: dict[str, Any] = {"output": str(output), "drawn": len(told), "kept": kept}
+    if matches:
+        facts["concepts"] = {
+            word: [{"latent": match.latent, "matched_by": match.reason} for match in found]
+            for word, found in matches.items()
+        }
     return facts | ({} if args.features else {"samples": told})
 
 
 def _title(latent: int, names: Mapping[int, str | None]) -> str:
     name = names.get(latent)
     return f"latent {latent}" + (f": {name}" if name else "")
+
+
+def _found_title(word: str, matches: Sequence[LatentMatch]) -> str:
+    latents = f"latent{'s' if len(matches) > 1 else ''} {', '.join(str(match.latent) for match in matches)}"
+    why = "" if matches[0].rank == EXACT_NAME else f" by its {matches[0].reason}"
+    return f"{word} ({latents}{why})"
 
 
 def _told(target: ExplainedTarget) -> dict[str, Any]:

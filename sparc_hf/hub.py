@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparc_hf.configuration_sparc import SparcConfig
+from sparc_hf.results import check_results, results_of_model
 from sparc_hf.run_folder import RESULTS_FILE, write_json
 from sparc_hf.version import __version__
 
@@ -55,17 +56,18 @@ def write_model_card(
         The card's path.
 
     Raises:
-        ValueError: where the folder holds no SparcModel.
+        ValueError: where the folder holds no SparcModel, or the results are of another model.
     """
     from huggingface_hub import ModelCardData
 
     folder = Path(folder)
     config = _config_of(folder)
-    results = _kept_results(folder, results)
+    name = repo.rsplit("/", 1)[-1] if repo else folder.resolve().name
+    title = title or name
+    results = _kept_results(folder, config, results, name)
     unknown = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
     streams: list[dict[str, Any]] = [unknown | record for record in config.streams or []]
     encoders = sorted({record["encoder"] for record in streams if _is_hub_id(record["encoder"])})
-    title = title or (repo.rsplit("/", 1)[-1] if repo else folder.resolve().name)
     card_data = ModelCardData(
         library_name="sparc-hf",
         license="apache-2.0",
@@ -109,13 +111,17 @@ def write_model_card(
 PICTURE_FILE = "reconstruction.png"
 
 
-def _kept_results(folder: Path, results: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Keep results in the folder, or return those it has; new weights remove them."""
+def _kept_results(
+    folder: Path, config: SparcConfig, results: Mapping[str, Any] | None, name: str
+) -> Mapping[str, Any] | None:
+    """Keep results in the folder under a name, or return those it has; new weights remove them."""
     path = folder / RESULTS_FILE
-    if results is None:
-        return next(iter(json.loads(path.read_text(encoding="utf-8"))["models"].values())) if path.exists() else None
-    write_json(path, {"models": {folder.resolve().name: results}})
-    return results
+    shown = results_of_model(path, folder) if results is None and path.exists() else results
+    if shown is not None:
+        check_results(shown, config, folder)
+    if results is not None:
+        write_json(path, {"models": {name: results}})
+    return shown
 
 
 def _write_picture(path: Path, results: Mapping[str, Any]) -> None:
@@ -131,13 +137,10 @@ def _write_picture(path: Path, results: Mapping[str, Any]) -> None:
 
 def example_concepts(folder: Path, count: int = 8) -> list[Any]:
     """Return the surest named concepts of a model that fire in every stream, at most one of a name."""
-    from sparc_hf.concepts import load_concepts
+    from sparc_hf.concepts import load_concepts, surest_concepts
 
-    chosen: dict[str, Any] = {}
-    for concept in sorted(load_concepts(folder), key=lambda one: -one.score):
-        if concept.name is not None and min(concept.fires.values()) > 0:
-            chosen.setdefault(concept.name, concept)
-    return list(chosen.values())[:count]
+    everywhere = [concept for concept in load_concepts(folder) if concept.fires and min(concept.fires.values()) > 0]
+    return surest_concepts(everywhere, count)
 
 
 def write_dataset_card(

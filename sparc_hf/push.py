@@ -114,9 +114,11 @@ def run_push(args: PushArguments) -> dict[str, Any]:
 
 def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None = None) -> None:
     """Copy a model's files into a folder and write its card for `repo`; the weights keep their bytes."""
-    from sparc_hf.report import results_of_model
+    from sparc_hf.results import results_of_model
 
-    shown = results_of_model(results, str(model)) if results else None
+    own = model / RESULTS_FILE
+    file = results or (own if own.is_file() else None)
+    shown = None if file is None else results_of_model(file, model)
     for pattern in MODEL_FILES:
         for file in model.glob(pattern):
             shutil.copyfile(file, folder / file.name)

@@ -3,7 +3,6 @@
 import base64
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,25 +70,6 @@ def write_report(
         _write_text(folder / f"latents-{name.replace('/', '-')}.csv", told)
     _write_text(folder / REPORT_FILE, report_html(evaluations))
     return folder / REPORT_FILE
-
-
-def results_of_model(path: str | Path, model: str | Path) -> dict[str, Any]:
-    """Return one model's results from a results.json.
-
-    Raises:
-        ValueError: where the file is not one, or which of its models is meant cannot be told from the folder's name.
-    """
-    try:
-        models = json.loads(Path(path).read_text(encoding="utf-8"))["models"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a results.json of `sparc evaluate`") from error
-    if len(models) == 1:
-        return next(iter(models.values()))
-    whole = Path(model).resolve().parts
-    fitting = [name for name in models if whole[-len(Path(name).parts) :] == Path(name).parts]
-    if len(fitting) != 1:
-        raise ValueError(f"{path} holds the models {list(models)}, none or several of which are {model}")
-    return models[fitting[0]]
 
 
 def model_index(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -164,7 +144,7 @@ def _figures(evaluation: Evaluation) -> Iterator[dict[str, str]]:
     caption = "Firing entropy of the latents that fire: 1 fires equally often in all streams, 0 in one only."
     yield shown("firing entropy", caption, plots.entropy_histogram(entropies))
     cofires = {encoding: (found["energy"], found["cofires"]) for encoding, found in latents.items()}
-    caption = "Rows on which a latent fires in all streams at once, against its energy (mean value times atom norm)."
+    caption = "Rows on which a latent fires in all streams at once, against its energy, the length of what it adds."
     yield shown("co-fires against energy", caption, plots.cofires_against_energy(cofires))
 
 

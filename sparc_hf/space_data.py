@@ -18,6 +18,7 @@ from PIL import Image
 
 from sparc_hf.code_search import Match
 from sparc_hf.command_arguments import DemoArguments
+from sparc_hf.concept_search import NUMBER, ConceptSearch, LatentMatch
 from sparc_hf.concepts import Evidence, load_concepts
 from sparc_hf.demo_run import run_demo
 from sparc_hf.encoders import StreamEncoder, load_encoders
@@ -113,29 +114,33 @@ class SpaceData:
         return f"{latent} · {name}" if name else f"{latent}"
 
     def find_latents(self, search: str = "", order: str = "alignment, single-stream") -> list[int]:
-        """Return the latents whose number, name, labels or words match, the largest in `order` first.
+        """Return the latents that match, see `match_latents`."""
+        return [match.latent for match in self.match_latents(search, order)]
 
-        Every word of the search must occur; a number alone means the latent of that number. Latents that never fire
-        are left out unless they are asked for by number.
+    def match_latents(self, search: str = "", order: str = "alignment, single-stream") -> list[LatentMatch]:
+        """Return the latents whose number, name, labels or words match, the most directly meant first.
+
+        Of those of the same name the largest in `order` comes first; of those with the same label or word the one that
+        goes most surely with it; without a search `order` alone counts. Every word of the search must occur; a number
+        means the latent of that number. Latents that never fire are left out unless they are asked for by number.
 
         Raises:
             ValueError: for an unknown order.
         """
         if order not in ORDERS:
             raise ValueError(f"latents are ordered by one of {list(ORDERS)}, not by {order[:40]!r}")
-        wanted = search.lower().split()
-        if len(wanted) == 1 and wanted[0].isascii() and wanted[0].isdigit() and len(wanted[0]) < 12:
-            number = int(wanted[0])
-            return [number] if number < self.num_latents else []
-        fires = np.flatnonzero(self.index.statistics["live/single"] + self.index.statistics["live/joint"])
-        found = [latent for latent in fires.tolist() if all(word in self._told.get(latent, "") for word in wanted)]
+        live = self.index.statistics["live/single"] + self.index.statistics["live/joint"] > 0
+        if search.strip():
+            found = [match for match in self._concepts.search(search) if live[match.latent] or match.reason == NUMBER]
+        else:
+            found = [LatentMatch(latent) for latent in np.flatnonzero(live).tolist()]
         column = ORDERS[order]
-        if column is None:
-            return found
-        values = np.nan_to_num(self.index.statistics[column], nan=-1)
+        values = (
+            -np.arange(self.num_latents) if column is None else np.nan_to_num(self.index.statistics[column], nan=-1)
+        )
         if order == "liveness":  # first in how many streams, then how often
             values = values + self.index.statistics["live/single"]
-        return sorted(found, key=lambda latent: -values[latent])
+        return sorted(found, key=lambda match: (match.rank, -(values[match.latent] if match.is_by_name else match.z)))
 
     def latent(self, number: int, samples: int = 9, neighbours: int = 6) -> LatentFacts:
         """Return what is known of one latent."""
@@ -213,12 +218,8 @@ class SpaceData:
         return self.index.search.search(target, self.code(source, sample), count)
 
     @cached_property
-    def _told(self) -> dict[int, str]:
-        """Latent -> all words it may be searched by."""
-        return {
-            latent: " ".join([one.name or "", *(found.name for found in [*one.labels, *one.words])]).lower()
-            for latent, one in self.index.concepts.items()
-        }
+    def _concepts(self) -> ConceptSearch:
+        return ConceptSearch(list(self.index.concepts.values()), self.num_latents)
 
     def _nearest(self, stream: str, latent: int, count: int) -> list[tuple[int, float]]:
         atoms = self.atoms[stream]

@@ -16,7 +16,8 @@ from sparc_hf.bootstrap import bootstrap_intervals
 from sparc_hf.codes import encode_features
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model, evaluate_models
 from sparc_hf.features import FeatureDataset
-from sparc_hf.report import model_names, report_html, results_of_model, write_report
+from sparc_hf.report import model_names, report_html, write_report
+from sparc_hf.results import results_of_model
 from sparc_hf.retrieval import model_ranks
 
 QUICK = EvaluationSettings(batch_size=64, replicates=20, probes=False)
@@ -221,6 +222,7 @@ def test_names_and_results_of_models(pair, tmp_path):
     assert results_of_model(path, "runs/local") == pair["local"].results
     with pytest.raises(ValueError, match="none or several"):
         results_of_model(path, "runs/other")
-    path.write_text("{}")
-    with pytest.raises(ValueError, match=r"not a results\.json"):
-        results_of_model(path, "runs/local")
+    for content in ("{}", "[1]", '{"models": {}}', '{"models": {"local": 3}}', '{"models": ["local"]}', "\udcff"):
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ValueError, match=r"not a results\.json"):
+            results_of_model(path, "runs/local")

@@ -11,10 +11,10 @@ from tiny_encoders import save_vit
 from sparc_hf import SparcConfig, SparcModel, map_plots
 from sparc_hf.attribution import SimilarityTarget, image_maps
 from sparc_hf.cli import main
-from sparc_hf.concepts import Concept, load_concepts, save_concepts, vocabulary_evidence
+from sparc_hf.concepts import Concept, Evidence, load_concepts, save_concepts, vocabulary_evidence
 from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
 from sparc_hf.encoders import StreamEncoder, load_encoders
-from sparc_hf.explain import active_latents, explain_sample, latents_named, sample_codes
+from sparc_hf.explain import active_latents, explain_sample, sample_codes
 from sparc_hf.extraction import extract_features
 from sparc_hf.features import FeatureDataset
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
@@ -33,7 +33,10 @@ def world(tmp_path_factory):
     streams = [one.record for one in encoders.values()]
     model = SparcModel(SparcConfig(streams=streams, num_latents=32, k=6, auxk=8)).eval()
     model.save_pretrained(folder / "model")
-    save_concepts([Concept(3, "circle", 5.0, {}), Concept(9, "circle", 8.0, {})], folder / "model")
+    save_concepts(
+        [Concept(3, "circle", 5.0, {}), Concept(9, "circle", 8.0, {}, [Evidence("dot", 2.0, 3, 4.0)])],
+        folder / "model",
+    )
     columns = {"image_column": "image", "text_column": "text", "labels_column": "labels", "label_names": CLASS_NAMES}
     extract_features(
         make_scenes_dataset("test", 24, 0), encoders, folder / "features", keep_columns=("image",), **columns
@@ -99,25 +102,21 @@ def test_codes_and_active_latents_of_a_sample(world):
     }
 
 
-def test_names_find_latents(world):
-    concepts = load_concepts(world[2] / "model")
-    assert latents_named(concepts, "Circle") == (9, 3)
-    with pytest.raises(ValueError, match="no concept named `cat`; it has circle"):
-        latents_named(concepts, "cat")
-
-
 def test_the_command_draws_and_goes_on_where_it_stopped(world, tmp_path, capsys):
     _, _, folder = world
     SCENE.image.save(tmp_path / "a.png")
     base = f"explain --model {folder}/model --shifts 1 --output {tmp_path}/panels"
     told = run(f"{base} --image {tmp_path}/a.png --text circle --concept circle", capsys)
     assert told["samples"][0]["targets"][0]["title"] == "circle (latents 9, 3)"
+    assert told["concepts"]["circle"][0] == {"latent": 9, "matched_by": 'name "circle"'}
     assert Image.open(tmp_path / "panels" / "a.png").width > 500
     again = run(f"{base} --image {tmp_path}/a.png --text circle --concept circle", capsys)
     assert (again["drawn"], again["kept"]) == (0, 1)
+    by_label = run(f"{base} --text dot --concept dot", capsys)
+    assert by_label["samples"][0]["targets"][0]["title"] == 'dot (latent 9 by its label "dot")'
     told = run(f"{base} --features {folder}/features --rows 2 --latents 4", capsys)
     assert (told["drawn"], told["kept"]) == (2, 0)
-    assert len(list((tmp_path / "panels").iterdir())) == 3
+    assert len(list((tmp_path / "panels").iterdir())) == 4
 
 
 @pytest.mark.parametrize(
@@ -156,6 +155,28 @@ def test_concepts_draws_sheets_heatmaps_and_images(world, tmp_path, capsys):
     assert "there are no latents [99]" in capsys.readouterr().err
     assert main(f"concepts --model {tmp_path}/model".split()) == 2
     assert main(f"concepts --model {tmp_path}/model --maximise 1".split()) == 2
+
+
+def test_latents_named_by_a_vocabulary_alone_have_sheets_too(world, tmp_path, capsys):
+    model, encoders, folder = world
+    model.save_pretrained(tmp_path / "model")
+    features = FeatureDataset.load(folder / "features")
+    bare = FeatureDataset.from_arrays({name: features.array(name) for name in encoders}, streams=features.streams)
+    bare.save(tmp_path / "bare")
+    (tmp_path / "words.txt").write_text(
+        "\n".join(
+            ["circle", "star", "red", "green", "a small cat", "noise"] * 2 + [f"word {number}" for number in range(40)]
+        )
+    )
+    base = f"concepts --model {tmp_path}/model --features {tmp_path}/bare --vocabulary {tmp_path}/words.txt"
+    told = run(f"{base} --output {tmp_path}/out --top 2", capsys)
+    assert told["named"] > 0
+    sheets = [int(path[-9:-4]) for path in told["sheets"]]
+    named = {one.latent: one for one in load_concepts(tmp_path / "model")}
+    assert named[sheets[0]].score == max(one.score for one in named.values())
+    word = named[sheets[0]].name
+    again = run(f"{base} --output {tmp_path}/again --concept {word.split()[0]}", capsys)
+    assert sheets[0] in [int(path[-9:-4]) for path in again["sheets"]]
 
 
 @pytest.mark.parametrize("flag", ["samples", "top", "heatmaps", "heatmap_images", "shifts"])

@@ -257,7 +257,7 @@ def test_a_push_keeps_the_results_of_the_card_until_there_are_new_weights(hub, m
     write_model_card(model_folder, results=found)
     push(repo="me/concepts", model=str(model_folder))
     files = hub.repos["model", "me/concepts"].files
-    assert json.loads(files["results.json"])["models"]["run"]["rows"] == 60
+    assert json.loads(files["results.json"])["models"]["concepts"]["rows"] == 60
     assert "reconstruction.png" in files
     card = huggingface_hub.ModelCard(files["README.md"].decode())
     assert card.data.eval_results

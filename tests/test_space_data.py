@@ -84,6 +84,16 @@ def test_latents_are_found_and_sorted(data):
         data.find_latents("", "beauty")
 
 
+def test_a_name_opens_a_latent_of_that_name_under_every_order(data):
+    names = {concept.name for concept in data.index.concepts.values() if concept.name is not None}
+    assert len(names) > 10
+    for name in names:
+        for order in ORDERS:
+            first = data.match_latents(name, order)[0]
+            assert data.name(first.latent) == name, (name, order)
+            assert first.reason == f'name "{name}"'
+
+
 def test_retrieval_by_input_equals_retrieval_by_sample(data):
     by_row = data.retrieve("clip_txt", "clip_img", 5)
     by_text = data.retrieve("clip_txt", "clip_img", data.caption(5))
