@@ -15,7 +15,7 @@ from sparc_hf.concepts import Evidence
 from sparc_hf.plots import cofires_against_energy, entropy_histogram, svg_text
 from sparc_hf.space_data import LatentFacts, SpaceData
 from sparc_hf.space_index import encoded_image
-from sparc_hf.space_maps import Explanation, SeenImage
+from sparc_hf.space_maps import Explanation, SeenImage, unread_remark
 
 LATENTS_PER_PAGE = 20
 HEAT_COLOURS = ((255, 225, 60), (255, 130, 0), (255, 15, 40))
@@ -139,13 +139,13 @@ def sample_strip(data: SpaceData, rows: Iterable[int]) -> str:
 
 def retrieval_page(data: SpaceData, source: str, target: str, query: Image.Image | str | int) -> str:
     """Return a query with its strongest latents, and what it finds; see `SpaceData.retrieve`."""
-    matches = data.retrieve(source, target, query)
-    active = data.strongest(
-        data.index.search.query(source, query) if isinstance(query, int) else data.code(source, query), 6
-    )
+    code = data.query_code(source, query)
+    matches = data.nearest(target, code, without=query if isinstance(query, int) and source == target else None)
     picture = data.image(query) if isinstance(query, int) else query if isinstance(query, Image.Image) else None
     caption = (data.caption(query) or "") if isinstance(query, int) else query if isinstance(query, str) else ""
-    return matches_page(data, target, matches, query_card(data, picture, caption, active))
+    remarks = unread_remark(data, source, query) if isinstance(query, str) else []
+    card = query_card(data, picture, caption, data.strongest(code, 6))
+    return _remarks(remarks) + matches_page(data, target, matches, card)
 
 
 def matches_page(data: SpaceData, target: str, matches: Sequence[Match], query: str = "") -> str:
@@ -192,7 +192,6 @@ def explanation_page(data: SpaceData, found: Explanation) -> str:
         f"<p class=caption>{marked_words(found.caption, scores)}</p></section>"
         for stream, scores in found.words.items()
     )
-    remarks = "".join(f"<p class=remark>{escape(remark)}</p>" for remark in found.remarks)
     bars = "".join(
         f"<section><h4><code>{escape(stream)}</code></h4>{latent_bars(data, active, found.latent)}</section>"
         for stream, active in found.active.items()
@@ -204,7 +203,7 @@ def explanation_page(data: SpaceData, found: Explanation) -> str:
     )
     title = f"<h3>{escape(found.title)}{opened}</h3>" if panels or words else ""
     return (
-        f"{remarks}{title}<div class=panels>{''.join(panels)}</div><div class=streams>{words}</div>"
+        f"{_remarks(found.remarks)}{title}<div class=panels>{''.join(panels)}</div><div class=streams>{words}</div>"
         "<h3>Strongest latents <small>of each stream alone; choose one to see its map</small></h3>"
         f"<div class=streams>{bars}</div>"
     )
@@ -273,6 +272,10 @@ def heat_image(heat: np.ndarray) -> Image.Image:
     part = (place - below)[..., None]
     mixed = colours[below] * (1 - part) + colours[below + 1] * part
     return Image.fromarray(np.concatenate([mixed, share[..., None] * 255], axis=-1).round().astype(np.uint8), "RGBA")
+
+
+def _remarks(remarks: Sequence[str]) -> str:
+    return "".join(f"<p class=remark>{escape(remark)}</p>" for remark in remarks)
 
 
 def _panel(title: str, view: SeenImage) -> str:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -19,11 +20,20 @@ from PIL import Image
 
 from sparc_hf import SparcModel, space_data
 from sparc_hf.concepts import load_concepts
+from sparc_hf.encoders import StreamEncoder
 from sparc_hf.features import FeatureDataset
-from sparc_hf.space_data import ORDERS, card_text, open_space
+from sparc_hf.space_data import ORDERS, card_text, open_space, with_own_modules
 from sparc_hf.space_index import index_name, open_index
 from sparc_hf.space_maps import explain, latent_maps, seen_images
-from sparc_hf.space_page import compare_page, heat_image, latent_page, latent_samples, marked_words, matches_page
+from sparc_hf.space_page import (
+    compare_page,
+    heat_image,
+    latent_page,
+    latent_samples,
+    marked_words,
+    matches_page,
+    retrieval_page,
+)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +135,68 @@ def test_explaining_a_concept_and_a_similarity(data):
         explain(data, None, "")
 
 
+def test_a_retrieval_encodes_its_query_once(data, monkeypatch):
+    asked = []
+    real = StreamEncoder.rows
+    monkeypatch.setattr(StreamEncoder, "rows", lambda self, inputs: (asked.append(self.name), real(self, inputs))[1])
+    retrieval_page(data, "clip_txt", "clip_img", "a red circle")
+    retrieval_page(data, "dino", "clip_img", data.image(3))
+    assert asked == ["clip_txt", "dino"]
+
+
+def test_whoever_only_encodes_waits_for_no_explanation(data):
+    with data.explaining, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(data.retrieve, "clip_txt", "clip_img", "a red circle").result(timeout=20)
+    assert found
+
+
+def test_encoding_beside_explanations_changes_neither(data):
+    images = [data.image(row) for row in range(4)]
+    captions = [data.caption(row) for row in range(4)]
+    codes = [
+        [data.code("clip_img", one), data.code("clip_txt", text)] for one, text in zip(images, captions, strict=True)
+    ]
+    before = [explain(data, one, text) for one, text in zip(images, captions, strict=True)]
+
+    def encode(turn: int) -> bool:
+        at = turn % len(images)
+        found = [data.code("clip_img", images[at]), data.code("clip_txt", captions[at])]
+        return all(np.array_equal(one, two) for one, two in zip(found, codes[at], strict=True))
+
+    def explained(turn: int) -> bool:
+        at = turn % len(images)
+        found = explain(data, images[at], captions[at])
+        same_maps = all(np.array_equal(found.maps[name].heat, view.heat) for name, view in before[at].maps.items())
+        return same_maps and found.words == before[at].words
+
+    with ThreadPoolExecutor(6) as pool:
+        told = [pool.submit(encode if turn % 3 else explained, turn) for turn in range(60)]
+        assert all(one.result() for one in told)
+
+
+def test_explained_encoders_share_their_weights(data):
+    for name, encoder in data.encoders.items():
+        other = data.watched_encoders[name]
+        assert other.model is not encoder.model
+        assert [id(one) for one in other.model.parameters()] == [id(one) for one in encoder.model.parameters()]
+    assert data.watched_encoders["clip_img"].model is data.watched_encoders["clip_txt"].model
+
+
+def test_words_that_are_not_read_are_told(data):
+    long = "a red circle above " + "a small blue square beside " * 30 + "the very last words"
+    unread = data.unread("clip_txt", long)
+    assert unread.endswith("the very last words")
+    read = long[: long.rindex(unread)]
+    assert np.array_equal(data.code("clip_txt", long), data.code("clip_txt", read))
+    assert not np.array_equal(data.code("clip_txt", read), data.code("clip_txt", read.strip().rsplit(" ", 1)[0]))
+    assert data.unread("clip_txt", "a red circle") == ""
+    assert data.unread("clip_txt", "") == ""
+    assert explain(data, None, long).remarks[0].endswith(unread)
+    page = retrieval_page(data, "clip_txt", "clip_img", long)
+    assert f"not: {unread}</p>" in page
+    assert "class=remark" not in retrieval_page(data, "clip_txt", "clip_img", "a red circle")
+
+
 def test_a_backbone_without_maps_shows_plain_images(data, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("no attention maps here")
@@ -140,6 +212,7 @@ def test_a_backbone_without_maps_shows_plain_images(data, monkeypatch):
 def test_image_streams_alone_explain_images(data, monkeypatch):
     images = {name: encoder for name, encoder in data.encoders.items() if encoder.modality == "image"}
     monkeypatch.setattr(data, "encoders", images)
+    monkeypatch.setattr(data, "watched_encoders", with_own_modules(images))
     found = explain(data, data.image(1), "a caption that no stream reads")
     assert found.latent is not None
     assert list(found.maps) == ["dino", "clip_img"]
