@@ -101,6 +101,13 @@ def latent_page(data: SpaceData, facts: LatentFacts) -> str:
     )
 
 
+def latent_with_samples(data: SpaceData, facts: LatentFacts, samples: str, *, with_maps: bool) -> str:
+    """Return the page of a latent and below it its samples, marked with its number and whether these have maps."""
+    maps = "yes" if with_maps else "no"
+    marks = f'data-shown="{facts.latent}" data-maps="{maps}"'
+    return f'<div {marks}><div id="facts">{latent_page(data, facts)}</div><div id="samples">{samples}</div></div>'
+
+
 def latent_samples(
     data: SpaceData, facts: LatentFacts, maps: Mapping[str, Sequence[SeenImage | None]] | None = None
 ) -> str:

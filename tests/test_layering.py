@@ -87,6 +87,7 @@ FLOORS = {
     "demo_run": 8,
     "stranger_input": 0,
     "space_guard": 1,
+    "space_controls": 2,
     "code_search": 4,
     "concept_search": 6,
     "space_index": 7,

@@ -1,6 +1,5 @@
 """The Space as it is used: its API through gradio_client, its page in headless Chromium, and its files as pushed."""
 
-import os
 import re
 from pathlib import Path
 
@@ -14,21 +13,6 @@ from sparc_hf.cli import main
 
 gradio_client = pytest.importorskip("gradio_client", reason="the Space needs gradio")
 
-CHROMIUM = next(
-    (
-        path
-        for path in (os.environ.get("CHROMIUM", ""), "/usr/bin/chromium", "/usr/bin/chromium-browser")
-        if Path(path).is_file()
-    ),
-    None,
-)
-BROWSER_OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"]
-BROWSER_OPTIONS += [
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 TABS = ("Concept explorer", "Explain", "Retrieve", "Compare models", "About")
 SIMILARITY = "similarity of image and caption"
 
@@ -179,44 +163,6 @@ def test_the_command_explains_itself(capsys, tmp_path):
 
 
 # The page in a browser.
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here (/usr/bin/chromium, or set CHROMIUM)")
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=BROWSER_OPTIONS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser, url):
-    """Return what opens an address of the Space; afterwards nothing may have failed or left the machine."""
-    contexts, failures = [], []
-
-    def opened(address: str = "", **options):
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(15_000)
-        page.on("pageerror", lambda error: failures.append(str(error)))
-        page.on("dialog", lambda dialog: failures.append(dialog.message))
-        page.on("response", lambda answer: failures.append(answer.url) if answer.status >= 400 else None)
-        page.on(
-            "request",
-            lambda sent: failures.append(sent.url) if not sent.url.startswith((url, "data:", "blob:")) else None,
-        )
-        page.goto(url + address)
-        page.wait_for_selector("#latents a")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert failures == []
 
 
 def tab(page, name: str) -> None:
