@@ -18,6 +18,7 @@ from gradio.themes import Default
 from starlette.middleware import Middleware
 
 from sparc_hf import space_page as page
+from sparc_hf.concept_search import LatentMatch
 from sparc_hf.space_controls import EXPLAINING, Pane, answered, endpoint, fragment
 from sparc_hf.space_data import ORDERS, SHIPPED_FOLDER, SpaceData, open_space, spread_rows
 from sparc_hf.space_guard import GuardedBlocks, NoFetching, upload
@@ -80,12 +81,12 @@ def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[Ca
 
     @answered
     def find(search: str, order: str) -> str:
-        return page.latents_table(data, data.find_latents(checked_text(search), order))
+        return page.latents_table(data, data.match_latents(checked_text(search), order))
 
     @answered
     def turned(event: gr.EventData, search: str, order: str) -> str:
         number = checked_number((event._data or {}).get("page"), 10**6, "page")
-        return page.latents_table(data, data.find_latents(checked_text(search), order), number)
+        return page.latents_table(data, data.match_latents(checked_text(search), order), number)
 
     def samples(latent: int, wanted: bool) -> str:
         return samples_with_maps(latent) if wanted else page.latent_samples(data, data.latent(latent))
@@ -125,8 +126,8 @@ def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[Ca
         number = dict(request.query_params).get("latent")
         return (gr.skip(),) * 3 if number is None else opened(number)
 
-    latents = data.find_latents("", FIRST_ORDER)
-    first = str(latents[0] if latents else 0)
+    latents = data.match_latents("", FIRST_ORDER)
+    first = str(latents[0].latent if latents else 0)
     with gr.Row(elem_classes="explorer"):
         with gr.Column(scale=2, min_width=320):
             with gr.Row():
@@ -187,7 +188,10 @@ def explain_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> Non
     @answered
     def explained(picture: str | None, caption: str, target: str) -> str:
         image, remarks = checked_image(picture) if picture else (None, [])
-        found = explain(data, image, checked_text(caption), latent=target_latent(data, target))
+        meant = target_match(data, target)
+        found = explain(data, image, checked_text(caption), latent=None if meant is None else meant.latent)
+        if meant is not None and meant.reason:
+            remarks.append(f"{data.title(meant.latent)} is shown because of its {meant.reason}.")
         found.remarks = remarks + found.remarks
         return page.explanation_page(data, found)
 
@@ -302,12 +306,12 @@ def retrieve_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> No
     pane.ask(pick.success, retrieved, inputs)
     if data.encoders:
         # Whatever a visitor gives last is the query. (The event `input` does not tell of pasted text.)
-        quietly = {"show_progress": "hidden"}
-        caption.change(None, [caption, sample], sample, js="(caption, sample) => [caption ? '' : sample]", **quietly)
-        picture.upload(None, None, sample, js="() => ['']", **quietly)
+        typed = "(caption, sample) => [caption ? '' : sample]"
+        caption.change(None, [caption, sample], sample, js=typed, show_progress="hidden")
+        picture.upload(None, None, sample, js="() => ['']", show_progress="hidden")
+        numbered = "(sample, picture, caption) => sample ? [null, ''] : [picture, caption]"
         former = [sample, picture, caption]
-        keep = "(sample, picture, caption) => sample ? [null, ''] : [picture, caption]"
-        sample.change(None, former, [picture, caption], js=keep, **quietly)
+        sample.change(None, former, [picture, caption], js=numbered, show_progress="hidden")
     if first is not None:
         direction.input(streams, direction, [source, target], api_visibility="private", show_progress="hidden")
     open_latent(pane.shown.click)
@@ -358,18 +362,18 @@ def refuse_second_query(data: SpaceData, source: str, sample: int, picture: str 
         raise InputRefused(f"Sample {sample} has another caption than the one that is typed; clear one of them.")
 
 
-def target_latent(data: SpaceData, target: str) -> int | None:
-    """Return the latent that is meant by a title, a number or a word; None for the similarity."""
+def target_match(data: SpaceData, target: str) -> LatentMatch | None:
+    """Return the latent that is meant by a title, a number or a word, with why; None for the similarity."""
     words = checked_text(target)
     if words in ("", SIMILARITY):
         return None
     number = words.split(" · ")[0]
     if number.isascii() and number.isdigit():
-        return checked_number(number, data.num_latents, "latent")
-    found = data.find_latents(words, FIRST_ORDER)
-    if not found:
+        return LatentMatch(checked_number(number, data.num_latents, "latent"))
+    matches = data.match_latents(words, FIRST_ORDER)
+    if not matches:
         raise InputRefused(f"No latent has {words[:60]!r} as its name, label or word.")
-    return found[0]
+    return matches[0]
 
 
 def launch(data: SpaceData, *, host: str | None = None, port: int | None = None, **options: Any) -> gr.Blocks:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sparc_hf.attribution import WordScore
 from sparc_hf.code_search import Match
+from sparc_hf.concept_search import LatentMatch
 from sparc_hf.concepts import Evidence
 from sparc_hf.plots import cofires_against_energy, entropy_histogram, svg_text
 from sparc_hf.space_data import LatentFacts, SpaceData
@@ -27,18 +28,18 @@ def latent_link(data: SpaceData, latent: int, note: str = "", kind: str = "chip"
     return f'<a class="{kind}" href="?latent={latent}" data-latent="{latent}">{escape(data.title(latent))}{told}</a>'
 
 
-def latents_table(data: SpaceData, latents: Sequence[int], page: int = 0) -> str:
-    """Return one page of a list of latents, with links to the pages before and after."""
-    pages = max(1, -(-len(latents) // LATENTS_PER_PAGE))
+def latents_table(data: SpaceData, matches: Sequence[LatentMatch], page: int = 0) -> str:
+    """Return one page of found latents, each with why it was found, and links to the pages before and after."""
+    pages = max(1, -(-len(matches) // LATENTS_PER_PAGE))
     page = min(max(page, 0), pages - 1)
-    shown = latents[page * LATENTS_PER_PAGE : (page + 1) * LATENTS_PER_PAGE]
+    shown = matches[page * LATENTS_PER_PAGE : (page + 1) * LATENTS_PER_PAGE]
     if not shown:
         return '<p class="empty">No latent has such a name, label or word. Try fewer letters, or a number.</p>'
     columns = data.index.statistics
     lines = "".join(
-        f"<tr><th scope=row>{latent_link(data, latent, kind='plain')}</th>"
+        f"<tr><th scope=row>{latent_link(data, match.latent, kind='plain')}{_reason(match)}</th>"
         + "".join(
-            f"<td>{_number(columns[name][latent], form)}</td>"
+            f"<td>{_number(columns[name][match.latent], form)}</td>"
             for name, form in (
                 ("alignment/single", ".2f"),
                 ("alignment/joint", ".2f"),
@@ -48,7 +49,7 @@ def latents_table(data: SpaceData, latents: Sequence[int], page: int = 0) -> str
             )
         )
         + "</tr>"
-        for latent in shown
+        for match in shown
     )
     head = "".join(
         f'<th scope=col title="{escape(words)}">{name}</th>'
@@ -64,7 +65,7 @@ def latents_table(data: SpaceData, latents: Sequence[int], page: int = 0) -> str
     return (
         f"<table class=latents><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
         f"<nav class=pages>{_page_button('previous', page - 1, page > 0)}"
-        f"<span>{len(latents):,} latents, page {page + 1} of {pages}</span>"
+        f"<span>{len(matches):,} latents, page {page + 1} of {pages}</span>"
         f"{_page_button('next', page + 1, page + 1 < pages)}</nav>"
     )
 
@@ -279,6 +280,10 @@ def heat_image(heat: np.ndarray) -> Image.Image:
     part = (place - below)[..., None]
     mixed = colours[below] * (1 - part) + colours[below + 1] * part
     return Image.fromarray(np.concatenate([mixed, share[..., None] * 255], axis=-1).round().astype(np.uint8), "RGBA")
+
+
+def _reason(match: LatentMatch) -> str:
+    return f"<small class=why>{escape(match.reason)}</small>" if match.reason else ""
 
 
 def _remarks(remarks: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The Space as it is used: its API through gradio_client, its page in headless Chromium, and its files as pushed."""
 
+import html
 import re
 from pathlib import Path
 
@@ -81,6 +82,29 @@ def test_explain_through_the_api(client, picture):
     assert 'class="heat"' not in asked(client, None, "a red circle", "5", api_name="/explain")
     assert "No latent has" in refusal(client, picture, "", "no such thing", api_name="/explain")
     assert "give one of these" in refusal(client, None, "", SIMILARITY, api_name="/explain")
+
+
+def test_a_word_means_the_latent_of_that_name_first_and_says_why(client, data, picture):
+    names = sorted({data.name(latent) for latent in data.find_latents()} - {None})
+    assert len(names) > 3
+    for name in names:
+        table = html.unescape(asked(client, name, "energy", api_name="/find_latents"))
+        first = int(re.search(r'data-latent="(\d+)"', table).group(1))
+        assert data.name(first) == name
+        assert f'<small class=why>name "{name}"</small>' in table
+        found = html.unescape(asked(client, picture, "", name, api_name="/explain"))
+        meant = data.match_latents(name)[0].latent
+        assert data.name(meant) == name
+        assert f"Where {data.title(meant)} is" in found
+        assert f'{data.title(meant)} is shown because of its name "{name}".' in found
+    label = next(
+        one.name for concept in data.index.concepts.values() for one in concept.labels if one.name not in names
+    )
+    meant = data.match_latents(label)[0]
+    assert meant.reason.startswith("label")
+    found = html.unescape(asked(client, picture, "", label, api_name="/explain"))
+    assert f"{data.title(meant.latent)} is shown because of its {meant.reason}." in found
+    assert "because of" not in asked(client, picture, "", data.title(meant.latent), api_name="/explain")
 
 
 def test_retrieve_through_the_api(client, data, picture):
