@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -102,14 +103,8 @@ def small_space(space_cache):
     return small_demo(space_cache)
 
 
-CHROMIUM = next(
-    (
-        path
-        for path in (os.environ.get("CHROMIUM", ""), "/usr/bin/chromium", "/usr/bin/chromium-browser")
-        if Path(path).is_file()
-    ),
-    None,
-)
+BROWSERS = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 BROWSER_OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"]
 BROWSER_OPTIONS += [
     "--no-first-run",
@@ -134,7 +129,7 @@ def browser():
     except ImportError:
         lacking("the browser is driven by playwright, which is not installed")
     if CHROMIUM is None:
-        lacking("there is no Chromium here (/usr/bin/chromium, or set CHROMIUM)")
+        lacking("there is no Chromium here; install it, or name it with CHROMIUM")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=BROWSER_OPTIONS)
         yield browser
