@@ -1,6 +1,7 @@
 """What a visitor of the Space sends, checked before anything is done with it: images, texts, latent numbers."""
 
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,33 @@ MAX_CHARACTERS = 1000
 
 class InputRefused(ValueError):
     """Something a visitor sent cannot be used; the message tells the visitor why, and what can be."""
+
+
+def checked_upload(sent: Any, folder: str | Path) -> Path | None:
+    """Return where an upload lies, from what a request says of it; None for no upload.
+
+    Of files elsewhere than in `folder` nothing is said, and nothing looked at, not even whether they are there.
+
+    Args:
+        sent: what a request holds in the place of a file: {"path": ...}, or None.
+        folder: where the server keeps what visitors send.
+
+    Raises:
+        InputRefused: for anything but a file in that folder, always in the same words.
+    """
+    if sent is None:
+        return None
+    refused = InputRefused("There is no such upload; choose the image again.")
+    path = sent.get("path") if isinstance(sent, dict) else None
+    if not isinstance(path, str) or "\0" in path or not os.path.isabs(path):
+        raise refused
+    folders = (os.path.abspath(folder), os.path.realpath(folder))
+    if not any(Path(os.path.normpath(path)).is_relative_to(one) for one in folders):
+        raise refused
+    found = Path(os.path.realpath(path))  # a link may lead out again
+    if not found.is_relative_to(folders[1]) or not found.is_file():
+        raise refused
+    return found
 
 
 def checked_image(path: str | Path) -> tuple[Image.Image, list[str]]:
