@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sparc_hf.atomic_files import read_json, write_json, write_text
+from sparc_hf.atomic_files import write_json, write_text
 from sparc_hf.demo_run import world_features
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
 from sparc_hf.feature_statistics import standardization_of
 from sparc_hf.features import FeatureDataset
+from sparc_hf.plain_files import read_json
 from sparc_hf.training import SparcTrainer
 from sparc_hf.training_arguments import SparcTrainingArguments
 
@@ -85,7 +86,7 @@ def results_of_run(
 ) -> dict[str, Any]:
     """Train and evaluate one run, or read what it gave before."""
     done = folder / "run.json"
-    if done.exists() and (found := read_json(done))["settings"] == settings:
+    if done.exists() and (found := read_json(done, dict[str, Any]))["settings"] == settings:
         return found["results"]
     train, test = rows()
     if settings.get("objective") == "usae":

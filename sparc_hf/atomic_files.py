@@ -67,26 +67,25 @@ def write_json(path: str | os.PathLike, content: Mapping[str, Any], indent: int 
         file.write(data[: -len(_ZEROS + _END)] + hashlib.sha256(data).hexdigest().encode() + _END)
 
 
-def read_json(path: str | os.PathLike, verify: bool = True) -> dict[str, Any]:
-    """Read an object from a JSON file, and compare it with the checksum that `write_json` put into it.
+def check_own_checksum(data: bytes, path: str | os.PathLike) -> None:
+    """Compare a JSON file's bytes with the checksum that `write_json` put into it.
 
     A file without one, such as one written by hand, is not compared.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or holds no JSON object.
+        ValueError: where they differ.
     """
-    data = Path(path).read_bytes()
-    if verify:
-        _compare_with_own_checksum(data, path)
-    try:
-        content = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"`{path}` is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` must hold a JSON object, but it holds {type(content).__name__}")
-    content.pop(CHECKSUM_FIELD, None)
-    return content
+    head, digits, end = data[: -len(_ZEROS + _END)], data[-len(_ZEROS + _END) : -len(_END)], data[-len(_END) :]
+    # A field that is damaged itself still resembles one.
+    alike = sum(ours == theirs for ours, theirs in zip(head[-len(_LABEL) :], _LABEL, strict=False))
+    if alike < 0.7 * len(_LABEL):
+        return
+    expected = hashlib.sha256(head + _ZEROS + end).hexdigest().encode()
+    if not head.endswith(_LABEL) or digits != expected:
+        raise ValueError(
+            f"`{path}` is damaged: its checksum is another than the one in it; make it again, or, if you changed it "
+            f"by hand, take out its last field, `{CHECKSUM_FIELD}`"
+        )
 
 
 def sha256_of(path: str | os.PathLike) -> str:
@@ -182,20 +181,6 @@ def _mode_of_new_files() -> int:
     mask = os.umask(0o077)  # elsewhere only setting it tells it
     os.umask(mask)
     return 0o666 & ~mask
-
-
-def _compare_with_own_checksum(data: bytes, path: str | os.PathLike) -> None:
-    head, digits, end = data[: -len(_ZEROS + _END)], data[-len(_ZEROS + _END) : -len(_END)], data[-len(_END) :]
-    # A field that is damaged itself still resembles one.
-    alike = sum(ours == theirs for ours, theirs in zip(head[-len(_LABEL) :], _LABEL, strict=False))
-    if alike < 0.7 * len(_LABEL):
-        return
-    expected = hashlib.sha256(head + _ZEROS + end).hexdigest().encode()
-    if not head.endswith(_LABEL) or digits != expected:
-        raise ValueError(
-            f"`{path}` is damaged: its checksum is another than the one in it; make it again, or, if you changed it "
-            f"by hand, take out its last field, `{CHECKSUM_FIELD}`"
-        )
 
 
 def _disk_error(error: BaseException) -> tuple[int, str] | None:

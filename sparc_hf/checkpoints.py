@@ -3,20 +3,30 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from sparc_hf.atomic_files import checksums_of, first_damage, read_json, write_json, writing
+from sparc_hf.atomic_files import checksums_of, first_damage, write_json, writing
 from sparc_hf.atomic_folders import everything, place, remove_tree
+from sparc_hf.feature_files import FileChecksums
+from sparc_hf.plain_files import Count, read_json
 from sparc_hf.run_folder import CHECKPOINTS_FOLDER, STATE_FILE
 
 logger = logging.getLogger(__name__)
 
 SCHEDULE_FILE = "schedule.pt"
 SUMS_FILE = "loss_sums_{}.pt"
+
+
+class _State(TypedDict):
+    """What `trainer_state.json` must have."""
+
+    step: Count
+    settings: dict[str, Any]
+    files: FileChecksums
 
 
 class Checkpoints:
@@ -100,9 +110,9 @@ class Checkpoints:
         problem = ""
         for folder in reversed(self.all()):
             try:
-                state = read_json(folder / STATE_FILE)
+                state = read_json(folder / STATE_FILE, _State)
                 problem = first_damage(folder, state["files"], verify) or ""
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError) as error:
                 problem = f"`{folder / STATE_FILE}` cannot be used: {error}"
             if not problem:
                 return folder, state

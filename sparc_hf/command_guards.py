@@ -1,9 +1,12 @@
-"""What every command runs inside of: locks on the folders it writes into, and a sentence where memory ends."""
+"""What commands look at before they work (folders, ports, switches), and a sentence where memory ends."""
 
+import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from sparc_hf.output_folder import check_output_folder
 
 MEMORY_WORDS = (
     *("allocate memory", "out of memory", "not enough memory", "bad_alloc"),
@@ -23,19 +26,35 @@ def locked_folders(settings: Any, flags: Sequence[str], *, wait: bool, is_shared
 
     Raises:
         FolderInUse: telling who is in one of them.
+        ValueError: for one that cannot be made or written, before any is.
     """
-    folders = [Path(value) for flag in flags if (value := getattr(settings, flag)) and _is_local(flag, value)]
+    folders = {flag: Path(value) for flag in flags if (value := getattr(settings, flag)) and _is_local(flag, value)}
     with ExitStack() as stack:
         if folders:
             from sparc_hf.folder_lock import launched_rank, locked_folder
 
-            for folder in folders:
+            for flag, folder in folders.items():
+                check_output_folder(folder, flag)
+            for folder in folders.values():
                 stack.enter_context(locked_folder(folder, wait=wait, rank=launched_rank() if is_shared else 0))
         return stack.pop_all()
 
 
 def _is_local(flag: str, value: str) -> bool:
     return flag != "model" or Path(value).is_dir()
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Look whether the Space can listen there, before it prepares what it shows."""
+    if port is not None and not 0 < port < 1 << 16:
+        raise ValueError(f"`port` must be from 1 to 65535, but it is {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(f"nothing can listen on `host` {host}, `port` {port}: {error.strerror}") from error
 
 
 def memory_sentence(error: BaseException, settings: Any) -> str | None:

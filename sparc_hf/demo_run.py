@@ -20,6 +20,7 @@ from sparc_hf.feature_files import FEATURE_FOLDER
 from sparc_hf.features import FeatureDataset
 from sparc_hf.folder_lock import locked_folder
 from sparc_hf.hub import write_model_card
+from sparc_hf.output_folder import check_output_folder
 from sparc_hf.report import REPORT_FILES, write_report
 from sparc_hf.run_folder import SETTINGS_FILE, is_ours, read_settings
 from sparc_hf.sources import parse_streams
@@ -51,19 +52,23 @@ def run_demo(args: DemoArguments) -> str:
     """
     if not args.num_latents >= args.k >= 1:
         raise ValueError(f"`k` is {args.k} but `num_latents` is {args.num_latents}; choose 1 <= `k` <= `num_latents`")
+    if min(args.train_rows, args.test_rows) < 1:
+        raise ValueError(f"a demo needs scenes, but there are {args.train_rows} to train and {args.test_rows} to test")
     output = Path(args.output).resolve()
+    check_output_folder(output)
+    partial = output.with_name(output.name + ".partial")
+    settings = _training_settings(args, partial / "model")
     with locked_folder(output):
         refuse_fixed_place(output)
         recover(output)
-        partial = output.with_name(output.name + ".partial")
-        report = _make(args, output, partial)
+        report = _make(args, settings, output, partial)
         for lock in partial.rglob(".*.lock"):  # of a run that was killed
             lock.unlink()
         place(partial, output, named(*{name.split("/")[0] for name in DEMO_FOLDERS}))
     return report
 
 
-def _make(args: DemoArguments, output: Path, partial: Path) -> str:
+def _make(args: DemoArguments, settings: SparcTrainingArguments, output: Path, partial: Path) -> str:
     """Make features, model and evaluation in `partial`, and return the report."""
     started = time.monotonic()
     train_rows = world_features(partial, "train", args.train_rows, args.seed, earlier=output)
@@ -75,20 +80,6 @@ def _make(args: DemoArguments, output: Path, partial: Path) -> str:
             (partial / name).mkdir(exist_ok=True)
             carry_over(output / name, partial / name, ours)
     extracted = time.monotonic()
-    settings = SparcTrainingArguments(
-        features=str(Path(args.output) / "features" / "train"),
-        output_dir=str(partial / "model"),
-        num_latents=args.num_latents,
-        k=args.k,
-        auxk=min(32, args.num_latents),
-        dead_after_steps=200,
-        batch_size=min(256, args.train_rows),
-        epochs=args.epochs,
-        learning_rate=args.learning_rate,
-        center=True,
-        checkpoint_every=0,
-        seed=args.seed,
-    )
     model = SparcTrainer(settings, train_rows).train()
     trained = time.monotonic()
     evaluation = evaluate_model(
@@ -113,6 +104,24 @@ def _make(args: DemoArguments, output: Path, partial: Path) -> str:
         "evaluation": time.monotonic() - trained,
     }
     return _report(args, results, seconds)
+
+
+def _training_settings(args: DemoArguments, folder: Path) -> SparcTrainingArguments:
+    """Return the settings of the training, which are refused before the scenes are made."""
+    return SparcTrainingArguments(
+        features=str(Path(args.output) / "features" / "train"),
+        output_dir=str(folder),
+        num_latents=args.num_latents,
+        k=args.k,
+        auxk=min(32, args.num_latents),
+        dead_after_steps=200,
+        batch_size=min(256, args.train_rows),
+        epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        center=True,
+        checkpoint_every=0,
+        seed=args.seed,
+    )
 
 
 def world_features(output: Path, split: str, rows: int, seed: int, earlier: Path | None = None) -> FeatureDataset:

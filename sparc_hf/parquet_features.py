@@ -3,16 +3,24 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparc_hf.atomic_files import checksums_of, first_damage, new_file, read_json, write_json
-from sparc_hf.feature_files import FORMAT_VERSION, checked_streams
+from sparc_hf.atomic_files import checksums_of, first_damage, new_file, write_json
+from sparc_hf.feature_files import (
+    FORMAT_VERSION,
+    DatasetFacts,
+    FileChecksums,
+    NewerFormat,
+    check_version,
+    checked_streams,
+)
+from sparc_hf.plain_files import Count, checked, read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -25,6 +33,15 @@ FILE_BYTES = 256 * 2**20
 # Beside the files of a split, their SHA-256.
 CHECKSUMS_FILE = "{}-checksums.json"
 FACTS = ("streams", "label_names", "taxonomy", "source")
+
+
+class _Checksums(TypedDict):
+    files: FileChecksums
+
+
+class _Facts(DatasetFacts):
+    rows: Count
+    streams: list[dict[str, Any]]
 
 
 class SavableFeatures(Protocol):
@@ -108,8 +125,7 @@ def write_parquet_split(features: SavableFeatures, folder: Path, split: str, fil
     Raises:
         ValueError: for an unusable name of a split, or no rows.
     """
-    if not re.fullmatch(r"\w+", split):
-        raise ValueError(f"a split must be named by letters, digits and underscores, but it is {split!r}")
+    check_split_name(split)
     rows = len(features)
     if not rows:
         raise ValueError(f"the split `{split}` has no rows")
@@ -137,6 +153,12 @@ def write_parquet_split(features: SavableFeatures, folder: Path, split: str, fil
     write_json(
         folder / DATA_FOLDER / CHECKSUMS_FILE.format(split), {"files": checksums_of(folder / DATA_FOLDER, names)}
     )
+
+
+def check_split_name(split: str) -> None:
+    """Raise ValueError for a name that Parquet files of a split cannot have."""
+    if not re.fullmatch(r"\w+", split):
+        raise ValueError(f"a split must be named by letters, digits and underscores, but it is {split!r}")
 
 
 def is_parquet_address(address: str | os.PathLike) -> bool:
@@ -172,6 +194,18 @@ def open_parquet(address: str | os.PathLike, streaming: bool = False, verify: bo
     return _local_split(files, verify and not streaming)
 
 
+def _schema_of(file: str, opened: Any = None) -> pa.Schema:
+    """Return the schema of a Parquet file, from its path or from the opened file.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return pq.read_schema(opened or file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"`{file}` cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+
+
 def _local_split(files: list[str], verify: bool) -> ParquetSplit:
     """Return a split whose files are on this machine, after comparing them with their checksums."""
     folder = Path(files[0]).parent
@@ -179,19 +213,18 @@ def _local_split(files: list[str], verify: bool) -> ParquetSplit:
     problem = None
     try:
         if sums.is_file():
-            problem = first_damage(folder, read_json(sums)["files"], verify)
+            problem = first_damage(folder, read_json(sums, _Checksums)["files"], verify)
         elif verify:
             for file in files:
                 _check_pages(file)
-        facts = None if problem else _facts(pq.read_schema(files[0]), files[0])
-    except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError) as error:
-        problem, facts = str(error), None
-    if facts is None:
+    except (pa.ArrowException, OSError) as error:
+        problem = str(error)
+    if problem:
         raise ValueError(
             f"the Parquet files in `{folder}` are damaged ({problem}); write them again, or, where they came from the "
             "Hub, delete them from its cache and fetch them again"
         )
-    return ParquetSplit(files, facts)
+    return ParquetSplit(files, _facts(_schema_of(files[0]), files[0]))
 
 
 def _check_pages(file: str) -> None:
@@ -219,7 +252,7 @@ def _open_remote(address: str, streaming: bool, verify: bool) -> ParquetSplit:
             found = system.glob(f"datasets/{repo}@{commit}/{DATA_FOLDER}/*.parquet")
             files = _files_of_split([f"hf://{path}" for path in found], split, address)
             with system.open(files[0].removeprefix("hf://")) as file:
-                return ParquetSplit(files, _facts(pq.read_schema(file), files[0]))
+                return ParquetSplit(files, _facts(_schema_of(files[0], file), files[0]))
         wanted = [f"{DATA_FOLDER}/{split or '*'}-*.parquet", f"{DATA_FOLDER}/{CHECKSUMS_FILE.format(split or '*')}"]
         folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
     except RepositoryNotFoundError as error:
@@ -263,10 +296,12 @@ def _facts(schema: pa.Schema, file: str) -> dict[str, Any]:
             f"`{file}` does not say which streams it holds (no {METADATA_KEY.decode()} in its metadata); open it with "
             "`FeatureDataset.from_dataset(load_dataset(...), streams=...)`"
         )
-    facts: Mapping[str, Any] = json.loads(told)
-    if facts["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"`{file}` has format version {facts['format_version']}, but this version of sparc_hf reads up to "
-            f"{FORMAT_VERSION}; upgrade with `pip install -U sparc-hf`"
-        )
-    return {name: facts[name] for name in (*FACTS, "rows")} | {"streams": checked_streams(facts["streams"])}
+    try:
+        facts = checked(json.loads(told), dict[str, Any], METADATA_KEY.decode())
+        check_version(facts, file)
+        checked(facts, _Facts, METADATA_KEY.decode())
+    except NewerFormat:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{file}` has damaged metadata: {error}") from error
+    return {name: facts.get(name) for name in (*FACTS, "rows")} | {"streams": checked_streams(facts["streams"])}

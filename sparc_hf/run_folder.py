@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparc_hf.atomic_files import new_file, read_json, sync_folder, sync_tree, writing
+from sparc_hf.atomic_files import new_file, sync_folder, sync_tree, writing
 from sparc_hf.atomic_folders import (
     carry_over,
     discard,
@@ -21,6 +21,7 @@ from sparc_hf.atomic_folders import (
 )
 from sparc_hf.folder_lock import locked_folder
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.plain_files import read_json
 
 STATE_FILE = "trainer_state.json"
 LOG_FILE = "training_log.jsonl"
@@ -219,7 +220,7 @@ def save_model(model: SparcModel, folder: str | Path, complete: Callable[[Path],
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the settings of the run that made a model, or None where they are not known."""
     file = folder / SETTINGS_FILE
-    return read_json(file) if file.is_file() else None
+    return read_json(file, dict[str, Any]) if file.is_file() else None
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -3,11 +3,11 @@
 import hashlib
 import io
 import json
-import os
-import shutil
+import logging
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -15,30 +15,54 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sparc_hf.atomic_files import write_json
+from sparc_hf.atomic_files import checksums_of, first_damage, write_json
+from sparc_hf.atomic_folders import everything, new_folder
 from sparc_hf.code_search import CodeSearch
 from sparc_hf.codes import CodeTable, encode_features
-from sparc_hf.concepts import Concept, load_concepts, name_concepts, save_concepts
+from sparc_hf.concepts import CONCEPTS_FILE, Concept, load_concepts, name_concepts, save_concepts
+from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
+from sparc_hf.feature_files import FileChecksums
 from sparc_hf.features import FeatureDataset
+from sparc_hf.folder_lock import locked_folder
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.plain_files import Limit, read_json
 from sparc_hf.top_samples import TopSamples, top_samples
+from sparc_hf.version import __version__
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
 FACTS_FILE = "index.json"
 STATISTICS_FILE = "statistics.npz"
 TOP_FILE = "top_samples.npz"
 THUMBNAILS_FILE = "thumbnails.arrow"
 CODES_FOLDER = "codes"
+COMPARED_FILES = (STATISTICS_FILE, TOP_FILE, THUMBNAILS_FILE, CONCEPTS_FILE)
 TOP_SAMPLES = 24
 THUMBNAIL_SIDE = 192
 RETRIEVAL_ROWS = 1000
+ROWS_AT_ONCE = 256
 # Columns of the statistics, each [N]; those of an encoding are called column/encoding.
 COLUMNS = ("alignment", "energy", "entropy", "cofires", "cofire_jaccard", "live", "fires")
 
 
+class _Facts(TypedDict):
+    """What the facts of an index must have."""
+
+    results: dict[str, Any]
+    files: Annotated[FileChecksums, Limit("an object with all files of an index", set(COMPARED_FILES).issubset)]
+
+
 class SpaceIndex:
-    """A finished index, read from its folder; arrays are mapped or small.
+    """A finished index, read from its folder and compared with its checksums; arrays are mapped or small.
+
+    Args:
+        folder: where it lies.
+
+    Raises:
+        ValueError: where a file is not the one that was written.
+        FileNotFoundError: where codes are missing.
 
     Attributes:
         folder: where it lies.
@@ -53,7 +77,10 @@ class SpaceIndex:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        facts = json.loads((self.folder / FACTS_FILE).read_text(encoding="utf-8"))
+        facts = read_json(self.folder / FACTS_FILE, _Facts)
+        if problem := first_damage(self.folder, facts["files"]):
+            raise ValueError(f"the index `{self.folder}` is damaged: {problem}; make it again")
+        self._codes = CodeTable.load(self.folder / CODES_FOLDER)
         self.results: dict[str, Any] = facts["results"]
         self.concepts = {concept.latent: concept for concept in load_concepts(self.folder)}
         with np.load(self.folder / STATISTICS_FILE) as stored:
@@ -67,7 +94,7 @@ class SpaceIndex:
     @cached_property
     def search(self) -> CodeSearch:
         """The single-stream codes, ready to be searched."""
-        return CodeSearch(CodeTable.load(self.folder / CODES_FOLDER))
+        return CodeSearch(self._codes)
 
     def thumbnail(self, row: int) -> bytes | None:
         """Return the small image of a sample as PNG or JPEG, or None where it has none."""
@@ -75,7 +102,12 @@ class SpaceIndex:
 
 
 def open_index(
-    model: SparcModel, features: FeatureDataset, cache: str | Path, *, names: list[Concept] | None = None
+    model: SparcModel,
+    features: FeatureDataset,
+    cache: str | Path,
+    *,
+    names: list[Concept] | None = None,
+    shipped: Path | None = None,
 ) -> SpaceIndex:
     """Return the index of a model and a dataset, made now where `cache` does not have it.
 
@@ -84,43 +116,53 @@ def open_index(
         features: the samples; with `image`, `text` and `labels` where they have them.
         cache: folder of indexes, each in a folder called by a digest of model and dataset.
         names: names of latents that come with the model; they win over those the dataset suggests.
+        shipped: another folder of indexes, looked into first and never written to.
 
     Raises:
         ValueError: as `evaluate_model`.
     """
-    folder = Path(cache) / index_name(model, features, names)
-    if not (folder / FACTS_FILE).is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.making")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
+    name = index_name(model, features, names)
+    if shipped is not None and (shipped / name / FACTS_FILE).is_file():
+        return SpaceIndex(shipped / name)
+    folder = Path(cache) / name
+    if (index := _whole_index(folder)) is not None:
+        return index
+    with locked_folder(folder, wait=True):
+        if (index := _whole_index(folder)) is not None:  # another process was first
+            return index
+        if (folder / FACTS_FILE).is_file():
+            logger.warning("the index %s is damaged, and made again", folder)
+        with new_folder(folder, everything, last=FACTS_FILE) as unfinished:
             _make(model, features, names, unfinished)
-            os.replace(unfinished, folder)
-        except OSError:
-            if not (folder / FACTS_FILE).is_file():  # unless another process was first
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return SpaceIndex(folder)
 
 
+def _whole_index(folder: Path) -> SpaceIndex | None:
+    """Return the index in a folder, or None where it is missing or damaged."""
+    if not (folder / FACTS_FILE).is_file():
+        return None
+    try:
+        return SpaceIndex(folder)
+    except (OSError, ValueError):
+        return None
+
+
 def index_name(model: SparcModel, features: FeatureDataset, names: list[Concept] | None = None) -> str:
-    """Return a name that differs where the index would: by weights, settings, names, and the dataset's rows."""
-    told = hashlib.sha256()
-    config = model.config
-    shown = {"format": FORMAT_VERSION, "streams": config.streams, "k": config.k, "selection": config.selection}
-    told.update(json.dumps([shown, features.streams, features.label_names, len(features)]).encode())
-    told.update(json.dumps([[one.latent, one.name] for one in names or []]).encode())
+    """Return a name that differs wherever the index would: by weights, settings, names, and every row of the dataset.
+
+    The whole dataset is read for it.
+    """
+    digest = hashlib.sha256()
+    # Every setting counts, those of later versions too.
+    settings = {name: getattr(model.config, name) for name in SparcConfig.__annotations__}
+    facts = [features.streams, features.label_names, features.taxonomy, len(features)]
+    concepts = [asdict(concept) for concept in names or []]
+    digest.update(json.dumps([FORMAT_VERSION, __version__, settings, facts, concepts], sort_keys=True).encode())
     for name, weights in sorted(model.state_dict().items()):
-        told.update(name.encode() + _bytes_of(weights))
-    # Rows spread over the dataset stand for all of it, which may be large.
-    rows = np.unique(np.linspace(0, len(features) - 1, 256, dtype=np.int64))
-    for stream in features.stream_names:
-        told.update(features.array(stream, rows).tobytes())
-    for column in sorted({"id", "text", "labels"} & set(features.column_names)):
-        told.update(json.dumps([column, features.column(column, rows)]).encode())
-    return told.hexdigest()[:20]
+        digest.update(name.encode() + _bytes_of(weights))
+    for start in range(0, len(features), ROWS_AT_ONCE):
+        digest.update(features.record_batch(slice(start, start + ROWS_AT_ONCE)).serialize())
+    return digest.hexdigest()[:20]
 
 
 def _bytes_of(weights: torch.Tensor) -> bytes:
@@ -140,7 +182,8 @@ def _make(model: SparcModel, features: FeatureDataset, names: list[Concept] | No
     np.savez(folder / TOP_FILE, **arrays, **{f"values/{stream}": top.values for stream, top in best.items()})  # pyright: ignore[reportArgumentType]
     save_concepts(_concepts(codes, features, names or []), folder, rows=len(features))
     _write_thumbnails(features, folder / THUMBNAILS_FILE)
-    write_json(folder / FACTS_FILE, {"format_version": FORMAT_VERSION, "results": evaluation.results})
+    facts = {"results": evaluation.results, "files": checksums_of(folder, COMPARED_FILES)}
+    write_json(folder / FACTS_FILE, {"format_version": FORMAT_VERSION, **facts})
 
 
 def _statistics(latents: dict[str, dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:

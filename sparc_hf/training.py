@@ -28,6 +28,7 @@ from sparc_hf.gradient_exchange import exchanged_bytes, gather_terms, sum_gradie
 from sparc_hf.learning_rate import schedule_of
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.optimizer import SparcAdam, UsaeAdamW, add_up_terms
+from sparc_hf.output_folder import check_output_folder
 from sparc_hf.run_folder import LOG_FILE, SETTINGS_FILE, claimed_run, cut_log, read_settings
 from sparc_hf.step_kernel import built_library, load_step_kernel
 from sparc_hf.stop_signals import StopSignals
@@ -73,13 +74,21 @@ def train(args: SparcTrainingArguments, complete: Callable[[Path], Any] | None =
             go back to. Nothing saved before is touched.
         TrainingInterrupted: after SIGTERM or Ctrl-C, once a checkpoint is saved.
     """
+    SparcConfig(**args.model_settings())  # settings that contradict each other are told before any row is read
+    check_output_folder(args.output_dir, "output_dir")
+    _check_tracker(args.report_to)
     verify = not args.no_verify
     with locked_folder(args.output_dir, rank=launched_rank()):
-        features = FeatureDataset.load(args.features, verify)
         held_out = FeatureDataset.load(args.eval_features, verify) if args.eval_features else None
+        features = FeatureDataset.load(args.features, verify)
         if args.eval_fraction:
             features, held_out = _random_split(features, args.eval_fraction, args.seed)
         return SparcTrainer(args, features, held_out).train(complete)
+
+
+def _check_tracker(name: str) -> None:
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ImportError(f'`report_to` {name} is not installed: `pip install "sparc-hf[trackers]"`')
 
 
 class SparcTrainer:
@@ -99,8 +108,7 @@ class SparcTrainer:
         self.run = claimed_run(args.output_dir, resume=args.resume, overwrite=args.overwrite)
         if self.run.is_finished and args.overwrite and self._changes(read_settings(self.run.folder)):
             self.run = claimed_run(args.output_dir, resume=False, overwrite=True)
-        if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
-            raise ImportError(f'`report_to` {args.report_to} is not installed: `pip install "sparc-hf[trackers]"`')
+        _check_tracker(args.report_to)
         self.streams = args.streams or features.stream_names
         records = _records_of(features, self.streams)
         # The state is shared by the whole process, which refuses a second run in another precision otherwise.

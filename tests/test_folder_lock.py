@@ -165,7 +165,7 @@ def test_a_read_only_disk_is_one_sentence(tmp_path, capsys):
         pytest.skip("a read-only disk can be mounted by root only")
     try:
         assert main(["train", "--features", str(tmp_path / "features"), "--output_dir", str(disk / "run")]) == 2
-        assert "nothing can be written" in capsys.readouterr().err
+        assert "cannot be written" in capsys.readouterr().err
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 

@@ -18,8 +18,10 @@ from sparc_hf.hub import write_model_card
 from sparc_hf.legacy_checkpoints import save_imported
 from sparc_hf.picture_folder import picture_folder
 from sparc_hf.report import write_report
+from sparc_hf.space_index import SpaceIndex, index_name, open_index
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+LEAST_KILLS = 4
 TRAINING = {
     "num_latents": 16,
     "k": 4,
@@ -66,7 +68,17 @@ def foreign_files(folder: Path) -> None:
     (folder / "notes" / "more.txt").write_text("more notes\n")
 
 
-def check(work, root: Path, output: str, every: int) -> None:
+@pytest.fixture
+def check(every, record_property):
+    """Return what kills work everywhere and looks at what is left; the report of the tests counts the kills."""
+
+    def counted(work, root: Path, output: str) -> None:
+        record_property("kills", kills_survived(work, root, output, every))
+
+    return counted
+
+
+def kills_survived(work, root: Path, output: str, every: int) -> int:
     """Kill `work` everywhere; after each kill `root/output` is old or new, and after a rerun it is new."""
     former = root.with_name("former")
     if root.exists():
@@ -88,18 +100,22 @@ def check(work, root: Path, output: str, every: int) -> None:
         assert outcome(in_child(work)) == 0, f"the rerun after a kill before change {number} failed"
         assert seen_by_users(root / output) == new
         assert not litter_of(root)
-    assert kills > 5
+    assert kills >= LEAST_KILLS
+    return kills
 
 
 def training(root: Path, features: Path, **settings) -> None:
     sparc("train", features=features, output_dir=root / "run", cpu=True, **TRAINING | settings)
 
 
-EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+def points(every: int):
+    """Kill before each n-th change of the folder, and in the exhaustive sweeps before each one."""
+    sweep = pytest.param(1, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+    return pytest.mark.parametrize("every", [every, sweep])
 
 
-@EVERY
-def test_training_over_an_older_run(tmp_path, features, every):
+@points(7)
+def test_training_over_an_older_run(tmp_path, features, check):
     root = tmp_path / "root"
     training(root, features, seed=1)
     evaluation = evaluate_model(tiny_model(3), planted_features(40), EvaluationSettings(replicates=0, probes=False))
@@ -108,7 +124,7 @@ def test_training_over_an_older_run(tmp_path, features, every):
     sparc("concepts", model=root / "run", features=features)
     (root / "run" / "README.md").unlink()
     foreign_files(root / "run")
-    check(lambda: training(root, features, seed=2, overwrite=True), root, "run", every)
+    check(lambda: training(root, features, seed=2, overwrite=True), root, "run")
     made = files_of(root / "run")
     assert made["README.md"] == b"my notes\n"
     assert b"library_name: sparc-hf" in made["model_card.md"]
@@ -117,17 +133,17 @@ def test_training_over_an_older_run(tmp_path, features, every):
     assert (tmp_path / "former" / "run" / "concepts.json").exists()
 
 
-@EVERY
-def test_training_over_an_older_run_and_resuming(tmp_path, features, every):
+@points(7)
+def test_training_over_an_older_run_and_resuming(tmp_path, features, check):
     """The older run is never taken for the one to be resumed."""
     root = tmp_path / "root"
     training(root, features, seed=1)
     foreign_files(root / "run")
-    check(lambda: training(root, features, seed=2, overwrite=True, resume=True), root, "run", every)
+    check(lambda: training(root, features, seed=2, overwrite=True, resume=True), root, "run")
 
 
-@EVERY
-def test_training_into_a_folder_with_files_of_others(tmp_path, features, every):
+@points(7)
+def test_training_into_a_folder_with_files_of_others(tmp_path, features, every, record_property):
     """The files of a new run come one after the other; its weights come last, when all else is there."""
     root, former = tmp_path / "root", tmp_path / "former"
     foreign_files(root / "run")
@@ -139,12 +155,16 @@ def test_training_into_a_folder_with_files_of_others(tmp_path, features, every):
     work()
     new = seen_by_users(root / "run")
     assert new["README.md"] == b"my notes\n"
-    for _ in killed_everywhere(work, root, former, every=every):
+    killed_at = []
+    for number in killed_everywhere(work, root, former, every=every):
+        killed_at.append(number)
         seen = seen_by_users(root / "run")
         assert "model.safetensors" not in seen or seen == new
         assert outcome(in_child(work)) == 0
         assert seen_by_users(root / "run") == new
         assert not litter_of(root)
+    assert len(killed_at) >= LEAST_KILLS
+    record_property("kills", len(killed_at))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +176,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {name: root / name for name in ("old", "new")}
 
 
-def test_encoding_over_an_older_table(tmp_path, features, models):
+@points(7)
+def test_encoding_over_an_older_table(tmp_path, features, models, check):
     root = tmp_path / "root"
 
     def encode(model: str) -> None:
@@ -165,18 +186,20 @@ def test_encoding_over_an_older_table(tmp_path, features, models):
 
     encode("old")
     (root / "codes" / "notes.txt").write_text("mine")
-    check(lambda: encode("new"), root, "codes", every=3)
+    check(lambda: encode("new"), root, "codes")
     assert {"notes.txt", "top_samples.parquet"} <= set(files_of(root / "codes"))
     assert len(CodeTable.load(root / "codes")) == 100
 
 
-def test_saving_features_over_older_ones(tmp_path):
+@points(7)
+def test_saving_features_over_older_ones(tmp_path, check):
     root, new = tmp_path / "root", planted_features(40, seed=1)
     planted_features(40).save(root / "set")
-    check(lambda: new.save(root / "set", overwrite=True, rows_per_shard=20), root, "set", every=3)
+    check(lambda: new.save(root / "set", overwrite=True, rows_per_shard=20), root, "set")
 
 
-def test_a_report_over_an_older_one(tmp_path, monkeypatch):
+@points(7)
+def test_a_report_over_an_older_one(tmp_path, monkeypatch, check):
     """Files of one model that the new report does not have go, and files of others stay."""
     root = tmp_path / "root"
     monkeypatch.setattr(report, "report_html", lambda found: f"<html>{len(found)}</html>")  # which takes seconds
@@ -184,13 +207,14 @@ def test_a_report_over_an_older_one(tmp_path, monkeypatch):
     old, new = (evaluate_model(tiny_model(2, seed=seed), planted_features(40), settings) for seed in (0, 1))
     write_report({"a": old, "b": old}, root / "report")
     foreign_files(root / "report")
-    check(lambda: write_report({"a": new}, root / "report"), root, "report", every=2)
+    check(lambda: write_report({"a": new}, root / "report"), root, "report")
     made = set(files_of(root / "report"))
     reported = {"results.json", "report.html", "model-index.yaml", "latents-a.csv"}
     assert made == {*reported, "README.md", "notes/more.txt"}
 
 
-def test_an_import_over_an_older_model(tmp_path):
+@points(7)
+def test_an_import_over_an_older_model(tmp_path, check):
     root = tmp_path / "root"
 
     def save(seed: int) -> None:
@@ -201,11 +225,12 @@ def test_an_import_over_an_older_model(tmp_path):
 
     save(0)
     foreign_files(root / "model")
-    check(lambda: save(1), root, "model", every=3)
+    check(lambda: save(1), root, "model")
     assert {"notes/more.txt", "README.md", "imported_from.json"} <= set(files_of(root / "model"))
 
 
-def test_what_would_be_pushed(tmp_path, models):
+@points(7)
+def test_what_would_be_pushed(tmp_path, models, check):
     root = tmp_path / "root"
     root.mkdir()
 
@@ -213,10 +238,11 @@ def test_what_would_be_pushed(tmp_path, models):
         if not (root / "out").exists():  # it must be new
             sparc("push", repo="me/model", model=models["new"], dry_run=root / "out")
 
-    check(dry_run, root, "out", every=2)
+    check(dry_run, root, "out")
 
 
-def test_pictures_over_those_of_another_model(tmp_path):
+@points(3)
+def test_pictures_over_those_of_another_model(tmp_path, check):
     from matplotlib.figure import Figure
 
     root = tmp_path / "root"
@@ -229,15 +255,24 @@ def test_pictures_over_those_of_another_model(tmp_path):
 
     draw(0)
     (root / "out" / "mine.png").write_bytes(b"a picture of mine")
-    check(lambda: draw(1), root, "out", every=1)
+    check(lambda: draw(1), root, "out")
     assert set(files_of(root / "out")) == {"latent-1.png", "latent-2.png", "mine.png"}
     with pytest.raises(ValueError, match=r"mine\.png` was not drawn by this package and is not replaced"):  # noqa: SIM117
         with picture_folder(root / "out", tiny_model(1, 1)) as pictures:
             pictures.save(Figure(figsize=(1, 1)), "mine.png")
 
 
+@points(7)
+def test_an_index_of_the_space(tmp_path, check):
+    root, model, features = tmp_path / "root", tiny_model(2), planted_features(40)
+    name = index_name(model, features)
+    check(lambda: open_index(model, features, root), root, name)
+    assert SpaceIndex(root / name).concepts
+
+
 @pytest.mark.slow
-def test_a_demo_over_an_older_one(tmp_path):
+@pytest.mark.parametrize("every", [240, pytest.param(27, marks=pytest.mark.exhaustive)])
+def test_a_demo_over_an_older_one(tmp_path, check):
     root = tmp_path / "root"
 
     def demo(seed: int) -> None:
@@ -247,7 +282,7 @@ def test_a_demo_over_an_older_one(tmp_path):
     demo(0)
     for name in ("", "model", "evaluation", "features"):
         foreign_files(root / "demo" / name)
-    check(lambda: demo(1), root, "demo", every=27)
+    check(lambda: demo(1), root, "demo")
     made = files_of(root / "demo")
     assert sum(path.endswith("notes/more.txt") for path in made) == 4
     assert made["model/README.md"] == b"my notes\n"

@@ -16,7 +16,7 @@ from test_kills import TRAINING, seen_by_users
 from sparc_hf import SparcModel, report
 from sparc_hf.cli import main
 from sparc_hf.codes import CodeTable
-from sparc_hf.report import results_of_model
+from sparc_hf.results import results_of_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = {"num_latents": 256, "k": 4, "auxk": 4}
