@@ -1,15 +1,21 @@
 """Publishing on the Hub: models, feature datasets, metrics and the Space, each as one commit of one folder."""
 
+import ast
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from sparc_hf.concepts import CONCEPTS_FILE
 from sparc_hf.features import FeatureDataset
@@ -162,7 +168,20 @@ def prepare_metric(name: str, folder: Path, *, repo: str) -> None:
     imports = "import evaluate\nfrom evaluate.utils import launch_gradio_widget\n"
     app = f'{imports}\nlaunch_gradio_widget(evaluate.load("{repo}"))\n'
     (folder / "app.py").write_text(app, encoding="utf-8")
-    (folder / "requirements.txt").write_text("evaluate\nscipy\nscikit-learn\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(_requirements_of(name)) + "\n", encoding="utf-8")
+
+
+def _requirements_of(metric: str) -> list[str]:
+    """Return what a metric's files import, as this package requires it."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (METRICS / metric).glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    installed = packages_distributions()
+    distributions = {canonicalize_name(installed[module][0]) for module in modules}
+    known = {canonicalize_name(line.name): line for line in map(Requirement, requires("sparc-hf") or [])}
+    return sorted(f"{name}{known[name].specifier}" for name in distributions)
 
 
 def _description_of(metric: str) -> str:
