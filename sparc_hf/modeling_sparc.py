@@ -1,13 +1,16 @@
 """SparcModel: several streams of frozen features, one sparse code space (SPARC, arXiv 2507.06265)."""
 
 import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from .buffers_sparc import FeatureStatistics, StepCounters
 from .checks_sparc import reject_loading_faults, reject_rows, reject_shape
@@ -123,6 +126,14 @@ class SparcModel(PreTrainedModel):
         )
         reject_loading_faults(info, path)
         return (model, info) if wants_info else model  # pyright: ignore[reportReturnType]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save a model; see `PreTrainedModel.save_pretrained` for the arguments."""
+        folder = Path(save_directory)
+        super().save_pretrained(folder, *args, **kwargs)
+        # safetensors makes its files readable for their owner alone, whatever the umask says.
+        for file in folder.glob("model*.safetensors"):
+            shutil.copymode(folder / CONFIG_NAME, file)
 
     def forward(
         self,

@@ -355,6 +355,9 @@ class SparcTrainer:
         if self.accelerator.is_main_process:
             torch.save(self.scheduler.state_dict(), unfinished / "schedule.pt")
             write_json(unfinished / STATE_FILE, {"step": self.step, "settings": self._settings()})
+            # safetensors makes its files readable for their owner alone, whatever the umask says.
+            for weights in unfinished.glob("*.safetensors"):
+                shutil.copymode(unfinished / STATE_FILE, weights)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
             for old in checkpoints(self.output_dir)[: -self.args.checkpoints_kept]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, planted_features, torch_operators_only
+from conftest import ROOT, planted_features, tiny_model, torch_operators_only
 
 from sparc_hf import SparcModel
 from sparc_hf.step_kernel import load_step_kernel
@@ -215,6 +215,21 @@ def test_nan_loss_stops_with_step_stream_and_checkpoint(tmp_path, planted_folder
     train(arguments(tmp_path / "run", planted_folder, checkpoint_every=5, resume=True))
     train(arguments(tmp_path / "clean", planted_folder, checkpoint_every=5))
     assert_same_weights(tmp_path / "run", tmp_path / "clean")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_every_file_of_a_run_obeys_the_umask(tmp_path, planted_folder, umask):
+    former = os.umask(umask)
+    try:
+        train(arguments(tmp_path / "run", planted_folder, epochs=1, checkpoint_every=4))
+        tiny_model(2).save_pretrained(tmp_path / "shards", max_shard_size="5KB")
+    finally:
+        os.umask(former)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "optimizer.bin", "config.json"}
+    assert len([path for path in files if "-of-" in path.name]) > 1
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~umask)}
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_dir()} == {oct(0o777 & ~umask)}
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path, planted_folder):
