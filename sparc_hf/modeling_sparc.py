@@ -187,7 +187,8 @@ class SparcModel(PreTrainedModel):
         """Encode any subset of the streams.
 
         With global selection the given streams choose their latents together, so a stream's code depends on which
-        others are given; encode it alone for the code it has when it stands alone.
+        others are given; encode it alone for the code it has when it stands alone. The model stays as it is, in
+        training mode too: batch norms use the statistics they have kept, so that a code never depends on its batch.
 
         Args:
             features: stream -> raw feature rows, float [batch, hidden_size].
@@ -221,13 +222,9 @@ class SparcModel(PreTrainedModel):
         self.config.stream(stream)
         rows, latents = self._normalized_stream(stream, features, reject_zero_rows=False), latents.to(self.device)
         encoder = self._encoder(stream)
-        centered = rows if self._is_usae else rows - self.pre_bias[stream]
-        hidden = nn.functional.linear(centered, encoder.weight[latents], encoder.bias[latents])
-        if not self._is_usae:
-            return hidden
-        norm: Any = self.encoder_norm[stream]
-        statistics = [value[latents] for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
-        return nn.functional.batch_norm(hidden, *statistics, eps=norm.eps)
+        if self._is_usae:
+            return usae_preactivations(rows, encoder, self._norm(stream), latents)
+        return nn.functional.linear(rows - self.pre_bias[stream], encoder.weight[latents], encoder.bias[latents])
 
     def decode(self, codes: SparseCodes, to: str) -> Tensor:
         """Decode codes of any stream to normalised rows [batch, hidden_size] of stream `to`.
@@ -292,8 +289,7 @@ class SparcModel(PreTrainedModel):
         return self.config.objective == "usae"
 
     def _usae_encode(self, name: str, rows: Tensor) -> SparseCodes:
-        norm = cast(nn.BatchNorm1d, self.encoder_norm[name])
-        positive = usae_preactivations(rows, self._encoder(name), norm, self.counter_group)
+        positive = usae_preactivations(rows, self._encoder(name), self._norm(name)).relu()
         top = positive.topk(self.config.k, dim=-1)
         return SparseCodes(top.indices, top.values, self.config.num_latents)
 
@@ -309,8 +305,7 @@ class SparcModel(PreTrainedModel):
         atoms = {name: self.atoms[name] for name in rows}
         found = {}
         for name in sources:
-            norm = cast(nn.BatchNorm1d, self.encoder_norm[name])
-            weight, bias = usae_encoder(rows[name], self._encoder(name), norm, self.counter_group)
+            weight, bias = usae_encoder(rows[name], self._encoder(name), self._norm(name), self.counter_group)
             found[name] = usae_source_loss(rows[name], weight, bias, rows, atoms, settings)
         codes = {name: SparseCodes(part.indices, part.values, config.num_latents) for name, part in found.items()}
         if self.training:
@@ -354,6 +349,9 @@ class SparcModel(PreTrainedModel):
 
     def _encoder(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.encoders[name])
+
+    def _norm(self, name: str) -> nn.BatchNorm1d:
+        return cast(nn.BatchNorm1d, self.encoder_norm[name])
 
     @torch.no_grad()
     def _update_counters(self, codes: Mapping[str, SparseCodes], new_step: bool) -> None:

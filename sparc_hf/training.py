@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import tqdm
 from torch import Tensor
 
 from sparc_hf.configuration_sparc import SparcConfig
@@ -28,6 +28,7 @@ from sparc_hf.gradient_exchange import exchanged_bytes, gather_terms, sum_gradie
 from sparc_hf.learning_rate import schedule_of
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.optimizer import SparcAdam, UsaeAdamW, add_up_terms
+from sparc_hf.random_numbers import seeded
 from sparc_hf.run_folder import (
     LOG_FILE,
     SETTINGS_FILE,
@@ -119,9 +120,9 @@ class SparcTrainer:
         self.batches = self._batches(features, shuffle=True)
         self.eval_batches = self._batches(held_out, shuffle=False) if held_out is not None else None
         self.rows = len(features)
-        set_seed(args.seed)
         self.config = SparcConfig(streams=records, **args.model_settings())
-        self.model = SparcModel(self.config)
+        with seeded(args.seed):
+            self.model = SparcModel(self.config)
         self.model.counter_group = torch.distributed.group.WORLD if self.world_size > 1 else None
         if args.center:
             _center(self.model, features)
@@ -176,6 +177,10 @@ class SparcTrainer:
 
     def train(self) -> SparcModel:
         """Run from the start, or from the newest checkpoint with `args.resume`, to the end; see `train`."""
+        with seeded(self.args.seed):
+            return self._run()
+
+    def _run(self) -> SparcModel:
         if self.args.resume:
             self._resume()
         if self.accelerator.is_main_process:

@@ -53,6 +53,7 @@ FLOORS = {
     "extraction": 4,
     "step_kernel": 0,
     "term_sums": 0,
+    "random_numbers": 0,
     "gradient_exchange": 1,
     "learning_rate": 1,
     "optimizer": 3,
