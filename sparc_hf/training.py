@@ -44,6 +44,7 @@ from sparc_hf.run_folder import (
 from sparc_hf.step_kernel import built_library, load_step_kernel
 from sparc_hf.term_sums import TermSums
 from sparc_hf.training_arguments import SparcTrainingArguments
+from sparc_hf.training_rows import center_pre_biases, random_split, records_of
 from sparc_hf.version import __version__
 
 # Tells the draws of source streams apart from other draws of the same seed.
@@ -81,7 +82,7 @@ def train(args: SparcTrainingArguments) -> SparcModel:
     features = FeatureDataset.load(args.features)
     held_out = FeatureDataset.load(args.eval_features) if args.eval_features else None
     if args.eval_fraction:
-        features, held_out = _random_split(features, args.eval_fraction, args.seed)
+        features, held_out = random_split(features, args.eval_fraction, args.seed)
     return SparcTrainer(args, features, held_out).train()
 
 
@@ -104,7 +105,7 @@ class SparcTrainer:
         if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
             raise ImportError(f'`report_to` {args.report_to} is not installed: `pip install "sparc-hf[trackers]"`')
         self.streams = args.streams or features.stream_names
-        records = _records_of(features, self.streams)
+        records = records_of(features, self.streams)
         # The state is shared by the whole process, which refuses a second run in another precision otherwise.
         precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
@@ -125,7 +126,7 @@ class SparcTrainer:
             self.model = SparcModel(self.config)
         self.model.counter_group = torch.distributed.group.WORLD if self.world_size > 1 else None
         if args.center:
-            _center(self.model, features)
+            center_pre_biases(self.model, features)
         self.model.max_preactivation_mb = args.max_preactivation_mb
         # In "evaluation mode" Accelerate moves the model and sets its precision, but leaves the gradients to us.
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
@@ -421,34 +422,6 @@ class SparcTrainer:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-
-
-@torch.no_grad()
-def _center(model: SparcModel, features: FeatureDataset, rows: int = 8192) -> None:
-    """Set the pre-biases to the mean normalised row of an evenly spread sample of the features.
-
-    Encoders whose rows lie in a narrow cone would otherwise let the few latents along its axis win every selection.
-    """
-    chosen = np.unique(np.linspace(0, len(features) - 1, min(rows, len(features)), dtype=np.int64))
-    sample = {name: torch.from_numpy(features.array(name, chosen)) for name in model.config.stream_names}
-    for name, normalized in model.normalize(sample).items():
-        model.pre_bias[name].copy_(normalized.mean(dim=0))
-
-
-def _records_of(features: FeatureDataset, streams: list[str]) -> list[dict[str, Any]]:
-    if unknown := [name for name in streams if name not in features.stream_names]:
-        raise ValueError(f"`streams` names {unknown}, but the feature dataset has {features.stream_names}")
-    records = {record["name"]: record for record in features.streams}
-    return [records[name] for name in streams]
-
-
-def _random_split(features: FeatureDataset, fraction: float, seed: int) -> tuple[FeatureDataset, FeatureDataset]:
-    """Return all other rows and a random `fraction` of them, both in stored order."""
-    count = round(fraction * len(features))
-    if not 0 < count < len(features):
-        raise ValueError(f"`eval_fraction` {fraction} of {len(features)} rows leaves no rows on one side")
-    order = np.random.default_rng(seed).permutation(len(features))
-    return features.select(np.sort(order[count:])), features.select(np.sort(order[:count]))
 
 
 def _tracker_settings(args: SparcTrainingArguments) -> dict[str, Any]:

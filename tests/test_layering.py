@@ -65,6 +65,7 @@ FLOORS = {
     "legacy_checkpoints": 4,
     "legacy_usae": 5,
     "importers": 6,
+    "training_rows": 3,
     "training": 4,
     "retrieval": 4,
     "probing": 5,
