@@ -25,7 +25,7 @@ from torch import Tensor
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.features import FeatureBatches, FeatureDataset
 from sparc_hf.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
-from sparc_hf.learning_rate import schedule_of
+from sparc_hf.learning_rate import ScheduleAfterUpdate, schedule_of
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.optimizer import SparcAdam, UsaeAdamW, add_up_terms
 from sparc_hf.random_numbers import seeded
@@ -212,6 +212,8 @@ class SparcTrainer:
         if self.args.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
+        if isinstance(self.scheduler, ScheduleAfterUpdate):
+            self.scheduler.count_update(self.config.stream_names.index(source["source"]) if source else None)
         self.scheduler.step()
         self._sums.count_step()
         self._rows_since += rows_of_step
@@ -310,7 +312,7 @@ class SparcTrainer:
         entry |= {"dead_share": self._dead_share(), "rows_per_second": rate}
         if self.world_size > 1:
             entry["exchanged_megabytes_per_step"] = self._exchanged / 1e6
-        entry["learning_rate"] = float(self.scheduler.get_last_lr()[0])
+        entry |= self._learning_rates()
         self._bar.set_postfix(
             {"loss": f"{means['loss']:.4f}", "dead": f"{entry['dead_share']:.1%}", "rows/s": f"{rate:,.0f}"},
             refresh=False,
@@ -325,6 +327,12 @@ class SparcTrainer:
         if self.accelerator.is_main_process:
             with open(self.output_dir / LOG_FILE, "a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": self.step, "epoch": epoch, **values}) + "\n")
+
+    def _learning_rates(self) -> dict[str, float]:
+        rates = [float(rate) for rate in self.scheduler.get_last_lr()]
+        if isinstance(self.scheduler, ScheduleAfterUpdate) and len(rates) > 1:
+            return {f"learning_rate/{name}": rate for name, rate in zip(self.streams, rates, strict=True)}
+        return {"learning_rate": rates[0]}
 
     def _dead_share(self) -> float:
         shares = [self.model.dead_latents(name).float().mean() for name in self.streams]
