@@ -116,6 +116,12 @@ class SparcTrainer:
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=str(self.output_dir),
         )
+        if precision != "no" and not self.accelerator.native_amp:
+            # Accelerate would train in float32 without a word.
+            raise ValueError(
+                f"`mixed_precision` {precision} needs a GPU, but this run is on {self.accelerator.device.type}; "
+                "choose bf16 or no"
+            )
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         features.check_rows(streams=self.streams)
         self.batches = self._batches(features, shuffle=True)

@@ -102,7 +102,7 @@ class SparcTrainingArguments:
     mixed_precision: str | None = field(
         default=None,
         metadata={
-            "help": "Precision of the encoder product: no (float32), bf16 or fp16 (default: as accelerate says)."
+            "help": "Precision of the encoder product: no (float32), bf16, or fp16 on a GPU (default: accelerate's)."
         },
     )
     max_preactivation_mb: float = flag(

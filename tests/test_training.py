@@ -305,3 +305,14 @@ def test_mixed_precision_trains(tmp_path, planted_folder):
     low, full = log_of(tmp_path / "bf16")[-1], log_of(tmp_path / "fp32")[-1]
     assert low["train/loss"] == pytest.approx(full["train/loss"], rel=0.05)
     assert weights(tmp_path / "bf16")["atoms.dino"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("way", ["flag", "environment"])
+def test_half_precision_that_a_cpu_has_not_is_refused(tmp_path, planted_folder, monkeypatch, way):
+    if way == "environment":  # as `accelerate launch --mixed_precision fp16` says it
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"`mixed_precision` fp16 needs a GPU.* on cpu; choose bf16 or no"):
+        train(arguments(tmp_path / "run", planted_folder, mixed_precision="fp16" if way == "flag" else None))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    train(arguments(tmp_path / "run", planted_folder, epochs=1))
