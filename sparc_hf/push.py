@@ -14,6 +14,7 @@ from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -28,13 +29,15 @@ METRICS = Path(__file__).parent / "metrics"
 # What a model's repository gets of the folder of its run.
 MODEL_FILES = (
     "config.json",
-    "*.safetensors",
-    "*.py",
+    "model*.safetensors",
+    "model*.safetensors.index.json",
     CONCEPTS_FILE,
     RESULTS_FILE,
     SETTINGS_FILE,
     "imported_from.json",
 )
+# What of a former push goes with a new one that has no such file.
+REPLACED = {"model": list(MODEL_FILES), "dataset": [f"{DATA_FOLDER}/*.parquet"]}
 # Answers of a Hub that is busy, and seconds to wait before each further attempt.
 BUSY = (408, 429, 500, 502, 503, 504)
 PAUSES = (1, 4, 10)
@@ -101,7 +104,10 @@ def run_push(args: PushArguments) -> dict[str, Any]:
 
 
 def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None = None) -> None:
-    """Copy a model's files into a folder and write its card for `repo`; the weights keep their bytes."""
+    """Copy a model's files into a folder and write its card for `repo`; the weights keep their bytes.
+
+    The code of `trust_remote_code` is this package's, whatever Python files lie beside the model.
+    """
     from sparc_hf.report import results_of_model
 
     shown = results_of_model(results, str(model)) if results else None
@@ -121,15 +127,19 @@ def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None =
 
 
 def _add_code(folder: Path) -> None:
-    """Add the files of `trust_remote_code`, where they are missing or of another version."""
+    """Write the files of `trust_remote_code`, and their names in config.json."""
     from transformers.dynamic_module_utils import custom_object_save
 
     from sparc_hf.configuration_sparc import SparcConfig
     from sparc_hf.modeling_sparc import SparcModel
 
     config: Any = SparcConfig.from_pretrained(folder)
-    for thing in (SparcModel, SparcConfig):
-        custom_object_save(thing, folder, config=config)
+    config.auto_map = None
+    with torch.device("meta"):
+        model = SparcModel(config)
+    # Both ask for an instance: of a class they would note that it is a `type`.
+    for instance in (model, config):
+        custom_object_save(instance, folder, config=config)
     config.save_pretrained(folder)
 
 
@@ -215,7 +225,8 @@ def push_folder(folder: Path, repo: str, kind: str, *, private: bool = False) ->
     """Upload a folder as one commit and return the commit's address.
 
     The Hub takes a commit whole or not at all: after an interruption the repository is as it was, and a second call
-    completes it. Parquet files of a former push that are not in the folder go with the same commit.
+    completes it. Parquet files of a former push that are not in the folder go with the same commit, and so do weights
+    and what was found out about them.
 
     Args:
         folder: what to upload.
@@ -242,7 +253,7 @@ def push_folder(folder: Path, repo: str, kind: str, *, private: bool = False) ->
                     repo_id=repo,
                     repo_type=kind,
                     commit_message=f"Push with sparc_hf {__version__}",
-                    delete_patterns=f"{DATA_FOLDER}/*.parquet" if kind == "dataset" else None,
+                    delete_patterns=REPLACED.get(kind),
                 )
             except HfHubHTTPError as error:
                 # The client tries uploads again by itself, but not the commit.
