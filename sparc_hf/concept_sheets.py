@@ -215,7 +215,8 @@ def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
     model = SparcModel.from_pretrained(args.model).eval()
     if wrong := [one for one in [*args.latents, *args.maximise] if not 0 <= one < model.config.num_latents]:
         raise ValueError(f"there are no latents {wrong}; this model has 0 to {model.config.num_latents - 1}")
-    encoders = load_encoders(model.config.streams or []) if pictures or args.maximise or words else {}
+    streams = model.config.streams or [] if pictures or args.maximise or words else []
+    encoders = load_encoders(streams, trust_remote_code=args.trust_remote_code)
     told: dict[str, Any] = {}
     if args.features is not None:
         told |= _run_on_features(args, model, encoders, words)

@@ -22,6 +22,7 @@ from sparc_hf.attribution import (
     word_scores,
 )
 from sparc_hf.backbone_trace import visible_box
+from sparc_hf.command_arguments import trust_remote_code_flag
 from sparc_hf.concepts import Concept, concepts_of
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.features import FeatureDataset
@@ -61,6 +62,7 @@ class ExplainArguments:
     )
     shifts: int = field(default=2, metadata={"help": "As of `sparc evaluate`: 1 for plain maps."})
     overwrite: bool = field(default=False, metadata={"help": "Draw panels again that the folder has."})
+    trust_remote_code: bool = trust_remote_code_flag()
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
             raise ValueError(f"`{name}` must be at least 1, but it is {number}")
     samples = _samples(args)
     model = SparcModel.from_pretrained(args.model).eval()
-    encoders = load_encoders(model.config.streams or [])
+    encoders = load_encoders(model.config.streams or [], trust_remote_code=args.trust_remote_code)
     concepts = concepts_of(model)
     names = {concept.latent: concept.name for concept in concepts}
     chosen: dict[str, Sequence[int]] = {_title(latent, names): (latent,) for latent in args.latents}

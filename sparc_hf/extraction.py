@@ -176,7 +176,7 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     modalities = {record["modality"] for record in records}
     return extract_features(
         dataset,
-        load_encoders(records, device=args.device or default),
+        load_encoders(records, device=args.device or default, trust_remote_code=args.trust_remote_code),
         args.output,
         image_column=args.image_column,
         text_column=args.text_column or (source.text_column if "text" in modalities else None),

@@ -8,6 +8,7 @@ import torch
 
 from sparc_hf.code_search import CodeSearch, Match
 from sparc_hf.codes import encode_features
+from sparc_hf.command_arguments import trust_remote_code_flag
 from sparc_hf.concepts import concept_names
 from sparc_hf.encoders import load_encoders
 from sparc_hf.features import FeatureDataset
@@ -31,6 +32,7 @@ class RetrieveArguments:
     count: int = field(default=10, metadata={"help": "Most samples to find in a stream."})
     shared: int = field(default=3, metadata={"help": "Concepts to tell of each match, those that bring it most."})
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+    trust_remote_code: bool = trust_remote_code_flag()
 
 
 def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def _encoded(args: RetrieveArguments, model: SparcModel) -> tuple[str, np.ndarra
             f"no stream {args.source or ''} of this model encodes {modality}; those that do are "
             f"{[record['name'] for record in able]}"
         )
-    encoder = load_encoders(chosen[:1])[chosen[0]["name"]]
+    encoder = load_encoders(chosen[:1], trust_remote_code=args.trust_remote_code)[chosen[0]["name"]]
     sample: Any = args.text if args.image is None else open_image(args.image)
     code = model.encode({encoder.name: encoder.rows(encoder.prepare([sample]))})[encoder.name]
     return encoder.name, code.to_dense().amax(dim=0).float().cpu().numpy()

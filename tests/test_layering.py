@@ -42,7 +42,7 @@ FLOORS = {
     "feature_statistics": 1,
     "sample_reader": 2,
     "encoded_rows": 3,
-    "extraction_arguments": 0,
+    "extraction_arguments": 1,
     "demo": 1,
     "sources": 1,
     "label_hierarchy": 0,
