@@ -19,7 +19,10 @@ class StepCounters(nn.Module):
 
 
 class FeatureStatistics(nn.Module):
-    """Means and standard deviations of the standardised streams, rebuilt from the config and so never saved."""
+    """Means and standard deviations of the standardised streams, rebuilt from the config and so never saved.
+
+    A channel that did not vary has the deviation 0 in the config and infinity here, so that it becomes 0 in every row.
+    """
 
     def __init__(self, config: SparcConfig):
         super().__init__()
@@ -35,8 +38,9 @@ class FeatureStatistics(nn.Module):
 
     def fill(self) -> None:
         for record in self.records:
-            for field in ("mean", "std"):
-                init.copy_(getattr(self, f"{record['name']}_{field}"), self._from_config(record[field]))
+            mean, std = self._from_config(record["mean"]), self._from_config(record["std"])
+            init.copy_(getattr(self, f"{record['name']}_mean"), mean)
+            init.copy_(getattr(self, f"{record['name']}_std"), std.masked_fill(std == 0, torch.inf))
 
     def of(self, name: str) -> tuple[Tensor, Tensor] | None:
         if not hasattr(self, f"{name}_mean"):

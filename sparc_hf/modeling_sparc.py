@@ -61,6 +61,21 @@ class SparcModel(PreTrainedModel):
         config.check()
         if not config.streams:
             raise ValueError('a SparcModel needs at least one stream, e.g. `streams={"dino": {"hidden_size": 768}}`')
+        try:
+            self._make_parameters(config)
+        except RuntimeError as error:  # torch's, for more than the machine has
+            gigabytes = 8 * config.num_latents * sum(config.hidden_sizes.values()) / 1e9
+            raise ValueError(
+                f"a model of {config.num_latents:,} latents over streams {config.hidden_sizes} takes "
+                f"{gigabytes:,.1f} GB for its weights, which cannot be had here; choose fewer `num_latents`"
+            ) from error
+        self.counter_group: Any = None
+        self.max_preactivation_mb: float = 1024
+        self.gradient_terms: dict[str, list[GradientTerm]] | None = None
+        self.finds_dead_on_host: bool | None = None
+        self.post_init()
+
+    def _make_parameters(self, config: SparcConfig) -> None:
         latents, sizes = config.num_latents, config.hidden_sizes
         self.encoders = nn.ModuleDict({name: nn.Linear(size, latents) for name, size in sizes.items()})
         self.atoms = nn.ParameterDict([(name, torch.empty(latents, size)) for name, size in sizes.items()])
@@ -71,11 +86,6 @@ class SparcModel(PreTrainedModel):
             bias.requires_grad_(False)
         self.steps_since_fired = StepCounters(config.stream_names, latents)
         self.feature_statistics = FeatureStatistics(config)
-        self.counter_group: Any = None
-        self.max_preactivation_mb: float = 1024
-        self.gradient_terms: dict[str, list[GradientTerm]] | None = None
-        self.finds_dead_on_host: bool | None = None
-        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -172,8 +182,8 @@ class SparcModel(PreTrainedModel):
             {name: row_energy(value.normalized) for name, value in rows.items()},
             errors,
             step.auxiliary(rows, residuals),
-            cross_coef=self.config.cross_coef,
-            auxk_coef=self.config.auxk_coef,
+            cross_coef=float(self.config.cross_coef),
+            auxk_coef=float(self.config.auxk_coef),
         )
         reconstructions = None
         if not self.training:
@@ -301,7 +311,7 @@ class SparcModel(PreTrainedModel):
         config = self.config
         # Pre-activations, their gradient, and what either takes in half precision.
         at_once = rows_at_once(self, arrays=3)
-        settings = UsaeSettings(config.k, config.auxk, config.auxk_coef, config.distance, at_once)
+        settings = UsaeSettings(config.k, config.auxk, float(config.auxk_coef), config.distance, at_once)
         atoms = {name: self.atoms[name] for name in rows}
         found = {}
         for name in sources:
@@ -342,7 +352,8 @@ class SparcModel(PreTrainedModel):
         # A sum is finite only where every value is, and takes one pass.
         if checked and not raw.sum().isfinite():
             reject_rows(~raw.isfinite().all(dim=-1), name, "NaN or infinite values")
-        rows = normalize_rows(raw, record["normalize"], self.feature_statistics.of(name))
+        # Statistics are float32, whatever the weights are.
+        rows = normalize_rows(raw, record["normalize"], self.feature_statistics.of(name)).to(raw.dtype)
         if checked and reject_zero_rows:
             reject_rows(~rows.any(dim=-1), name, "only zeros, so that its relative error is undefined")
         return rows
@@ -358,7 +369,7 @@ class SparcModel(PreTrainedModel):
         """Advance the counters; a latent that fired restarts at 1, as in the earlier code."""
         fired = torch.zeros(len(codes), self.config.num_latents, dtype=torch.uint8, device=self.device)
         for row, code in zip(fired, codes.values(), strict=True):
-            active = (code.values > self.config.dead_threshold).to(torch.uint8).reshape(-1)
+            active = (code.values > float(self.config.dead_threshold)).to(torch.uint8).reshape(-1)
             row.scatter_reduce_(0, code.indices.reshape(-1), active, reduce="amax")
         if self.counter_group is not None:
             torch.distributed.all_reduce(fired, op=torch.distributed.ReduceOp.MAX, group=self.counter_group)
