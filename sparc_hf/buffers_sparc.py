@@ -42,6 +42,14 @@ class FeatureStatistics(nn.Module):
             init.copy_(getattr(self, f"{record['name']}_mean"), mean)
             init.copy_(getattr(self, f"{record['name']}_std"), std.masked_fill(std == 0, torch.inf))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "FeatureStatistics":
+        # They stay float32 with weights of any number type: rounded, they would give other codes than those of the
+        # same model loaded from its files.
+        for name, buffer in self.named_buffers():
+            moved = fn(buffer)
+            setattr(self, name, moved if buffer.is_meta else buffer.to(moved.device))
+        return self
+
     def of(self, name: str) -> tuple[Tensor, Tensor] | None:
         if not hasattr(self, f"{name}_mean"):
             return None

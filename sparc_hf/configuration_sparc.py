@@ -61,6 +61,8 @@ class SparcConfig(PreTrainedConfig):
             stream, atoms brought to unit norm at use, no pre-biases. The paper has k 32, auxk N // 2, auxk_coef 0.1.
         distance: of the USAE objective, "l1" (mean absolute) or "l2" (mean squared).
         format_version: version of the checkpoint format; a newer one than this package knows is refused.
+        weights_sha256: in a config.json, the SHA-256 of each weight file saved with it, which loading compares; empty
+            while they are being saved.
 
     Raises:
         ValueError: for contradicting sizes, or a stream record that cannot be used.
@@ -80,6 +82,7 @@ class SparcConfig(PreTrainedConfig):
     objective: Literal["sparc", "usae"] = "sparc"
     distance: Literal["l1", "l2"] = "l1"
     format_version: int = FORMAT_VERSION
+    weights_sha256: dict | None = None
 
     def __post_init__(self, **kwargs: Any):
         self.streams = _stream_records(self.streams)

@@ -1,7 +1,6 @@
 """SparcModel: several streams of frozen features, one sparse code space (SPARC, arXiv 2507.06265)."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -29,10 +28,13 @@ from .sparse_ops import (
     unit_norm_,
 )
 from .step_sparc import SparcStep, codes_of, rows_at_once
+from .weights_sparc import DOWNLOAD_ARGUMENTS, WeightFiles, finish_saving, reject_unusable_numbers, stamps_of
 
 __all__ = ["SparcModel", "SparcOutput", "SparseCodes"]
 
 REINITIALIZED_STD = 0.01
+# Arguments of `save_pretrained` that are for the Hub.
+PUSH_ARGUMENTS = ("commit_message", "create_pr", "max_shard_size", "private", "revision", "tags", "token")
 
 
 class SparcModel(PreTrainedModel):
@@ -118,32 +120,65 @@ class SparcModel(PreTrainedModel):
     ) -> "SparcModel":
         """Load a model; see `PreTrainedModel.from_pretrained` for the arguments.
 
+        Weights come from safetensors files only. `verify=False` skips comparing the files' SHA-256 with those in
+        config.json, which models saved by older versions have not, and looking for NaN and infinite numbers.
+
         Raises:
-            ValueError: where a folder does not exist, the checkpoint lacks a tensor, has one too many or one of
-                another shape, or was written in a newer format; loading never fills a gap with fresh values.
+            ValueError: where a folder does not exist, a weight file is not the one that was saved, the checkpoint
+                lacks a tensor, has one too many or one of another shape or number type, or was written in a newer
+                format; loading never fills a gap with fresh values.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
+        wants_info, verify = kwargs.pop("output_loading_info", False), kwargs.pop("verify", True)
         path = str(pretrained_model_name_or_path)
         if path.startswith((".", "~", os.sep)) and not os.path.isdir(path):
             raise ValueError(
                 f"there is no folder `{path}`; give the folder of a saved model, or a Hub id `owner/name`"
             )
+        if pretrained_model_name_or_path is not None:
+            download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
+            saved: Any = SparcConfig.from_pretrained(path, **download)
+            with torch.device("meta"):
+                expected = cls(saved)
+            WeightFiles(path, kwargs.get("variant"), **download).check(saved, expected, verify)
+            kwargs.pop("force_download", None)
         model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             pretrained_model_name_or_path,  # pyright: ignore[reportArgumentType]
             *args,
             output_loading_info=True,
-            **{**kwargs, "ignore_mismatched_sizes": True},
+            **{**kwargs, "ignore_mismatched_sizes": True, "use_safetensors": True},
         )
         reject_loading_faults(info, path)
+        if verify:
+            reject_unusable_numbers(model)
+        # They are of the saved weights, which this model may leave behind.
+        model.config.weights_sha256 = None
         return (model, info) if wants_info else model  # pyright: ignore[reportReturnType]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save a model; see `PreTrainedModel.save_pretrained` for the arguments."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save a model; see `PreTrainedModel.save_pretrained` for the arguments.
+
+        Raises:
+            ValueError: where the weights are of several number types, which one config.json cannot say.
+        """
         folder = Path(save_directory)
-        super().save_pretrained(folder, *args, **kwargs)
-        # safetensors makes its files readable for their owner alone, whatever the umask says.
-        for file in folder.glob("model*.safetensors"):
-            shutil.copymode(folder / CONFIG_NAME, file)
+        tensors = (kwargs.get("state_dict") or self.state_dict()).values()
+        if len(types := {str(value.dtype) for value in tensors if value.is_floating_point()}) > 1:
+            raise ValueError(f"a model is saved in one number type, but it has {sorted(types)}; call e.g. `float()`")
+        before = stamps_of(folder)
+        # Until its weights lie beside it, config.json says that they do not.
+        self.config.weights_sha256 = {}
+        try:
+            super().save_pretrained(folder, *args, **kwargs)
+            if checksums := finish_saving(folder, before):
+                self.config.weights_sha256 = checksums
+                self.config.to_json_file(folder / CONFIG_NAME)
+        finally:
+            self.config.weights_sha256 = None
+        if push_to_hub:
+            options = {name: kwargs[name] for name in PUSH_ARGUMENTS if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id", folder.name), **options)
 
     def forward(
         self,

@@ -22,6 +22,7 @@ FLOORS = {
     "token_grid": 0,
     "buffers_sparc": 1,
     "checks_sparc": 0,
+    "weights_sparc": 1,
     "objectives_sparc": 1,
     "objectives_usae": 1,
     "step_sparc": 1,
@@ -100,6 +101,7 @@ REMOTE_CODE = {
     "outputs_sparc",
     "buffers_sparc",
     "checks_sparc",
+    "weights_sparc",
     "objectives_sparc",
     "objectives_usae",
     "step_sparc",
@@ -155,8 +157,9 @@ def test_remote_code_needs_torch_and_transformers_only(room):
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             tops = {name.split(".")[0] for name in names}
-            # huggingface_hub comes with transformers; scipy is imported on call, inside a try.
-            assert tops <= {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub", "scipy"}, names
+            # huggingface_hub and safetensors come with transformers; scipy is imported on call, inside a try.
+            known = {"torch", "transformers", "huggingface_hub", "safetensors", "scipy"}
+            assert tops <= {*sys.stdlib_module_names, *known}, names
 
 
 def run(code: str) -> str:
