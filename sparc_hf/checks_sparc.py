@@ -1,6 +1,6 @@
 """What a SparcModel refuses, and how it says so."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,12 @@ def reject_loading_faults(info: Mapping[str, Any], path: str) -> None:
             f"the weights in `{path}` do not fit its config.json ({'; '.join(faults)}); "
             "the two files must come from one `save_pretrained`"
         )
+
+
+def reject_missing_streams(features: Iterable[str], names: Iterable[str]) -> None:
+    """Raise ValueError where features for training lack a stream."""
+    if missing := [name for name in names if name not in features]:
+        raise ValueError(f"training needs every stream of the model, but {missing} are missing from `features`")
 
 
 def reject_shape(raw: Any, name: str, hidden_size: int) -> None:

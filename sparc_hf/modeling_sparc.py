@@ -1,7 +1,7 @@
 """SparcModel: several streams of frozen features, one sparse code space (SPARC, arXiv 2507.06265)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .buffers_sparc import FeatureStatistics, StepCounters
-from .checks_sparc import reject_loading_faults, reject_rows, reject_shape
+from .checks_sparc import reject_loading_faults, reject_missing_streams, reject_rows, reject_shape
 from .configuration_sparc import SparcConfig
 from .encoder_usae import usae_encoder, usae_preactivations
 from .objectives_sparc import sparc_losses
@@ -27,7 +27,7 @@ from .sparse_ops import (
     unit_norm,
     unit_norm_,
 )
-from .step_sparc import SparcStep, codes_of, rows_at_once
+from .step_sparc import SelectedStreams, SparcStep, codes_of, rows_at_once
 from .weights_sparc import DOWNLOAD_ARGUMENTS, WeightFiles, finish_saving, reject_unusable_numbers, stamps_of
 
 __all__ = ["SparcModel", "SparcOutput", "SparseCodes"]
@@ -186,6 +186,7 @@ class SparcModel(PreTrainedModel):
         selection: str | None = None,
         new_step: bool = True,
         source: str | None = None,
+        selected: Sequence[SelectedStreams] | None = None,
     ) -> SparcOutput:
         """Encode all given streams, decode every code to every given stream, and return the losses.
 
@@ -193,25 +194,29 @@ class SparcModel(PreTrainedModel):
             features: stream -> raw feature rows, float [batch, hidden_size]; in training every stream is needed.
             selection: "global" or "local" in place of the config's.
             new_step: in training, whether the dead counters advance; False for all but the first micro-batch of a
-                gradient-accumulation step, in which they only note what fired.
+                gradient-accumulation step, in which they only note what fired. The auxiliary term of a micro-batch
+                then knows of those before it alone; `begin_step` makes it that of the whole batch.
             source: with `objective="usae"`, the one stream whose code is decoded, as in a training step of its paper;
                 every stream in turn by default. That objective makes the gradients of whatever asks for one in this
                 very pass, for `loss` alone, and they serve one `backward`.
+            selected: what `begin_step` gave for these features, with the selection chosen there; nothing is selected
+                or counted again.
 
         Raises:
             ValueError: for unknown or missing streams, wrong widths, an empty batch, rows that hold NaN or infinity,
-                or rows that are all zero after normalisation (their relative error is undefined).
+                rows that are all zero after normalisation (their relative error is undefined), or `selected` of
+                other features.
         """
-        if self.training and (missing := [name for name in self.config.stream_names if name not in features]):
-            raise ValueError(f"training needs every stream of the model, but {missing} are missing from `features`")
+        if self.training:
+            reject_missing_streams(features, self.config.stream_names)
         if self._is_usae:
             return self._usae_forward(features, new_step, source)
         step = SparcStep(self)
         rows = step.rows(self._normalized_rows(features, reject_zero_rows=True))
-        groups = step.encode(rows, selection)
+        groups = step.encode(rows, step.select(rows, selection) if selected is None else selected)
         codes = codes_of(groups, self.config.num_latents)
-        if self.training:
-            self._update_counters(codes, new_step)
+        if self.training and selected is None:
+            self._update_counters([codes], new_step)
         errors, residuals = step.errors(rows, groups)
         losses = sparc_losses(
             {name: row_energy(value.normalized) for name, value in rows.items()},
@@ -227,6 +232,47 @@ class SparcModel(PreTrainedModel):
                 for target, sources in residuals.items()
             }
         return SparcOutput(loss=losses.pop("loss"), losses=losses, codes=codes, reconstructions=reconstructions)
+
+    @torch.no_grad()
+    def begin_step(
+        self, micro_batches: Iterable[Mapping[str, Tensor]], selection: str | None = None
+    ) -> list[list[SelectedStreams]]:
+        """Select the latents of all micro-batches of a training step, and count the step.
+
+        The auxiliary term needs to know which latents are dead once the whole step is counted, so that accumulated
+        gradients are those of the whole batch. Selecting is the one dense product of a forward pass, which is then
+        not made again. In evaluation mode nothing is counted.
+
+        Args:
+            micro_batches: as `forward` takes one, each with every stream; taken one at a time.
+            selection: "global" or "local" in place of the config's.
+
+        Returns:
+            For each, what `forward` takes as `selected`: latents and pre-activations, no rows.
+
+        Raises:
+            ValueError: with `objective="usae"`, whose codes depend on the micro-batch; for no micro-batches; or as
+                `forward`.
+        """
+        if self._is_usae:
+            raise ValueError(
+                '`objective="usae"` has no auxiliary term of dead latents; call the model with `new_step`'
+            )
+        pairs = [self._select_rows(features, selection) for features in micro_batches]
+        if not pairs:
+            raise ValueError("a training step needs at least one micro-batch, but there is none")
+        if self.training:
+            self._update_counters([codes for _, codes in pairs], new_step=True)
+        return [selected for selected, _ in pairs]
+
+    def _select_rows(
+        self, features: Mapping[str, Tensor], selection: str | None
+    ) -> tuple[list[SelectedStreams], dict[str, SparseCodes]]:
+        reject_missing_streams(features, self.config.stream_names)
+        step = SparcStep(self)
+        rows = step.rows(self._normalized_rows(features, reject_zero_rows=True))
+        selected = step.select(rows, selection)
+        return selected, codes_of(step.encode(rows, selected), self.config.num_latents)
 
     def encode(self, features: Mapping[str, Tensor], selection: str | None = None) -> dict[str, SparseCodes]:
         """Encode any subset of the streams.
@@ -249,7 +295,8 @@ class SparcModel(PreTrainedModel):
             rows = self._normalized_rows(features)
             return {name: self._usae_encode(name, value) for name, value in rows.items()}
         step = SparcStep(self)
-        return codes_of(step.encode(step.rows(self._normalized_rows(features)), selection), self.config.num_latents)
+        rows = step.rows(self._normalized_rows(features))
+        return codes_of(step.encode(rows, step.select(rows, selection)), self.config.num_latents)
 
     def preactivations(self, stream: str, features: Tensor, latents: Tensor) -> Tensor:
         """Return pre-activations of chosen latents, [batch, len(latents)], differentiable in the features.
@@ -354,7 +401,7 @@ class SparcModel(PreTrainedModel):
             found[name] = usae_source_loss(rows[name], weight, bias, rows, atoms, settings)
         codes = {name: SparseCodes(part.indices, part.values, config.num_latents) for name, part in found.items()}
         if self.training:
-            self._update_counters(codes, new_step)
+            self._update_counters([codes], new_step)
         losses = usae_losses(found)
         reconstructions = None
         if not self.training:
@@ -399,18 +446,9 @@ class SparcModel(PreTrainedModel):
     def _norm(self, name: str) -> nn.BatchNorm1d:
         return cast(nn.BatchNorm1d, self.encoder_norm[name])
 
-    @torch.no_grad()
-    def _update_counters(self, codes: Mapping[str, SparseCodes], new_step: bool) -> None:
-        """Advance the counters; a latent that fired restarts at 1, as in the earlier code."""
-        fired = torch.zeros(len(codes), self.config.num_latents, dtype=torch.uint8, device=self.device)
-        for row, code in zip(fired, codes.values(), strict=True):
-            active = (code.values > float(self.config.dead_threshold)).to(torch.uint8).reshape(-1)
-            row.scatter_reduce_(0, code.indices.reshape(-1), active, reduce="amax")
-        if self.counter_group is not None:
-            torch.distributed.all_reduce(fired, op=torch.distributed.ReduceOp.MAX, group=self.counter_group)
-        for row, name in zip(fired, codes, strict=True):
-            counter = getattr(self.steps_since_fired, name)
-            counter.copy_(torch.where(row > 0, 1, counter + int(new_step)))
+    def _update_counters(self, micro_batches: Sequence[Mapping[str, SparseCodes]], new_step: bool) -> None:
+        threshold = float(self.config.dead_threshold)
+        self.steps_since_fired.advance(micro_batches, threshold, new_step, self.counter_group)
 
 
 SparcModel.register_for_auto_class("AutoModel")

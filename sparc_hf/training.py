@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -228,17 +228,24 @@ class SparcTrainer:
         """Add up the gradients of this process's micro-batches; return how many there were."""
         # Processes differ by at most one row, so the smallest share bounds the micro-batches all can make.
         pieces = min(self.args.gradient_accumulation_steps, rows_of_step // self.world_size)
-        micro_batches = zip(*(value.tensor_split(pieces) for value in share.values()), strict=True)
-        for number, values in enumerate(micro_batches):
-            on_device = [value.to(self.accelerator.device, non_blocking=True) for value in values]
-            features = dict(zip(share, on_device, strict=True))
-            output = self.model(features, new_step=number == 0, **source)
-            weight = values[0].shape[0] / rows_of_step
+        parts = {name: value.tensor_split(pieces) for name, value in share.items()}
+        micro_batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        selected: list[Any] = [None] * pieces
+        if pieces > 1 and not self.is_usae:
+            with self.accelerator.autocast():
+                # Rows go to the device twice rather than stay there: less memory is what accumulation is for.
+                selected = self.model.begin_step(map(self._on_device, micro_batches))
+        for number, rows in enumerate(micro_batches):
+            output = self.model(self._on_device(rows), new_step=number == 0, selected=selected.pop(0), **source)
+            weight = len(next(iter(rows.values()))) / rows_of_step
             self._sums.add(output.loss, output.losses, weight)
             if number == pieces - 1:
                 self._check_signals(at_once=self.accelerator.device.type == "cpu")
             self.accelerator.backward(output.loss * weight)
         return pieces
+
+    def _on_device(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: rows.to(self.accelerator.device, non_blocking=True) for name, rows in features.items()}
 
     @contextlib.contextmanager
     def _only_source(self) -> Iterator[dict[str, str]]:

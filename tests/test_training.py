@@ -77,15 +77,22 @@ def test_same_seed_same_bits_other_seed_other_bits(tmp_path, planted_folder):
         assert_same_weights(tmp_path / "one", tmp_path / "three")
 
 
-@pytest.mark.parametrize("pieces", [2, 3])
-def test_accumulation_equals_the_whole_batch(step_kernel, tmp_path, planted_folder, pieces):
-    """600 rows at 64 leave a last batch of 24, so uneven pieces are in it."""
-    settings = {"auxk": 0, "reinitialize_every": 0, "step_kernel": "on" if step_kernel == "compiled" else "off"}
+@pytest.mark.parametrize("pieces", [2, 3, 64])
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_accumulation_equals_the_whole_batch(step_kernel, tmp_path, planted_folder, selection, pieces):
+    """600 rows at 64 leave a last batch of 24, so uneven pieces are in it, and in the end pieces of one row."""
+    settings = {"selection": selection, "step_kernel": "on" if step_kernel == "compiled" else "off", "epochs": 6}
     train(arguments(tmp_path / "whole", planted_folder, **settings))
     train(arguments(tmp_path / "pieces", planted_folder, gradient_accumulation_steps=pieces, **settings))
     mine, theirs = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
     for key in mine:
         torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=1e-5)
+    for one, other in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "pieces"), strict=True):
+        assert other["train/auxk"] == pytest.approx(one["train/auxk"], rel=1e-5)
+        assert other["dead_share"] == one["dead_share"]
+    # The auxiliary term is what makes it hard: some latents are dead, and it is there.
+    assert log_of(tmp_path / "whole")[-1]["train/auxk"] > 0
+    assert log_of(tmp_path / "whole")[-1]["dead_share"] > 0
 
 
 def test_the_compiled_step_trains_the_same_model(tmp_path, planted_folder):
@@ -172,8 +179,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, planted_folder):
     ids=["terms", "terms-4", "dense"],
 )
 def test_several_processes_equal_one(tmp_path, planted_folder, script, processes, settings):
-    """Gloo processes, at the same rows per step, with auxiliary term, re-initialisation and accumulation."""
-    train(arguments(tmp_path / "one", planted_folder, epochs=4, **settings))
+    """Gloo processes, at the same rows per step, with auxiliary term, re-initialisation and accumulation.
+
+    The one process makes each step from the whole batch.
+    """
+    train(arguments(tmp_path / "one", planted_folder, epochs=4, **(settings | {"gradient_accumulation_steps": 1})))
     launch = {
         "accelerate": ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes"],
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node"],
