@@ -284,7 +284,13 @@ def _localizer(args: Any, models: Iterable[Any]) -> Callable[[Any], dict[str, An
         latents = {}
         if rows is not None:
             latents = latents_of_classes(encode_features(model, rows, encoding="single"), rows, classes)
-        return localize(model, load_encoders(model.config.streams), images, latents, settings)
+        return localize(
+            model,
+            load_encoders(model.config.streams, trust_remote_code=args.trust_remote_code),
+            images,
+            latents,
+            settings,
+        )
 
     return measure
 
@@ -322,24 +328,6 @@ def _run_demo(args: Any) -> str:
     return run_demo(args)
 
 
-def _run_concepts(args: Any) -> dict[str, Any]:
-    from sparc_hf.concept_sheets import run_concepts
-
-    return run_concepts(args)
-
-
-def _run_retrieve(args: Any) -> dict[str, Any]:
-    from sparc_hf.sample_search import run_retrieve
-
-    return run_retrieve(args)
-
-
-def _run_explain(args: Any) -> dict[str, Any]:
-    from sparc_hf.explain import run_explain
-
-    return run_explain(args)
-
-
 def _run_card(args: Any) -> dict[str, Any]:
     from sparc_hf.hub import write_model_card
     from sparc_hf.results import results_of_model
@@ -348,12 +336,6 @@ def _run_card(args: Any) -> dict[str, Any]:
     results = results_of_model(args.results, args.model) if args.results else None
     settings = read_settings(Path(args.model))
     return {"card": str(write_model_card(args.model, results=results, settings=settings, repo=args.repo))}
-
-
-def _run_push(args: Any) -> dict[str, Any]:
-    from sparc_hf.push import run_push
-
-    return run_push(args)
 
 
 def _run_space(args: Any) -> None:
@@ -375,6 +357,12 @@ def _run_space(args: Any) -> None:
     app = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(app)
     app.launch(data, host=args.host, port=args.port)
+
+
+def _function(address: str) -> Callable[[Any], Any]:
+    """Return what calls the function "module:name", importing it only then."""
+    module, _, name = address.partition(":")
+    return lambda settings: getattr(importlib.import_module(module), name)(settings)
 
 
 COMMANDS: dict[str, Command] = {
@@ -420,19 +408,19 @@ COMMANDS: dict[str, Command] = {
     "concepts": Command(
         "name latents, and draw their top samples, their maps, and images made to fire them",
         "sparc_hf.command_arguments:ConceptsArguments",
-        _run_concepts,
+        _function("sparc_hf.concept_sheets:run_concepts"),
         writes=("model", "output"),
     ),
     "explain": Command(
         "draw where concepts are in images and captions, beside the baseline",
         "sparc_hf.explain:ExplainArguments",
-        _run_explain,
+        _function("sparc_hf.explain:run_explain"),
         writes=("output",),
     ),
     "retrieve": Command(
         "find the samples whose codes are most like those of an image, a text or another sample",
         "sparc_hf.sample_search:RetrieveArguments",
-        _run_retrieve,
+        _function("sparc_hf.sample_search:run_retrieve"),
     ),
     "card": Command(
         "write the model card of a saved model",
@@ -443,7 +431,7 @@ COMMANDS: dict[str, Command] = {
     "push": Command(
         "publish a model, a feature dataset, a metric or the Space on the Hub",
         "sparc_hf.push:PushArguments",
-        _run_push,
+        _function("sparc_hf.push:run_push"),
         writes=("dry_run",),
     ),
     "space": Command(
