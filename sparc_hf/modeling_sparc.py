@@ -136,7 +136,10 @@ class SparcModel(PreTrainedModel):
             )
         if pretrained_model_name_or_path is not None:
             download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
-            saved: Any = SparcConfig.from_pretrained(path, **download)
+            try:
+                saved: Any = SparcConfig.from_pretrained(path, **download)
+            except OSError as error:  # of a Hub that cannot be reached, the library does not say for what
+                raise OSError(f"the config of the model `{path}` cannot be read: {error}") from error
             with torch.device("meta"):
                 expected = cls(saved)
             WeightFiles(path, kwargs.get("variant"), **download).check(saved, expected, verify)
