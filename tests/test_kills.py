@@ -10,7 +10,7 @@ import pytest
 from conftest import planted_features, tiny_model
 from kill_points import files_of, in_child, killed_everywhere, litter_of, outcome
 
-from sparc_hf import report
+from sparc_hf import SparcModel, report
 from sparc_hf.cli import main
 from sparc_hf.codes import CodeTable
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
@@ -21,7 +21,7 @@ from sparc_hf.report import write_report
 from sparc_hf.space_index import SpaceIndex, index_name, open_index
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LEAST_KILLS = 4
+LEAST_KILLS = 3
 TRAINING = {
     "num_latents": 16,
     "k": 4,
@@ -114,11 +114,12 @@ def points(every: int):
     return pytest.mark.parametrize("every", [every, sweep])
 
 
-@points(7)
+@points(17)
 def test_training_over_an_older_run(tmp_path, features, check):
     root = tmp_path / "root"
     training(root, features, seed=1)
-    evaluation = evaluate_model(tiny_model(3), planted_features(40), EvaluationSettings(replicates=0, probes=False))
+    quick = EvaluationSettings(replicates=0, probes=False)
+    evaluation = evaluate_model(SparcModel.from_pretrained(root / "run"), planted_features(40), quick)
     write_report({"run": evaluation}, root / "report")
     sparc("card", model=root / "run", results=root / "report" / "results.json")
     sparc("concepts", model=root / "run", features=features)
@@ -133,7 +134,7 @@ def test_training_over_an_older_run(tmp_path, features, check):
     assert (tmp_path / "former" / "run" / "concepts.json").exists()
 
 
-@points(7)
+@points(17)
 def test_training_over_an_older_run_and_resuming(tmp_path, features, check):
     """The older run is never taken for the one to be resumed."""
     root = tmp_path / "root"
@@ -142,7 +143,7 @@ def test_training_over_an_older_run_and_resuming(tmp_path, features, check):
     check(lambda: training(root, features, seed=2, overwrite=True, resume=True), root, "run")
 
 
-@points(7)
+@points(17)
 def test_training_into_a_folder_with_files_of_others(tmp_path, features, every, record_property):
     """The files of a new run come one after the other; its weights come last, when all else is there."""
     root, former = tmp_path / "root", tmp_path / "former"
