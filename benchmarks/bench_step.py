@@ -19,9 +19,10 @@ import torch
 from dense_baseline import DenseSparc
 from torch.profiler import ProfilerActivity, profile
 
-from sparc_hf import SparcConfig, SparcModel, sparse_ops
-from sparc_hf.optimizer import SparcAdam
-from sparc_hf.step_kernel import load_step_kernel
+from sparc_hf import SparcConfig, SparcModel
+from sparc_hf.model import sparse_ops
+from sparc_hf.training.optimizer import SparcAdam
+from sparc_hf.training.step_kernel import load_step_kernel
 
 
 def random_rows(widths: dict[str, int], batch: int) -> dict[str, torch.Tensor]:

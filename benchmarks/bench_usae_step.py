@@ -24,7 +24,7 @@ from torch import Tensor
 from usae_dense_baseline import DenseUsae
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.optimizer import UsaeAdamW
+from sparc_hf.training.optimizer import UsaeAdamW
 
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 3e-4, 1e-5, 1.0
 

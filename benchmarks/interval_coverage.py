@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from sparc_hf.count_figures import CountFigures
-from sparc_hf.intervals import mean_figure, random_groups, share_figure, unit_sums
+from sparc_hf.evaluation.count_figures import CountFigures
+from sparc_hf.evaluation.intervals import mean_figure, random_groups, share_figure, unit_sums
 from sparc_hf.metrics.cross_retrieval.cross_retrieval import vector_ranks
 
 GROUPS = 200

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from sparc_hf.version import __version__
 
 if TYPE_CHECKING:
-    from sparc_hf.configuration_sparc import SparcConfig
-    from sparc_hf.features import FeatureBatches, FeatureDataset
-    from sparc_hf.modeling_sparc import SparcModel, SparcOutput, SparseCodes
+    from sparc_hf.model.configuration_sparc import SparcConfig
+    from sparc_hf.features.dataset import FeatureBatches, FeatureDataset
+    from sparc_hf.model.modeling_sparc import SparcModel, SparcOutput, SparseCodes
     from sparc_hf.pipeline import SparcPipeline
 
 __all__ = [
@@ -45,13 +45,13 @@ def _register_auto_classes() -> None:
     """Make AutoConfig and AutoModel know this package's classes, importing the model's module at its first use."""
     from transformers import AutoConfig, AutoModel
 
-    from sparc_hf.configuration_sparc import SparcConfig
+    from sparc_hf.model.configuration_sparc import SparcConfig
 
     class ForwardToSparcModel(type):
         """Looks everything up on SparcModel; its module takes a second to import, which most scripts never need."""
 
         def __getattr__(cls, name: str) -> Any:
-            return getattr(import_module("sparc_hf.modeling_sparc").SparcModel, name)
+            return getattr(import_module("sparc_hf.model.modeling_sparc").SparcModel, name)
 
     stand_in = ForwardToSparcModel("SparcModel", (), {"config_class": SparcConfig})
     AutoConfig.register(SparcConfig.model_type, SparcConfig)

@@ -10,14 +10,14 @@ import pytest
 from conftest import planted_features, tiny_model
 from test_training import arguments, assert_same_weights
 
-from sparc_hf.atomic_files import write_json
-from sparc_hf.codes import CodeTable, encode_features
-from sparc_hf.concepts import Concept, load_concepts, save_concepts
-from sparc_hf.features import FeatureDataset
-from sparc_hf.parquet_features import write_parquet_split
-from sparc_hf.plain_files import read_json
-from sparc_hf.results import results_of_model
-from sparc_hf.space_index import (
+from sparc_hf.files.atomic_files import write_json
+from sparc_hf.codes.code_table import CodeTable, encode_features
+from sparc_hf.codes.concepts import Concept, load_concepts, save_concepts
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.parquet import write_parquet_split
+from sparc_hf.files.plain_files import read_json
+from sparc_hf.evaluation.results import results_of_model
+from sparc_hf.space.index import (
     CODES_FOLDER,
     COMPARED_FILES,
     FACTS_FILE,
@@ -25,8 +25,8 @@ from sparc_hf.space_index import (
     SpaceIndex,
     open_index,
 )
-from sparc_hf.top_samples import TOP_SAMPLES_FILE, top_samples, write_top_samples
-from sparc_hf.training import train
+from sparc_hf.codes.top_samples import TOP_SAMPLES_FILE, top_samples, write_top_samples
+from sparc_hf.training.trainer import train
 
 FLIPS = 40
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,7 +98,7 @@ def test_parquet_features(tmp_path, monkeypatch):
 
 
 def test_streamed_parquet(tmp_path):
-    from sparc_hf.streamed_batches import StreamedBatches
+    from sparc_hf.features.streamed_batches import StreamedBatches
 
     write_parquet_split(planted_features(50), tmp_path, "train")
     parquet = tmp_path / "data/train-00000-of-00001.parquet"
@@ -168,7 +168,7 @@ def test_a_checkpoint_has_no_other_files(stopped):
 def test_checkpoints(stopped, file, caplog):
     from accelerate import Accelerator
 
-    from sparc_hf.checkpoints import Checkpoints
+    from sparc_hf.training.checkpoints import Checkpoints
 
     found = Checkpoints(stopped, Accelerator(cpu=True))
     path = stopped / "checkpoints" / "step-00000020" / file

@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT
 
 from sparc_hf.cli import COMMANDS, main
-from sparc_hf.codes import CodeTable
+from sparc_hf.codes.code_table import CodeTable
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -164,9 +164,9 @@ def test_bad_settings_files(capsys, tmp_path, content):
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "sparc_hf" / "presets").glob("*.yaml")))
 def test_presets_hold_known_settings_only(preset):
-    from sparc_hf.extraction import ExtractionArguments
-    from sparc_hf.sources import parse_streams
-    from sparc_hf.training_arguments import SparcTrainingArguments
+    from sparc_hf.features.extraction import ExtractionArguments
+    from sparc_hf.features.sources.source import parse_streams
+    from sparc_hf.training.arguments import SparcTrainingArguments
 
     content = yaml.safe_load((ROOT / "sparc_hf" / "presets" / f"{preset}.yaml").read_text())
     extract = ExtractionArguments(source="s", output="o", **content["extract"])

@@ -10,8 +10,8 @@ from conftest import planted_features, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparc_hf.codes import CodeTable, encode_features
-from sparc_hf.top_samples import top_samples, write_top_samples
+from sparc_hf.codes.code_table import CodeTable, encode_features
+from sparc_hf.codes.top_samples import top_samples, write_top_samples
 
 
 def small_table() -> CodeTable:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparc_hf.concept_search import ConceptSearch
-from sparc_hf.concepts import Concept, Evidence, SimilarWord, surest_concepts
+from sparc_hf.codes.concept_search import ConceptSearch
+from sparc_hf.codes.concepts import Concept, Evidence, SimilarWord, surest_concepts
 
 WORDS = st.text("abc -1ß中", min_size=1, max_size=6)
 

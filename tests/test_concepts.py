@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from sparc_hf.cli import main
-from sparc_hf.codes import CodeTable
-from sparc_hf.concepts import Concept, SimilarWord, load_concepts, log_odds_z, name_concepts, save_concepts
-from sparc_hf.features import FeatureDataset
-from sparc_hf.hub import write_model_card
-from sparc_hf.run_folder import save_model
+from sparc_hf.codes.code_table import CodeTable
+from sparc_hf.codes.concepts import Concept, SimilarWord, load_concepts, log_odds_z, name_concepts, save_concepts
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.hub.cards import write_model_card
+from sparc_hf.model_folder import save_model
 
 ROWS = 200
 

@@ -6,7 +6,7 @@ from conftest import ROOT  # noqa: F401 the offline switches are set there
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 from sparc_hf.demo import ENCODERS_PATH
-from sparc_hf.demo.measure_encoders import clip_retrieval, shape_neighbours
+from sparc_hf.demo.encoder_training.measure import clip_retrieval, shape_neighbours
 from sparc_hf.demo.scenes import SPLITS, make_scene
 
 

@@ -8,8 +8,8 @@ import transformers
 from PIL import Image
 from tiny_encoders import SAVERS, TEXTS, save_clip, save_dinov2
 
-from sparc_hf.encoders import StreamEncoder, load_encoders
-from sparc_hf.pretrained import LONGEST_RATIO
+from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
+from sparc_hf.encoders.pretrained import LONGEST_RATIO
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (50, 40)) -> Image.Image:
@@ -154,7 +154,7 @@ def test_half_precision(folders):
 
 
 def test_shipped_encoders_are_named_without_their_folder(folders, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparc_hf.pretrained.__file__", str(tmp_path / "pretrained.py"))
+    monkeypatch.setattr("sparc_hf.encoders.pretrained.__file__", str(tmp_path / "pretrained.py"))
     shutil.copytree(folders["clip"], tmp_path / "demo" / "encoders" / "clip")
     encoder = StreamEncoder("txt", "demo:clip", "text")
     assert (encoder.record["encoder"], encoder.record["revision"]) == ("demo:clip", None)
@@ -234,7 +234,7 @@ def test_wrong_samples(folders):
 def test_the_image_backend_is_recorded_and_torchvision_must_be_there(folders, monkeypatch):
     encoder = StreamEncoder("x", str(folders["clip"]), "image")
     assert encoder.record["image_backend"] == "pil"
-    monkeypatch.setattr("sparc_hf.pretrained.is_torchvision_available", lambda: False)
+    monkeypatch.setattr("sparc_hf.encoders.pretrained.is_torchvision_available", lambda: False)
     with pytest.raises(ValueError, match="pip install torchvision"):
         StreamEncoder("x", str(folders["clip"]), "image", image_backend="torchvision")
     with pytest.raises(ValueError, match="'opencv'"):

@@ -11,7 +11,7 @@ import pytest
 from scipy.sparse import csr_array
 from tiny_features import RECORDS, arrays, assert_same, features
 
-from sparc_hf.features import FeatureDataset
+from sparc_hf.features.dataset import FeatureDataset
 
 
 @pytest.fixture
@@ -212,5 +212,5 @@ def test_buffers_off_their_boundary_are_read(tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, sparc_hf.features; assert not {'datasets', 'pandas', 'matplotlib'} & set(sys.modules)"
+    code = "import sys, sparc_hf.features.dataset; assert not {'datasets', 'pandas', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

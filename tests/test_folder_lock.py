@@ -16,8 +16,8 @@ from conftest import ROOT, planted_features, tiny_model
 from kill_points import in_child, outcome
 
 from sparc_hf.cli import main
-from sparc_hf.codes import CodeTable, encode_features
-from sparc_hf.folder_lock import FolderInUse, locked_folder
+from sparc_hf.codes.code_table import CodeTable, encode_features
+from sparc_hf.files.folder_lock import FolderInUse, locked_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 from photographs import odd_files, photograph, tagged
 from PIL import Image
 
-from sparc_hf.image_files import open_image, open_with_tag, orientation_of, turned, upright_rgb, upright_size
+from sparc_hf.encoders.inputs import open_image, open_with_tag, orientation_of, turned, upright_rgb, upright_size
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_what_is_no_image_is_refused_in_a_sentence(content, tmp_path):
 def test_pipes_folders_and_nothing_are_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     code = f"""
-from sparc_hf.image_files import open_image
+from sparc_hf.encoders.inputs import open_image
 for name in ("pipe.png", "", "none.png"):
     try:
         open_image({str(tmp_path)!r} + "/" + name)

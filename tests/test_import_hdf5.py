@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sparc_hf import FeatureDataset
-from sparc_hf.importers import ImportArguments, import_features, run_import
-from sparc_hf.legacy_hdf5 import AnalysisCache, FeatureFiles
+from sparc_hf.legacy.importing import ImportArguments, import_features, run_import
+from sparc_hf.legacy.hdf5_features import AnalysisCache, FeatureFiles
 
 h5py = pytest.importorskip("h5py")
 WIDTHS = {"zeta": 6, "alpha": 4}
@@ -102,7 +102,7 @@ def test_files_in_different_orders(tmp_path):
 
 
 def test_orders_are_compared_in_every_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("sparc_hf.legacy_hdf5.ROWS_AT_ONCE", 16)
+    monkeypatch.setattr("sparc_hf.legacy.hdf5_features.ROWS_AT_ONCE", 16)
     indices = np.arange(50)
     indices[49] = 7
     files = write_files(tmp_path, alpha={"indices": indices})
@@ -140,7 +140,7 @@ class StoppedError(Exception):
 
 
 def test_a_stopped_import_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("sparc_hf.legacy_hdf5.ROWS_AT_ONCE", 8)
+    monkeypatch.setattr("sparc_hf.legacy.hdf5_features.ROWS_AT_ONCE", 8)
     files = write_files(tmp_path)
     import_features(FeatureFiles(files), tmp_path / "whole", rows_per_shard=10)
     original, read = FeatureFiles.blocks, []

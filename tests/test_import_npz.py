@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparc_hf.importers import ImportArguments, import_features, run_import
-from sparc_hf.legacy_npz import ActivationTree
-from sparc_hf.sparse_ops import normalize_rows
+from sparc_hf.legacy.importing import ImportArguments, import_features, run_import
+from sparc_hf.legacy.npz_activations import ActivationTree
+from sparc_hf.model.sparse_ops import normalize_rows
 
 MODELS = {"SigLIP": (4, 6), "ViT": (5, 3), "DinoV2": (10, 5)}  # tokens and width: grids 2x2, 1 + 2x2, 1 + 3x3
 

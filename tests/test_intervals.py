@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.stats import binom, t
 
-from sparc_hf.count_figures import CountFigures
-from sparc_hf.intervals import jackknife_figure, mean_figure, random_groups, share_figure, unit_sums
+from sparc_hf.evaluation.count_figures import CountFigures
+from sparc_hf.evaluation.intervals import jackknife_figure, mean_figure, random_groups, share_figure, unit_sums
 
 SEEDS = st.integers(0, 2**31 - 1)
 

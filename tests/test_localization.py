@@ -13,15 +13,15 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.attribution import ConceptTarget
+from sparc_hf.maps.attribution import ConceptTarget
 from sparc_hf.cli import main
-from sparc_hf.coco_masks import mask_of
-from sparc_hf.codes import encode_features
-from sparc_hf.encoders import load_encoders
-from sparc_hf.features import FeatureDataset
-from sparc_hf.localization import LocalizationSettings, latents_of_classes, localize, otsu_threshold
-from sparc_hf.masked_images import MaskedImages, open_masked_images
-from sparc_hf.sources import parse_streams
+from sparc_hf.evaluation.coco_masks import mask_of
+from sparc_hf.codes.code_table import encode_features
+from sparc_hf.encoders.stream_encoder import load_encoders
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.evaluation.localization import LocalizationSettings, latents_of_classes, localize, otsu_threshold
+from sparc_hf.evaluation.masked_images import MaskedImages, open_masked_images
+from sparc_hf.features.sources.source import parse_streams
 
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=60).filter(lambda values: len(set(values)) > 1))
@@ -75,7 +75,7 @@ def test_figures_by_hand(demo, monkeypatch):
         stream = next(iter(used))
         return {stream: np.stack([grids[image.getpixel((0, 0))[0]][None] for image in read])}
 
-    monkeypatch.setattr("sparc_hf.localization.image_maps", maps)
+    monkeypatch.setattr("sparc_hf.evaluation.localization.image_maps", maps)
     latents = {"dino": {"a": ConceptTarget((1,))}}
     used = {"dino": encoders["dino"]}
     found = localize(model, used, images, latents, LocalizationSettings(batch_size=2))

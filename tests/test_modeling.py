@@ -7,7 +7,7 @@ import torch
 from conftest import random_features, tiny_model
 from transformers import AutoModel
 
-import sparc_hf.modeling_sparc as modeling
+import sparc_hf.model.modeling_sparc as modeling
 from sparc_hf import SparcConfig, SparcModel
 
 EVERY_FORM = [(streams, selection) for streams in (1, 2, 3, 5) for selection in ("global", "local")]

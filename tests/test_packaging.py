@@ -44,7 +44,7 @@ def test_the_wheel_holds_everything_the_package_reads(wheel):
 def test_the_card_template_is_found_inside_an_unpacked_wheel(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import sparc_hf.hub as hub; print(hub.templates_folder())"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import sparc_hf.hub.cards as hub; print(hub.templates_folder())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == str(tmp_path / "sparc_hf" / "hub_cards")

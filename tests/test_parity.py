@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.sparse_ops import normalize_rows
+from sparc_hf.model.sparse_ops import normalize_rows
 
 WIDTHS = {"dino": 24, "clip_img": 16, "clip_txt": 12}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

@@ -8,8 +8,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_encoders import SAVERS
 
-from sparc_hf.encoders import StreamEncoder, load_encoders
-from sparc_hf.token_grid import resample_tokens
+from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
+from sparc_hf.encoders.token_grid import resample_tokens
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
 

@@ -7,8 +7,8 @@ from PIL import Image
 from transformers import pipeline
 
 from sparc_hf import SparcConfig, SparcModel, SparcPipeline
-from sparc_hf.concepts import Concept, save_concepts
-from sparc_hf.encoders import StreamEncoder
+from sparc_hf.codes.concepts import Concept, save_concepts
+from sparc_hf.encoders.stream_encoder import StreamEncoder
 
 STREAMS = (("dino", "demo:dino", "image"), ("clip_img", "demo:clip", "image"), ("clip_txt", "demo:clip", "text"))
 

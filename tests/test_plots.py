@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from sparc_hf import plots
+from sparc_hf.evaluation import plots
 
 EDGES = np.logspace(-6, 0, 25)
 

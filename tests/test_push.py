@@ -17,14 +17,14 @@ from tiny_encoders import save_dinov2
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
-from sparc_hf.concepts import Concept, save_concepts
-from sparc_hf.encoders import StreamEncoder
-from sparc_hf.evaluation import EvaluationSettings, evaluate_model
-from sparc_hf.features import FeatureDataset
-from sparc_hf.hub import write_model_card
-from sparc_hf.push import PushArguments, run_push
-from sparc_hf.report import write_report
-from sparc_hf.run_folder import save_model
+from sparc_hf.codes.concepts import Concept, save_concepts
+from sparc_hf.encoders.stream_encoder import StreamEncoder
+from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.hub.cards import write_model_card
+from sparc_hf.hub.push import PushArguments, run_push
+from sparc_hf.evaluation.report import write_report
+from sparc_hf.model_folder import save_model
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_features_load_as_splits_and_stream_into_training(hub, tmp_path):
 import numpy as np
 from datasets import load_dataset
 from sparc_hf import FeatureDataset, SparcConfig, SparcModel
-from sparc_hf.streamed_batches import StreamedBatches
+from sparc_hf.features.streamed_batches import StreamedBatches
 features = FeatureDataset.load("hf://datasets/me/rows/held_out")
 np.save({str(tmp_path / "back.npy")!r}, features.array("dino"))
 assert features.label_names[0] == "cause 0" and features.ids[3] == "sample-3"

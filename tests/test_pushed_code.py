@@ -15,10 +15,10 @@ from test_push import hub, push  # noqa: F401 a fixture
 
 from sparc_hf import SparcModel
 from sparc_hf.cli import main
-from sparc_hf.concepts import Concept, save_concepts
-from sparc_hf.demo_run import DemoArguments, run_demo
-from sparc_hf.training import SparcTrainer
-from sparc_hf.training_arguments import SparcTrainingArguments
+from sparc_hf.codes.concepts import Concept, save_concepts
+from sparc_hf.demo.run import DemoArguments, run_demo
+from sparc_hf.training.trainer import SparcTrainer
+from sparc_hf.training.arguments import SparcTrainingArguments
 
 AUTO_MAP = {"AutoConfig": "configuration_sparc.SparcConfig", "AutoModel": "modeling_sparc.SparcModel"}
 LOAD = """

@@ -12,7 +12,7 @@ from library_folder import link_libraries
 from safetensors.torch import load_file, save_file
 
 from sparc_hf import SparcModel
-from sparc_hf.configuration_sparc import FORMAT_VERSION
+from sparc_hf.model.configuration_sparc import FORMAT_VERSION
 
 CODE = """
 import sys

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_encoders import save_clip, save_dinov2
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.encoders import StreamEncoder, load_encoders
+from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.pipeline import SparcPipeline
 
 # Code that leaves a trace when it is imported, and else is what it says it is.

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from sparc_hf.features import FeatureDataset
-from sparc_hf.training_arguments import SparcTrainingArguments
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.training.arguments import SparcTrainingArguments
 
 SETTINGS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))

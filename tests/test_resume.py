@@ -14,8 +14,8 @@ from test_training import arguments, assert_same_weights, log_of
 
 from sparc_hf import SparcModel
 from sparc_hf.cli import main
-from sparc_hf.features import FeatureDataset
-from sparc_hf.training import SparcTrainer, TrainingInterrupted, train
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.training.trainer import SparcTrainer, TrainingInterrupted, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # 600 rows less 60 make 9 steps an epoch; entries are logged each 5 steps and saved each 3.

@@ -18,14 +18,15 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from sparc_hf import SparcModel, space_data
-from sparc_hf.concepts import load_concepts
-from sparc_hf.encoders import StreamEncoder
-from sparc_hf.features import FeatureDataset
-from sparc_hf.space_data import ORDERS, card_text, open_space, with_own_modules
-from sparc_hf.space_index import index_name, open_index
-from sparc_hf.space_maps import explain, latent_maps, seen_images
-from sparc_hf.space_page import (
+from sparc_hf import SparcModel
+from sparc_hf.space import data as space_data
+from sparc_hf.codes.concepts import load_concepts
+from sparc_hf.encoders.stream_encoder import StreamEncoder
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.space.data import ORDERS, card_text, open_space, with_own_modules
+from sparc_hf.space.index import index_name, open_index
+from sparc_hf.space.seen_maps import explain, latent_maps, seen_images
+from sparc_hf.space.fragments import (
     compare_page,
     heat_image,
     latent_page,
@@ -201,7 +202,7 @@ def test_a_backbone_without_maps_shows_plain_images(data, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("no attention maps here")
 
-    monkeypatch.setattr("sparc_hf.space_maps.image_maps", refuse)
+    monkeypatch.setattr("sparc_hf.space.seen_maps.image_maps", refuse)
     assert latent_maps(data, 5, {"dino": [1]}) == {}
     found = explain(data, data.image(1), data.caption(1), latent=5)
     assert found.maps["dino"].heat is None
@@ -284,7 +285,7 @@ def test_names_that_come_with_the_model_win(data, tmp_path):
 
 
 def test_a_failed_index_leaves_nothing(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparc_hf.space_index._write_thumbnails", lambda *_: 1 / 0)
+    monkeypatch.setattr("sparc_hf.space.index._write_thumbnails", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         open_index(data.model, data.features, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -305,8 +306,8 @@ def test_a_model_of_ones_own(data, cache, tmp_path):
 def test_an_index_has_the_same_name_in_every_process(data, cache):
     demo = next(cache.glob("demo-*"))
     code = (
-        "from sparc_hf import SparcModel; from sparc_hf.features import FeatureDataset\n"
-        "from sparc_hf.concepts import load_concepts; from sparc_hf.space_index import index_name\n"
+        "from sparc_hf import SparcModel; from sparc_hf.features.dataset import FeatureDataset\n"
+        "from sparc_hf.codes.concepts import load_concepts; from sparc_hf.space.index import index_name\n"
         f"model, features = SparcModel.from_pretrained({str(demo / 'model')!r}), {str(demo / 'features' / 'test')!r}\n"
         f"print(index_name(model, FeatureDataset.load(features), load_concepts({str(demo / 'model')!r})))"
     )

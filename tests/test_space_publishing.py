@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-from sparc_hf.push import PushArguments, run_push
-from sparc_hf.space_publishing import dependencies
+from sparc_hf.hub.push import PushArguments, run_push
+from sparc_hf.space.publishing import dependencies
 
 pytest.importorskip("gradio", reason="the Space needs gradio")
 

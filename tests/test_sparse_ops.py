@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparc_hf.sparse_ops import (
+from sparc_hf.model.sparse_ops import (
     ROWS_IN_CACHE,
     Selection,
     decode_errors,

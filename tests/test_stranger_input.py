@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparc_hf.stranger_input import (
+from sparc_hf.space.visitor_input import (
     MAX_BYTES,
     MAX_CHARACTERS,
     MAX_SIDE,

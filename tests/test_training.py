@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, planted_features, tiny_model, torch_operators_only
 
 from sparc_hf import SparcModel
-from sparc_hf.step_kernel import load_step_kernel
-from sparc_hf.training import SparcTrainer, TrainingInterrupted, train
-from sparc_hf.training_arguments import SparcTrainingArguments
+from sparc_hf.training.step_kernel import load_step_kernel
+from sparc_hf.training.trainer import SparcTrainer, TrainingInterrupted, train
+from sparc_hf.training.arguments import SparcTrainingArguments
 
 SMALL = {
     "num_latents": 48,
@@ -260,7 +260,7 @@ def test_resume_refuses_other_settings(tmp_path, planted_folder):
 
 
 def test_centering_starts_at_the_mean_of_the_normalised_rows(tmp_path, planted_folder):
-    from sparc_hf.features import FeatureDataset
+    from sparc_hf.features.dataset import FeatureDataset
 
     args = arguments(tmp_path / "run", planted_folder, center=True)
     features = FeatureDataset.load(planted_folder)
@@ -272,7 +272,7 @@ def test_centering_starts_at_the_mean_of_the_normalised_rows(tmp_path, planted_f
 
 
 def test_zero_or_nan_rows_are_found_before_training(tmp_path):
-    from sparc_hf.features import FeatureDataset
+    from sparc_hf.features.dataset import FeatureDataset
 
     good = planted_features(100)
     arrays = {name: good.array(name) for name in good.stream_names}

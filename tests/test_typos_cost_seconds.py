@@ -14,8 +14,8 @@ from PIL import Image
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
-from sparc_hf.concepts import Concept, save_concepts
-from sparc_hf.features import FeatureDataset
+from sparc_hf.codes.concepts import Concept, save_concepts
+from sparc_hf.features.dataset import FeatureDataset
 
 RECORDS = [
     {"name": "dino", "hidden_size": 8, "encoder": "demo:dino", "modality": "image", "pooling": "cls"},
@@ -24,18 +24,18 @@ RECORDS = [
 ]
 # What costs minutes on real data, by where it is looked up.
 EXPENSIVE = (
-    "sparc_hf.codes.encode_features",
-    "sparc_hf.concept_sheets.encode_features",
-    "sparc_hf.sample_search.encode_features",
-    "sparc_hf.evaluation._encoded",
-    "sparc_hf.encoders.frozen_model",
-    "sparc_hf.training.SparcTrainer.train",
-    "sparc_hf.extraction.extract_features",
-    "sparc_hf.demo_run.extract_features",
-    "sparc_hf.space_data.open_space",
-    "sparc_hf.push.write_parquet_split",
-    "sparc_hf.push.prepare_model",
-    "sparc_hf.importers.import_features",
+    "sparc_hf.codes.code_table.encode_features",
+    "sparc_hf.maps.contact_sheets.encode_features",
+    "sparc_hf.cli.retrieve.encode_features",
+    "sparc_hf.evaluation.suite._encoded",
+    "sparc_hf.encoders.stream_encoder.frozen_model",
+    "sparc_hf.training.trainer.SparcTrainer.train",
+    "sparc_hf.features.extraction.extract_features",
+    "sparc_hf.demo.run.extract_features",
+    "sparc_hf.space.data.open_space",
+    "sparc_hf.hub.push.write_parquet_split",
+    "sparc_hf.hub.push.prepare_model",
+    "sparc_hf.legacy.importing.import_features",
 )
 
 
@@ -227,8 +227,8 @@ def test_checksums_are_compared_after_the_model_is_found(world, monkeypatch, cap
 
 
 def test_nobody_signed_in_is_told_before_rows_are_written(world, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sparc_hf.push.write_parquet_split", begun)
-    monkeypatch.setattr("sparc_hf.push.prepare_model", begun)
+    monkeypatch.setattr("sparc_hf.hub.push.write_parquet_split", begun)
+    monkeypatch.setattr("sparc_hf.hub.push.prepare_model", begun)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for what in ("--features {w}/features", "--model {w}/model"):
         assert main(f"push --repo me/x {what}".format(w=world).split()) == 2
@@ -236,7 +236,7 @@ def test_nobody_signed_in_is_told_before_rows_are_written(world, monkeypatch, ca
 
 
 def test_a_port_that_is_taken_is_told_before_the_demo_is_prepared(monkeypatch, capsys):
-    monkeypatch.setattr("sparc_hf.space_data.open_space", begun)
+    monkeypatch.setattr("sparc_hf.space.data.open_space", begun)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

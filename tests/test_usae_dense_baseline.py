@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.optimizer import UsaeAdamW
+from sparc_hf.training.optimizer import UsaeAdamW
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from usae_dense_baseline import DenseUsae

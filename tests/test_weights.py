@@ -18,9 +18,9 @@ from transformers import AutoModel
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
-from sparc_hf.run_folder import save_model
-from sparc_hf.training import SparcTrainer
-from sparc_hf.training_arguments import SparcTrainingArguments
+from sparc_hf.model_folder import save_model
+from sparc_hf.training.trainer import SparcTrainer
+from sparc_hf.training.arguments import SparcTrainingArguments
 
 REFUSED = "not the file that config.json was saved with"
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sparc_hf.features import FeatureDataset
+from sparc_hf.features.dataset import FeatureDataset
 
 WIDTHS = {"zeta": 6, "alpha": 4}  # not in alphabetical order, which must survive
 RECORDS = [

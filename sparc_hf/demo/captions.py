@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .taxonomy import (
+from sparc_hf.demo.taxonomy import (
     BACKGROUND_SYNONYMS,
     COLOUR_SYNONYMS,
     SHAPE_SYNONYMS,

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .captions import ObjectFacts, write_caption
-from .raster import COLOUR_VALUES, IMAGE_SIZE, MAX_TURN, paint_background, paint_object
-from .taxonomy import (
+from sparc_hf.demo.captions import ObjectFacts, write_caption
+from sparc_hf.demo.raster import COLOUR_VALUES, IMAGE_SIZE, MAX_TURN, paint_background, paint_object
+from sparc_hf.demo.taxonomy import (
     BACKGROUND_OFFSET,
     BACKGROUNDS,
     CLASS_NAMES,

@@ -1,0 +1,239 @@
+"""The demo CLIP: a small `CLIPModel` and its tokenizer, trained on scenes and their captions."""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from sparc_hf.demo.raster import IMAGE_SIZE
+
+logger = logging.getLogger(__name__)
+
+CONTEXT_LENGTH = 32
+IMAGE_MEAN = (0.5, 0.5, 0.5)
+IMAGE_STD = (0.25, 0.25, 0.25)
+_SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
+_MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class ClipRecipe:
+    """Settings of the CLIP training; the defaults made the shipped encoder.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: images per step.
+        captions_per_image: captions each image is matched with in a step; text is cheap beside images.
+        learning_rate: peak, after a linear warm-up of 5 % and before a cosine decay to 0.
+        hidden_size: width of both towers.
+        vision_layers: blocks of the image tower.
+        text_layers: blocks of the text tower.
+        patch_size: in pixels.
+        weight_decay: of AdamW.
+        seed: of the initial weights and of the order of scenes.
+    """
+
+    steps: int = 2000
+    batch_size: int = 128
+    captions_per_image: int = 2
+    learning_rate: float = 1.5e-3
+    hidden_size: int = 128
+    vision_layers: int = 4
+    text_layers: int = 3
+    patch_size: int = 8
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+def build_tokenizer(captions: Iterable[str], vocabulary_size: int = 1200) -> CLIPTokenizer:
+    """Byte-level BPE trained on captions: their words are one token each, any other text falls into pieces."""
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The trainer alone would keep `x</w>` only for characters it saw at a word's end: unknown text needs all.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[*_SPECIAL_TOKENS, *(f"{character}</w>" for character in alphabet)],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    trained.train_from_iterator(captions, trainer)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=CONTEXT_LENGTH)  # pyright: ignore[reportArgumentType]
+
+
+def build_clip(tokenizer: CLIPTokenizer, recipe: ClipRecipe) -> CLIPModel:
+    """A CLIPModel with fresh weights for 64-pixel images and this tokenizer."""
+    special_ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    width = recipe.hidden_size
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": width // 32,
+        "projection_dim": width,
+    }
+    config = CLIPConfig(
+        vision_config={
+            **tower,
+            "num_hidden_layers": recipe.vision_layers,
+            "image_size": IMAGE_SIZE,
+            "patch_size": recipe.patch_size,
+        },
+        text_config={
+            **tower,
+            **special_ids,
+            "num_hidden_layers": recipe.text_layers,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": CONTEXT_LENGTH,
+        },
+        projection_dim=width,
+        logit_scale_init_value=math.log(10),
+    )
+    return CLIPModel(config)
+
+
+def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
+    """Tokenizer and image processor (64 pixels, no crop) in one."""
+    image_processor = CLIPImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        do_center_crop=False,
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+    )
+    return CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+    """uint8 [batch, 64, 64, 3] -> float32 [batch, 3, 64, 64], normalised as the image processors do."""
+    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    return (pixels - mean) / std
+
+
+def encode_captions(tokenizer: CLIPTokenizer, captions: Sequence[Sequence[str]]) -> np.ndarray:
+    """Token ids int64 [scenes, captions per scene, 32]."""
+    flat = [caption for of_scene in captions for caption in of_scene]
+    ids = tokenizer(flat, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
+    return np.asarray(ids, dtype=np.int64).reshape(len(captions), -1, CONTEXT_LENGTH)
+
+
+def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Symmetric cross-entropy of matching rows; unit rows [batch, dim] on both sides, `scale` 0-dim."""
+    logits = scale * images @ texts.T
+    target = torch.arange(len(images), device=images.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def learning_rate_share(step: int, steps: int, warm_up: float = 0.05) -> float:
+    """Linear warm-up over a share of the steps, then a cosine to 0; in 0..1."""
+    start = max(1, int(warm_up * steps))
+    if step < start:
+        return (step + 1) / start
+    return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
+
+
+def adamw(module: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices only."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def index_batches(rows: int, batch_size: int, steps: int, rng: np.random.Generator) -> Iterable[np.ndarray]:
+    """`steps` arrays of `batch_size` row numbers, epoch by epoch in random order."""
+    queue = np.empty(0, dtype=np.int64)
+    for _ in range(steps):
+        if len(queue) < batch_size:
+            queue = np.concatenate([queue, rng.permutation(rows)])
+        batch, queue = queue[:batch_size], queue[batch_size:]
+        yield batch
+
+
+def _clip_step(model: Any, pixels: torch.Tensor, ids: torch.Tensor, pad_from: int) -> torch.Tensor:
+    """Loss of images [batch, 3, 64, 64] against captions [batch, captions, tokens]."""
+    batch, captions, _ = ids.shape
+    flat = ids.flatten(0, 1)
+    lengths = (flat == pad_from).int().argmax(dim=1) + 1
+    flat = flat[:, : int(lengths.max())]
+    mask = (torch.arange(flat.shape[1], device=flat.device) < lengths[:, None]).long()
+    images = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+    texts = F.normalize(model.get_text_features(input_ids=flat, attention_mask=mask).pooler_output, dim=-1)
+    texts = texts.view(batch, captions, -1)
+    scale = model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+    losses = [contrastive_loss(images, texts[:, number], scale) for number in range(captions)]
+    return torch.stack(losses).mean()
+
+
+def train_clip(
+    images: np.ndarray,
+    captions: Sequence[Sequence[str]],
+    *,
+    recipe: ClipRecipe | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[CLIPModel, CLIPProcessor]:
+    """Train both towers from nothing.
+
+    Args:
+        images: uint8 [scenes, 64, 64, 3].
+        captions: the captions of each scene, equally many for all.
+        recipe: settings, default `ClipRecipe()`.
+        device: where to train.
+
+    Returns:
+        The model in eval mode and its processor.
+    """
+    recipe = recipe or ClipRecipe()
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    tokenizer = build_tokenizer(caption for of_scene in captions for caption in of_scene)
+    token_ids = encode_captions(tokenizer, captions)
+    end = int(tokenizer.convert_tokens_to_ids(_SPECIAL_TOKENS[1]))  # pyright: ignore[reportArgumentType]
+    model: Any = build_clip(tokenizer, recipe)
+    model.to(device).train()
+    optimizer = adamw(model, recipe.learning_rate, recipe.weight_decay)
+    progress = tqdm(
+        index_batches(len(images), recipe.batch_size, recipe.steps, rng), total=recipe.steps, desc="clip", unit="step"
+    )
+    for step, rows in enumerate(progress):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * learning_rate_share(step, recipe.steps)
+        chosen = rng.permuted(np.tile(np.arange(token_ids.shape[1]), (len(rows), 1)), axis=1)
+        chosen = chosen[:, : recipe.captions_per_image]
+        ids = torch.from_numpy(token_ids[rows[:, None], chosen]).to(device)
+        loss = _clip_step(model, to_pixels(images[rows], device), ids, end)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step == recipe.steps - 1:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+            logger.debug("clip step %d: loss %.4f", step, loss.item())
+    return model.eval(), build_processor(tokenizer)
+
+
+def save_clip(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
+    """Write weights in float16, config, tokenizer and processor; `AutoModel` and `AutoProcessor` load the folder."""
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    model.float()

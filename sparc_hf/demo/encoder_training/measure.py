@@ -1,0 +1,107 @@
+"""Measure the demo encoders on held-out scenes: `python -m sparc_hf.demo.encoder_training.measure [--encoders FOLDER]`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from sparc_hf.demo import ENCODERS_PATH
+from sparc_hf.demo.scenes import SPLITS, Scene, make_scene
+from sparc_hf.demo.taxonomy import SHAPES
+from sparc_hf.demo.encoder_training.dino import DinoRecipe, build_dino
+
+NEIGHBOURS = 20
+
+
+@torch.no_grad()
+def clip_retrieval(folder: Path, scenes: int = 1000) -> dict[str, float]:
+    """Return image-to-text and text-to-image recall over held-out scenes and their first captions.
+
+    A tie with the own caption is a miss, so scenes that share a caption word for word can never hit; `ceiling` is the
+    share of the others.
+    """
+    samples = [make_scene(index) for index in SPLITS["test"][:scenes]]
+    captions = [scene.captions[0] for scene in samples]
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(folder)(captions, padding=True, truncation=True, return_tensors="pt")
+    texts = F.normalize(model.get_text_features(**tokens).pooler_output, dim=1)
+    pooled = _encode(folder, [scene.image for scene in samples], lambda x: model.get_image_features(x).pooler_output)
+    similarity = F.normalize(pooled, dim=1) @ texts.T
+    own = similarity.diagonal()
+    figures = {"ceiling": sum(captions.count(caption) == 1 for caption in captions) / scenes}
+    for name, rows in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+        ranks = (rows >= own[:, None]).sum(dim=1)
+        figures |= {f"{name}_r_at_{depth}": (ranks <= depth).float().mean().item() for depth in (1, 5)}
+    return figures
+
+
+@torch.no_grad()
+def shape_neighbours(folder: Path, bank: int = 3000, queries: int = 1000) -> dict[str, float]:
+    """Return the k-NN shape accuracy (k 20, cosine) of the vision-only CLS token on scenes with one object.
+
+    The bank comes from the "train" scenes, the queries from the held-out ones. Beside it stand the most frequent
+    shape, raw pixels, and the same architecture with fresh weights.
+    """
+    known, asked = _single_objects("train", bank), _single_objects("test", queries)
+    shapes = [torch.tensor([scene.objects[0].shape for scene in scenes]) for scenes in (known, asked)]
+    torch.manual_seed(0)
+    models = {
+        "encoder": AutoModel.from_pretrained(folder, dtype=torch.float32),
+        "untrained": build_dino(DinoRecipe()).eval(),
+    }
+
+    def accuracy(features: Callable[[list[Scene]], Tensor]) -> float:
+        rows, others = F.normalize(features(asked), dim=1), F.normalize(features(known), dim=1)
+        nearest = (rows @ others.T).topk(NEIGHBOURS, dim=1)
+        votes = torch.zeros(len(rows), len(SHAPES))
+        votes.scatter_add_(1, shapes[0][nearest.indices], nearest.values)
+        return (votes.argmax(dim=1) == shapes[1]).float().mean().item()
+
+    def pixels(scenes: list[Scene]) -> Tensor:
+        return torch.from_numpy(np.stack([np.asarray(scene.image) for scene in scenes])).flatten(1).float() - 128
+
+    figures = {"most_frequent": (shapes[1].bincount().max() / len(asked)).item(), "pixels": accuracy(pixels)}
+    for name, model in models.items():
+        figures[name] = accuracy(
+            lambda scenes, model=model: _encode(
+                folder, [scene.image for scene in scenes], lambda x: model(x).last_hidden_state[:, 0]
+            )
+        )
+    return figures
+
+
+def _single_objects(split: str, count: int) -> list[Scene]:
+    found: list[Scene] = []
+    for index in SPLITS[split]:
+        scene = make_scene(index)
+        found += [scene] if len(scene.objects) == 1 else []
+        if len(found) == count:
+            return found
+    raise ValueError(f"the split `{split}` has fewer than {count} scenes with one object")
+
+
+def _encode(folder: Path, images: list[Any], pooled: Callable[[Tensor], Tensor], batch: int = 250) -> Tensor:
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    return torch.cat([pooled(part) for part in pixels.split(batch)])
+
+
+def main() -> None:
+    """Print the figures as JSON."""
+    parser = argparse.ArgumentParser(description="Measure the demo encoders on held-out scenes.")
+    parser.add_argument("--encoders", type=Path, default=ENCODERS_PATH, help="folder with `clip/` and `dino/`")
+    folder = parser.parse_args().encoders
+    figures = {"clip": clip_retrieval(folder / "clip"), "dino_shapes": shape_neighbours(folder / "dino")}
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""Evaluate a model on a feature dataset: every figure of the papers, under joint and single-stream encoding."""
+
+import itertools
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm.auto import tqdm
+
+from sparc_hf.codes.code_table import ENCODINGS, CodeTable, check_streams, code_batches, code_columns, encode_features
+from sparc_hf.evaluation.count_figures import CountFigures
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.evaluation.intervals import Figure, mean_figure, plain_figure, random_groups, share_figure, unit_sums
+from sparc_hf.metrics.concept_alignment.concept_alignment import (
+    concept_alignment,
+    taxonomy_buckets,
+)
+from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
+from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
+from sparc_hf.metrics.reconstruction.reconstruction import FIGURES, figures_of_terms, row_terms
+from sparc_hf.model.modeling_sparc import SparcModel
+from sparc_hf.files.plain_files import Taxonomy, checked
+from sparc_hf.evaluation.probes import (
+    FEWEST_ROWS,
+    bridge_figures,
+    classifier_figures,
+    monosemanticity_figures,
+    probe_figures,
+    stability_figures,
+)
+from sparc_hf.evaluation.retrieval import FAMILIES, model_ranks
+from sparc_hf.codes.universality import latent_universality
+
+logger = logging.getLogger(__name__)
+
+HIT_DEPTH = 1
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How much is measured, and how.
+
+    Attributes:
+        batch_size: rows encoded at a time.
+        replicates: how often figures made from counts are measured again for their intervals, each time without
+            another part of the rows; 0 leaves all intervals out.
+        retrieval_rows: samples that retrieval is measured on, spread evenly; all by default.
+        probes: whether the slow parts are done too: probes and classifiers, where there are labels, and matching the
+            atoms of models.
+        seed: of what is drawn: the parts of the rows, and the probes' splits.
+        dataset: what cards and reports call the rows.
+    """
+
+    batch_size: int = 1024
+    replicates: int = 200
+    retrieval_rows: int | None = None
+    probes: bool = True
+    seed: int = 0
+    dataset: str = "held-out rows"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "retrieval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but it is {value}")
+        if self.replicates < 0 or self.replicates == 1:
+            raise ValueError(f"`replicates` must be 0, or 2 or more, but it is {self.replicates}")
+
+
+@dataclass
+class Evaluation:
+    """What was measured of one model.
+
+    Attributes:
+        results: JSON-ready figures, see `evaluate_model`.
+        latents: encoding -> column -> [N], figures of single latents.
+    """
+
+    results: dict[str, Any]
+    latents: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+def evaluate_models(
+    models: Mapping[str, SparcModel], features: FeatureDataset, settings: EvaluationSettings | None = None
+) -> dict[str, Evaluation]:
+    """Return name -> evaluation of several models on the same rows; see `evaluate_model`.
+
+    With `probes`, the `results` of models that have others of their shape also hold "stability": other model ->
+    stream -> mean cosine of matched atoms.
+    """
+    for model in models.values():  # before the first one takes its minutes
+        check_streams(model, features)
+    evaluations = {name: evaluate_model(model, features, settings) for name, model in models.items()}
+    if settings is None or settings.probes:
+        for name, others in stability_figures(models).items():
+            if others:
+                evaluations[name].results["stability"] = others
+    return evaluations
+
+
+def evaluate_model(
+    model: SparcModel, features: FeatureDataset, settings: EvaluationSettings | None = None
+) -> Evaluation:
+    """Measure a model on a feature dataset; the model is left as it was.
+
+    Everything is measured twice: under joint encoding, in which every stream of a sample helps to choose the latents
+    of the others (with global selection the counterpart is then partly given away), and under single-stream encoding,
+    in which each stream stands alone. With local selection the two are the same.
+
+    Returns:
+        An evaluation whose `results` hold "dataset", "rows", "model" (the settings that tell models apart), and for
+        each of "joint" and "single":
+        "headline": name -> {"value", "low", "high"} with 95 % intervals, see `intervals`;
+        "reconstruction": nmse, fvu, r2, cosine -> target -> source -> number;
+        "liveness": what `latent_liveness` returns, without the per-latent part;
+        "universality": means of `concept_universality` over the latents that fire above the model's dead threshold;
+        "alignment" (with labels): "depths", and per depth "mean" over all latents and "mean_live" over live ones;
+        "retrieval": family -> "source->target" -> R@1, R@5, R@10, median_rank, mrr;
+        "probes" and "classifiers" (with labels, where the settings want them): see `probing`;
+        "monosemanticity" (single-stream codes only) and "bridge_own_share" (where streams share an encoder): likewise.
+
+    Raises:
+        ValueError: for streams the dataset lacks, unusable rows, or a class that is not in the dataset's taxonomy.
+    """
+    settings = settings or EvaluationSettings()
+    check_streams(model, features)
+    _check_labels(features, settings)
+    config = model.config
+    training = model.training
+    model.eval()
+    facts = ("selection", "objective", "num_latents", "k", "cross_coef")
+    results: dict[str, Any] = {
+        "dataset": settings.dataset,
+        "rows": len(features),
+        "model": {name: getattr(config, name) for name in facts} | {"streams": config.stream_names},
+    }
+    evaluation = Evaluation(results)
+    try:
+        for encoding in ENCODINGS:
+            if encoding == "single" and config.selection == "local":
+                results[encoding], evaluation.latents[encoding] = results["joint"], evaluation.latents["joint"]
+                continue
+            measured = Measurements(model, features, encoding, settings)
+            results[encoding] = _json_ready(measured.figures())
+            evaluation.latents[encoding] = measured.latents
+    finally:
+        model.train(training)
+    return evaluation
+
+
+class Measurements:
+    """The figures of a model under one encoding, from one pass over the features.
+
+    Args:
+        model: in eval mode.
+        features: with the model's streams.
+        encoding: "joint" or "single".
+        settings: how much is measured.
+    """
+
+    def __init__(self, model: SparcModel, features: FeatureDataset, encoding: str, settings: EvaluationSettings):
+        self.model, self.features, self.encoding, self.settings = model, features, encoding, settings
+        self.streams = model.config.stream_names
+        self.latents: dict[str, np.ndarray] = {}
+        self.table, self.terms, self.mean_rows = _encoded(model, features, encoding, settings.batch_size)
+        self._check_rows()
+
+    @cached_property
+    def codes(self) -> dict[str, Any]:
+        """Stream -> sparse codes [rows, N]."""
+        return {stream: self.table.csr(stream) for stream in self.streams}
+
+    @cached_property
+    def labels(self) -> Any:
+        """Sparse 0/1 [rows, classes], or None where no row has a label."""
+        return _labels_of(self.features)
+
+    @cached_property
+    def units(self) -> np.ndarray:
+        """Int [rows]: which rows are drawn together, the patch tokens of a sample; else each row alone."""
+        rows = len(self.features)
+        has_samples = "sample" in self.features.column_names
+        return np.array(self.features.column("sample", range(rows))) if has_samples else np.arange(rows)
+
+    @cached_property
+    def searched_rows(self) -> np.ndarray:
+        """The rows that retrieval is measured on, spread evenly."""
+        rows = len(self.features)
+        return np.unique(np.linspace(0, rows - 1, min(self.settings.retrieval_rows or rows, rows), dtype=np.int64))
+
+    @cached_property
+    def ranks(self) -> dict[str, dict[str, np.ndarray]]:
+        """Family -> "source->target" -> int64 [retrieval rows]."""
+        if len(self.searched_rows) == len(self.features):
+            return model_ranks(self.model, self.features, self.table, batch_size=self.settings.batch_size)
+        part = self.features.select(self.searched_rows)
+        codes = encode_features(self.model, part, encoding=self.encoding, batch_size=self.settings.batch_size)
+        return model_ranks(self.model, part, codes, batch_size=self.settings.batch_size)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures as `evaluate_model` describes them, and fill `latents`."""
+        found: dict[str, Any] = {"reconstruction": self._reconstruction(), "liveness": self._liveness()}
+        found["universality"] = self._universality()
+        if self.labels is not None:
+            found["alignment"] = self._alignment()
+        found["retrieval"] = {
+            family: {pair: retrieval_figures(ranks) for pair, ranks in pairs.items()}
+            for family, pairs in self.ranks.items()
+        }
+        seed = self.settings.seed
+        if self.labels is not None and self.settings.probes:
+            found["probes"] = probe_figures(self.codes, self.labels, seed=seed)
+            found["classifiers"] = classifier_figures(self.model, self.features, self.table, self.labels, seed=seed)
+        if self.encoding == "single" or self.model.config.selection == "local":
+            found["monosemanticity"] = monosemanticity_figures(self.model, self.features, self.table)
+        if bridges := bridge_figures(self.model, self.codes):
+            found["bridge_own_share"] = bridges
+        return {"headline": self._headline(), **found}
+
+    def _check_rows(self) -> None:
+        for stream in self.streams:
+            zero = np.flatnonzero(self.terms[stream, stream][:, 1] == 0)
+            if len(zero):
+                raise ValueError(
+                    f"stream `{stream}` holds only zeros in {self.features.row_name(int(zero[0]))}, so that its "
+                    "relative error is undefined; leave such rows out"
+                )
+
+    def _reconstruction(self) -> dict[str, Any]:
+        found: dict[str, Any] = {name: {target: {} for target in self.streams} for name in FIGURES}
+        for (target, source), terms in self.terms.items():
+            for name, value in figures_of_terms(terms, self.mean_rows[target]).items():
+                found[name][target][source] = value
+        return found
+
+    def _liveness(self) -> dict[str, Any]:
+        found = latent_liveness(self.codes)
+        frequency = found.pop("frequency")
+        self.latents |= {f"frequency/{stream}": share for stream, share in frequency.items()}
+        return found
+
+    def _universality(self) -> dict[str, Any]:
+        found = latent_universality(self.model, self.codes)
+        firing = np.sum(list(found["fires"].values()), axis=0) > 0
+        self.latents |= {name: found[name] for name in ("entropy", "cofires", "cofire_jaccard", "energy")}
+        means = {
+            f"mean_{name}": found[name][firing].mean() if firing.any() else math.nan
+            for name in ("entropy", "cofire_jaccard", "cofire_iou")
+        }
+        return {"threshold": self.model.config.dead_threshold, "firing": int(firing.sum()), **means}
+
+    def _alignment(self) -> dict[str, Any]:
+        buckets = None
+        if self.features.taxonomy is not None and self.features.label_names is not None:
+            buckets = taxonomy_buckets(self.features.label_names, self.features.taxonomy)
+        found = concept_alignment(self.codes, self.labels, buckets)
+        depths = list(range(len(found["mean"])))
+        self.latents |= {f"jaccard/depth{depth}": found["per_latent"][depth] for depth in depths}
+        live = int(found["live"].sum())
+        return {"depths": depths, "mean": found["mean"], "mean_live": found["mean_live"], "live": live}
+
+    def _headline(self) -> dict[str, Figure]:
+        """Figures one would put first, with intervals."""
+        errors = {
+            "nmse_self": [_relative_error(self.terms[name, name]) for name in self.streams],
+            "nmse_cross": [_relative_error(self.terms[pair]) for pair in itertools.permutations(self.streams, 2)],
+        }
+        hits = {
+            f"{family}_r_at_{HIT_DEPTH}": [ranks <= HIT_DEPTH for ranks in self.ranks[family].values()]
+            for family in FAMILIES
+        }
+        seed, replicates = self.settings.seed, self.settings.replicates
+        groups = list(random_groups(self.units, replicates, seed)) if replicates else []
+        found = {
+            name: mean_figure(*unit_sums(np.mean(rows, axis=0), self.units)) for name, rows in errors.items() if rows
+        }
+        found |= CountFigures(self.codes, self.labels).with_intervals(
+            tqdm(groups, desc="confidence intervals", unit="group", leave=False)
+        )
+        units = self.units[self.searched_rows]
+        found |= {name: share_figure(*unit_sums(np.mean(rows, axis=0), units)) for name, rows in hits.items() if rows}
+        return found if replicates else {name: plain_figure(figure["value"]) for name, figure in found.items()}
+
+
+def _labels_of(features: FeatureDataset) -> Any:
+    labels = features.labels_csr() if "labels" in features.column_names else None
+    return None if labels is None or not labels.nnz else labels
+
+
+def _check_labels(features: FeatureDataset, settings: EvaluationSettings) -> None:
+    """Say what cannot be measured by the labels, before anything is."""
+    if features.taxonomy is not None and features.label_names is not None:
+        taxonomy_buckets(features.label_names, checked(features.taxonomy, Taxonomy, "taxonomy"))
+    labels = _labels_of(features)
+    if labels is None and "labels" in features.column_names:
+        logger.warning("no row of %s has a label, so that nothing is measured by labels", settings.dataset)
+    if labels is not None and settings.probes and len(features) < FEWEST_ROWS:
+        raise ValueError(
+            f"probes and classifiers need {FEWEST_ROWS} rows or more, but there are {len(features)}; give more rows, "
+            "or leave them out (`probes=False`, `--no_probes`)"
+        )
+
+
+def _encoded(
+    model: SparcModel, features: FeatureDataset, encoding: str, batch_size: int
+) -> tuple[CodeTable, dict[tuple[str, str], np.ndarray], dict[str, np.ndarray]]:
+    """Return codes, (target, source) -> [rows, 5] reconstruction terms, and target -> mean row, in one pass."""
+    streams = model.config.stream_names
+    tables: list[pa.Table] = []
+    terms: dict[tuple[str, str], list[np.ndarray]] = {pair: [] for pair in itertools.product(streams, repeat=2)}
+    sums = {name: np.zeros(size) for name, size in model.config.hidden_sizes.items()}
+    for batch, codes in code_batches(model, features, encoding, batch_size):
+        tables.append(code_columns(codes))
+        with torch.no_grad():
+            for target, rows in model.normalize(batch).items():
+                original = rows.cpu().numpy()
+                sums[target] += original.sum(axis=0, dtype=np.float64)
+                for source in streams:
+                    decoded = model.decode(codes[source], to=target).float().cpu().numpy()
+                    terms[target, source].append(row_terms(original, decoded))
+    table = CodeTable(
+        pa.concat_tables(tables).combine_chunks(), num_latents=model.config.num_latents, encoding=encoding
+    )
+    return (
+        table,
+        {pair: np.concatenate(parts) for pair, parts in terms.items()},
+        {name: total / len(features) for name, total in sums.items()},
+    )
+
+
+def _relative_error(terms: np.ndarray) -> np.ndarray:
+    return terms[:, 0] / terms[:, 1]
+
+
+def _json_ready(value: Any) -> Any:
+    """Return nested values as JSON has them: lists for arrays, None for what is not a number."""
+    if isinstance(value, Mapping):
+        return {name: _json_ready(part) for name, part in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_json_ready(part) for part in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,334 @@
+"""Encoders over a dataset of images and texts: one pass that makes a feature dataset, resumable after a kill."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from sparc_hf.features.sources.coco import open_coco
+from sparc_hf.features.encoded_rows import ShardRows, encoded_columns, tokens_per_sample
+from sparc_hf.encoders.stream_encoder import StreamEncoder, checked_device, load_encoders
+from sparc_hf.cli.extraction_arguments import ExtractionArguments
+from sparc_hf.features.shards import MANIFEST_NAME, check_target
+from sparc_hf.features.statistics import standardization_of
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.files.folder_lock import launched_rank, locked_folder
+from sparc_hf.features.sources.imagenet import open_imagenet
+from sparc_hf.features.sources.open_images import open_open_images
+from sparc_hf.files.output_folder import check_output_folder
+from sparc_hf.features.row_format import RowFormat
+from sparc_hf.features.sample_reader import SampleReader, chosen_columns
+from sparc_hf.features.shard_folder import ShardFolder
+from sparc_hf.features.sources.source import Source, features_of, open_source, parse_streams
+
+if TYPE_CHECKING:
+    import datasets
+    from accelerate import PartialState
+
+__all__ = ["ExtractionArguments", "extract_features", "run_extraction"]
+
+logger = logging.getLogger(__name__)
+
+
+def extract_features(
+    dataset: "datasets.Dataset | datasets.IterableDataset",
+    encoders: Mapping[str, StreamEncoder],
+    path: str | os.PathLike,
+    *,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    id_column: str | None = None,
+    labels_column: str | None = None,
+    keep_columns: Sequence[str] = (),
+    batch_size: int = 64,
+    dtype: Literal["float32", "float16"] = "float32",
+    rows_per_shard: int = 4096,
+    workers: int = 2,
+    label_names: Sequence[str] | None = None,
+    taxonomy: Any = None,
+    source: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    autocast: bool = False,
+    on_error: Literal["stop", "skip"] = "stop",
+    repair: bool = False,
+) -> FeatureDataset:
+    """Encode every sample with every encoder, write the rows, and open the result.
+
+    A run that was stopped or killed goes on where it was when it is called again with the same arguments, and its
+    result equals that of a run without a stop. Under Accelerate's launcher, the processes share the work; they must
+    see one folder. With encoders of patch tokens every token is a row, and `sample` (row number in the source) and
+    `token` (place in the grid, row by row) say which; texts and images are then not copied.
+
+    Args:
+        dataset: the samples; an IterableDataset is read once, from its first row to its last.
+        encoders: stream name -> encoder, in the order of the streams; see `load_encoders`. Where one is to be
+            standardised and its record has no statistics, they are estimated from the rows (`standardization_of`).
+        path: the folder to make.
+        image_column: column of images (or of paths); found by its type if there is one.
+        text_column: column of texts, or of lists of captions, which are joined by a space; found by its type.
+        id_column: what becomes the `id` of a row; `id` by default, where there is such a column.
+        labels_column: class ids or lists of class ids; strings are looked up in `label_names`.
+        keep_columns: other columns to copy, the image column among them if wanted.
+        batch_size: samples that go through an encoder at once.
+        dtype: how the rows are stored.
+        rows_per_shard: rows of one file; a stopped run loses at most these. Patch tokens get at least a batch.
+        workers: processes that decode images; 0 to decode in this one.
+        label_names: names of the classes; taken from a ClassLabel column by default.
+        taxonomy: nested label hierarchy.
+        source: where the samples come from; rows and column names are added.
+        device: where the encoders run; they stay where they are by default.
+        autocast: run in bfloat16 on a CUDA device; the stream records say so.
+        on_error: "stop" at a row whose image cannot be read, whose text is empty, whose label is unknown, or whose
+            features are not finite; or "skip" it and list it in `skipped.jsonl`.
+        repair: make the damaged or missing shards of the finished dataset at `path` again.
+
+    Raises:
+        ValueError: for unusable settings, for a `path` that another process writes into, or naming the row at which
+            `on_error` stops; finished shards are kept.
+        OSError: if a shard cannot be written; finished shards are kept.
+    """
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"`on_error` must be stop or skip, but it is {on_error!r}")
+    _check_sizes(batch_size, rows_per_shard, workers)
+    if not encoders or not getattr(dataset, "num_rows", 1):
+        raise ValueError(f"nothing to extract: {len(encoders)} streams and {getattr(dataset, 'num_rows', '?')} rows")
+    tokens = tokens_per_sample(encoders)
+    columns = chosen_columns(
+        dataset,
+        {encoder.modality for encoder in encoders.values()},
+        image_column=image_column,
+        text_column=text_column,
+        id_column=id_column,
+        labels_column=labels_column,
+        keep_columns=keep_columns,
+    )
+    features = features_of(dataset)
+    if labels_column and label_names is None:
+        feature = features[labels_column]
+        label_names = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel
+    if device is not None:
+        place = checked_device(device)
+        for encoder in encoders.values():
+            encoder.to(place)
+    reader = SampleReader(
+        dataset,
+        columns,
+        encoders,
+        label_names=label_names,
+        samples_per_shard=rows_per_shard if tokens is None else max(rows_per_shard // tokens, batch_size),
+        batch_size=batch_size,
+        workers=workers,
+    )
+    records = [_record(encoder, name, autocast) for name, encoder in encoders.items()]
+    rows = RowFormat(records, dtype, _extra_columns(columns, features, tokens))
+    facts = {
+        "label_names": None if label_names is None else list(label_names),
+        "taxonomy": taxonomy,
+        "source": {**(source or {}), "rows": reader.total, **columns.record},
+    }
+    settings = {"streams": records, **facts, "columns": rows.column_types, "rows_per_shard": rows_per_shard}
+    processes = _processes()
+    with locked_folder(path, rank=launched_rank()):
+        with processes.main_process_first() if processes else nullcontext():
+            folder = ShardFolder(Path(path), settings, repair=repair)
+        if folder.finished and not repair:
+            logger.info("%s is finished already", path)
+            return FeatureDataset.load(path)
+        _make_shards(reader, encoders, rows, folder, tokens, autocast, on_error == "skip", processes)
+        if processes:
+            processes.wait_for_everyone()
+        if processes is None or processes.is_main_process:
+            streams = folder.streams or _with_statistics(folder, records, reader.shards)
+            folder.finish(rows.schema, {"streams": streams, **facts}, reader.shards)
+        if processes:
+            processes.wait_for_everyone()
+    return FeatureDataset.load(path, verify=False)  # these very files were just written or checked
+
+
+def run_extraction(args: ExtractionArguments) -> FeatureDataset:
+    """Do what the arguments say: open the source, load the encoders, extract, and open the result.
+
+    Raises:
+        ValueError: for unusable arguments, and as `extract_features`.
+    """
+    _check_sizes(args.batch_size, args.rows_per_shard, args.workers)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"`limit` must be at least 1 row, but it is {args.limit}")
+    check_output_folder(args.output)
+    if not (Path(args.output) / MANIFEST_NAME).is_file():  # a finished one is compared with the settings later
+        check_target(Path(args.output))
+    if args.device is not None:
+        checked_device(args.device)
+    if args.per_channel and args.normalize != "standardize":
+        raise ValueError(f"`per_channel` needs `normalize` standardize with it, but that is {args.normalize!r}")
+    records = parse_streams(args.encoders)
+    for record in records:
+        record["normalize"] = args.normalize
+        if args.per_channel:
+            record["per_channel"] = True
+        if record["modality"] == "image":
+            record["image_backend"] = args.image_backend
+        if args.grid is not None and record.get("pooling") == "tokens":
+            record["grid"] = args.grid
+    source = _source(args)
+    dataset = source.dataset
+    if args.limit is not None:
+        rows = getattr(dataset, "num_rows", None)
+        dataset = dataset.take(args.limit if rows is None else min(args.limit, rows))
+    processes = _processes()
+    default = processes.device if processes else "cuda" if torch.cuda.is_available() else "cpu"
+    modalities = {record["modality"] for record in records}
+    columns: dict[str, Any] = {
+        "image_column": args.image_column,
+        "text_column": args.text_column or (source.text_column if "text" in modalities else None),
+        "id_column": args.id_column,
+        "labels_column": args.labels_column or source.labels_column,
+        "keep_columns": args.keep_columns or (),
+    }
+    chosen_columns(dataset, modalities, **columns)  # a misspelt one is told before any model is loaded
+    return extract_features(
+        dataset,
+        load_encoders(records, device=args.device or default, trust_remote_code=args.trust_remote_code),
+        args.output,
+        **columns,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        rows_per_shard=args.rows_per_shard,
+        workers=args.workers,
+        label_names=source.label_names,
+        taxonomy=source.taxonomy,
+        source={"dataset": args.source, "split": args.split, **source.facts},
+        autocast=args.autocast,
+        on_error=args.on_error,
+        repair=args.repair,
+    )
+
+
+def _check_sizes(batch_size: int, rows_per_shard: int, workers: int) -> None:
+    if min(batch_size, rows_per_shard) < 1 or workers < 0:
+        raise ValueError("`batch_size` and `rows_per_shard` must be at least 1 and `workers` at least 0")
+
+
+def _source(args: ExtractionArguments) -> Source:
+    if args.source_format == "dataset":
+        return Source(open_source(args.source, args.split, args.streaming))
+    if args.streaming:
+        raise ValueError(f"`streaming` is for `source_format` dataset, but it is {args.source_format}")
+    if args.source_format == "coco":
+        if args.images is None:
+            raise ValueError("COCO needs the folder of its images; give it with `images`")
+        return open_coco(args.source, args.images, instances=args.instances, rows=args.rows or "image")
+    if args.source_format == "imagenet":
+        return open_imagenet(args.source, args.split, class_names=args.class_names, hierarchy=args.hierarchy)
+    if args.split is None:
+        raise ValueError("Open Images needs `split`: train, validation or test")
+    return open_open_images(
+        args.source,
+        args.split,
+        rows=args.rows or "caption",
+        captions=args.captions,
+        images=args.images,
+        label_files=args.label_files,
+        class_descriptions=args.class_names,
+        hierarchy=args.hierarchy,
+    )
+
+
+def _processes() -> "PartialState | None":
+    """Return the processes of a launcher, or None where this is the only one.
+
+    Raises:
+        ValueError: if they do not find each other, so that each would do all the work.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched < 2:
+        return None
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # Without this, processes on CPUs would each be the first of one. One may be done long before another.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    processes = PartialState(cpu=on_cpu, timeout=timedelta(days=1))
+    if processes.num_processes != launched:
+        raise ValueError(f"{launched} processes were launched, but this one knows of {processes.num_processes}")
+    return processes
+
+
+def _make_shards(
+    reader: SampleReader,
+    encoders: Mapping[str, StreamEncoder],
+    rows: RowFormat,
+    folder: ShardFolder,
+    tokens: int | None,
+    autocast: bool,
+    skip: bool,
+    processes: "PartialState | None",
+) -> None:
+    """Encode and save the shards of this process that are not there yet, with a progress bar."""
+    rank, size = (processes.process_index, processes.num_processes) if processes else (0, 1)
+
+    @cache
+    def wanted(shard: int) -> bool:
+        return shard % size == rank and folder.entry(shard) is None
+
+    total = done = None
+    if reader.total is not None:
+        mine = range(rank, reader.shards, size)
+        total = sum(map(reader.samples_in, mine))
+        done = total - sum(reader.samples_in(shard) for shard in mine if wanted(shard))
+        if done:
+            logger.info("going on behind %d samples that are done", done)
+    bar = tqdm(total=total, initial=done or 0, unit=" rows", desc="extract", disable=rank > 0)
+    with bar:
+        shard = ShardRows(rows, folder)
+        for batch in reader.batches(wanted):
+            if batch.shard != shard.number:
+                shard.save()
+                shard = ShardRows(rows, folder, batch.shard)
+            shard.append(*encoded_columns(batch, encoders, rows.dtype, tokens, autocast), skip=skip)
+            bar.update(len(batch.numbers) + len(batch.failed))
+        shard.save()
+
+
+def _record(encoder: StreamEncoder, name: str, autocast: bool) -> dict[str, Any]:
+    on = autocast and encoder.device.type == "cuda"
+    return encoder.record | {"name": name} | ({"autocast": "bfloat16"} if on else {})
+
+
+def _extra_columns(columns: Any, features: Any, tokens: int | None) -> dict[str, Any]:
+    """Return the types of the columns beside the streams.
+
+    Raises:
+        ValueError: if images are to be kept once for every token.
+    """
+    from datasets import Image, List, Value
+
+    types = {"id": Value("string"), "text": Value("string"), "labels": List(Value("int32"))}
+    made = {"id": columns.id, "text": columns.text if tokens is None else None, "labels": columns.labels}
+    extras: dict[str, Any] = {name: types[name] for name in made if made[name]}
+    extras |= {name: features[name] for name in columns.keep}
+    if tokens is None:
+        return extras
+    if images := [name for name in columns.keep if isinstance(features[name], Image)]:
+        raise ValueError(f"images {images} cannot be kept with patch tokens: each would be stored {tokens} times")
+    return extras | {"sample": Value("int64"), "token": Value("int32")}
+
+
+def _with_statistics(folder: ShardFolder, records: list[dict[str, Any]], shards: int) -> list[dict[str, Any]]:
+    """Return the stream records, with mean and standard deviation where they are to be standardised without any."""
+    if not any(record["normalize"] == "standardize" and "mean" not in record for record in records):
+        return records
+    made = FeatureDataset(folder.open_table(shards), records)
+    return [
+        record | standardization_of(made, record["name"], per_channel=record.get("per_channel", False))
+        if record["normalize"] == "standardize" and "mean" not in record
+        else record
+        for record in records
+    ]

@@ -1,0 +1,340 @@
+"""Cards: what a model or a feature dataset says about itself on the Hub."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from sparc_hf.files.atomic_files import new_file, write_json, write_text, writing
+from sparc_hf.model.configuration_sparc import SparcConfig
+from sparc_hf.files.plain_files import read_json
+from sparc_hf.evaluation.results import check_results, results_of_model
+from sparc_hf.model_folder import CARD_FILE, ORIGIN_FILE, OTHER_CARD_FILE, RESULTS_FILE, is_model_card
+from sparc_hf.version import __version__
+
+if TYPE_CHECKING:
+    from sparc_hf.features.dataset import FeatureDataset
+
+logger = logging.getLogger(__name__)
+
+# Facts of the run that say nothing about the model.
+UNTOLD_SETTINGS = {
+    *(
+        "features",
+        "eval_features",
+        "eval_fraction",
+        "output_dir",
+        "resume",
+        "overwrite",
+        "report_to",
+        "cpu",
+        "streams",
+    ),
+    *("no_verify", "checkpoint_every", "checkpoints_kept", "logging_every", "max_preactivation_mb"),
+}
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    results: Mapping[str, Any] | None = None,
+    results_split: str = "held-out",
+    settings: Mapping[str, Any] | None = None,
+    repo: str | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write the model card README.md of a saved model, from its config and what is known of it.
+
+    A README.md that is no such card stays, and the card becomes `model_card.md` beside it.
+
+    Args:
+        folder: a folder written by `SparcModel.save_pretrained`.
+        results: the `results` of what `evaluate_model` returned; they also become the card's model-index, and stay in
+            the folder (results.json) for the next card, which shows them unless it is given others.
+        results_split: a word for the rows behind the results.
+        settings: the training arguments.
+        repo: the name under which readers load the model (default: the folder).
+        title: the card's heading (default: the last part of that name).
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: where the folder holds no SparcModel, or the results are of another model.
+    """
+    from huggingface_hub import ModelCardData
+
+    folder = Path(folder)
+    config = _config_of(folder)
+    name = repo.rsplit("/", 1)[-1] if repo else folder.resolve().name
+    title = title or name
+    results = _kept_results(folder, config, results, name)
+    unknown = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
+    streams: list[dict[str, Any]] = [unknown | record for record in config.streams or []]
+    encoders = sorted({record["encoder"] for record in streams if _is_hub_id(record["encoder"])})
+    card_data = ModelCardData(
+        library_name="sparc-hf",
+        license="apache-2.0",
+        tags=["sparse-autoencoder", "interpretability", config.objective, *config.stream_names],
+        base_model=encoders or None,
+        pipeline_tag="feature-extraction",
+        model_name=title,
+        eval_results=eval_results(results) if results else None,
+    )
+    example = ", ".join(f'"{record["name"]}": {record["name"]}_rows' for record in streams)
+    if results:
+        _write_picture(folder / PICTURE_FILE, results)
+    runnable = all(record["encoder"] and record["modality"] for record in streams)
+    text = (
+        _environment()
+        .get_template("model_card.md")
+        .render(
+            card_data=card_data.to_yaml(),
+            title=title,
+            repo=repo or str(folder),
+            config=config,
+            streams=streams,
+            example="{" + example + "}",
+            modalities=sorted({record["modality"] for record in streams}) if runnable else [],
+            concepts=example_concepts(folder),
+            picture=PICTURE_FILE if results else None,
+            results=results,
+            results_split=results_split,
+            settings={name: value for name, value in (settings or {}).items() if name not in UNTOLD_SETTINGS},
+            origin=_origin_of(folder),
+            version=__version__,
+        )
+    )
+    path = folder / CARD_FILE
+    if path.exists() and not is_model_card(path):
+        logger.warning("`%s` is not a card that was written here, so the card is in %s", path, OTHER_CARD_FILE)
+        path = folder / OTHER_CARD_FILE
+    with writing(f"`{path}`", "make room and run the same again"):
+        write_text(path, text.rstrip() + "\n")
+    return path
+
+
+PICTURE_FILE = "reconstruction.png"
+
+
+def _kept_results(
+    folder: Path, config: SparcConfig, results: Mapping[str, Any] | None, name: str
+) -> Mapping[str, Any] | None:
+    """Keep results in the folder under a name, or return those it has; new weights remove them."""
+    path = folder / RESULTS_FILE
+    shown = results_of_model(path, folder) if results is None and path.exists() else results
+    if shown is not None:
+        check_results(shown, config, folder)
+    if results is not None:
+        write_json(path, {"models": {name: results}})
+    return shown
+
+
+def _write_picture(path: Path, results: Mapping[str, Any]) -> None:
+    """Draw the reconstruction matrices of both encodings."""
+    from sparc_hf.evaluation.plots import reconstruction_matrix
+
+    panels = {f"{encoding} encoding": results[encoding]["reconstruction"]["nmse"] for encoding in ("joint", "single")}
+    figure = reconstruction_matrix(panels, "normalised squared error")
+    with new_file(path) as file:
+        figure.savefig(file, dpi=110, format="png", bbox_inches="tight")
+
+
+def example_concepts(folder: Path, count: int = 8) -> list[Any]:
+    """Return the surest named concepts of a model that fire in every stream, at most one of a name."""
+    from sparc_hf.codes.concepts import load_concepts, surest_concepts
+
+    everywhere = [concept for concept in load_concepts(folder) if concept.fires and min(concept.fires.values()) > 0]
+    return surest_concepts(everywhere, count)
+
+
+def write_dataset_card(
+    folder: Path, splits: Mapping[str, "FeatureDataset"], *, repo: str | None = None, license: str | None = None
+) -> Path:
+    """Write the card README.md of a folder of pushed features.
+
+    Args:
+        folder: the folder.
+        splits: split -> its dataset, all with the same streams.
+        repo: the Hub id readers will load it from (default: the folder).
+        license: an identifier the Hub knows; without it the card says that it is to be filled in.
+    """
+    from huggingface_hub import DatasetCardData
+
+    first = next(iter(splits.values()))
+    repo = repo or str(folder)
+    rows = sum(map(len, splits.values()))
+    data = DatasetCardData(
+        license=license or "other",
+        tags=["features", "sparse-autoencoder", "sparc", *first.stream_names],
+        size_categories=[_size_category(rows)],
+        pretty_name=repo.rsplit("/", 1)[-1],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
+            }
+        ],
+    )
+    unknown = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
+    text = (
+        _environment()
+        .get_template("dataset_card.md")
+        .render(
+            card_data=data.to_yaml(),
+            title=data.pretty_name,
+            repo=repo,
+            home=HOME,
+            streams=[unknown | {"normalize": "none"} | record for record in first.streams],
+            splits={split: len(features) for split, features in splits.items()},
+            label_names=first.label_names,
+            source=_source_text(first.source),
+            license=license,
+            version=__version__,
+        )
+    )
+    path = folder / "README.md"
+    write_text(path, text.rstrip() + "\n")
+    return path
+
+
+HOME = "https://pypi.org/project/sparc-hf/"
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+
+
+def _size_category(rows: int) -> str:
+    """Return the Hub's word for a number of rows."""
+    return SIZES[min(len(SIZES) - 1, max(0, len(str(rows)) - 3))]
+
+
+def _source_text(source: Any) -> str | None:
+    """Return where samples came from, without folders of the machine that read them."""
+    if not isinstance(source, Mapping):
+        return None if source is None or os.path.exists(str(source)) else str(source)
+    told = {key: value for key, value in source.items() if value is not None and not os.path.exists(str(value))}
+    return ", ".join(f"{key} `{value}`" for key, value in told.items()) or None
+
+
+METRIC_NAMES = {
+    "nmse_self": "Self-reconstruction nmse",
+    "nmse_cross": "Cross-reconstruction nmse",
+    "dead_share": "Dead latents, mean share over streams",
+    "jaccard": "Label Jaccard between streams, mean over all latents",
+    "jaccard_live": "Label Jaccard between streams, mean over live latents",
+    "self_reconstruction_r_at_1": "Self-reconstruction retrieval R@1",
+    "latent_alignment_r_at_1": "Counterpart retrieval by codes R@1",
+    "cross_reconstruction_r_at_1": "Counterpart retrieval by cross-reconstruction R@1",
+}
+
+
+def eval_results(results: Mapping[str, Any]) -> list[Any]:
+    """Return the headline figures of `evaluate_model`'s results as huggingface_hub.EvalResult, for a model-index."""
+    from huggingface_hub import EvalResult
+
+    dataset = results["dataset"]
+    return [
+        EvalResult(
+            task_type="feature-extraction",
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-"),
+            dataset_name=dataset,
+            metric_type=name,
+            metric_name=f"{METRIC_NAMES.get(name, name)} ({encoding} encoding)",
+            metric_value=round(figure["value"], 6),
+        )
+        for encoding in ("joint", "single")
+        for name, figure in results[encoding]["headline"].items()
+        if figure["value"] is not None
+    ]
+
+
+def _config_of(folder: Path) -> SparcConfig:
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no model (no config.json); save one there with `save_pretrained` first")
+    content = read_json(folder / "config.json", dict[str, Any])
+    if content.get("model_type") != SparcConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {content.get('model_type')!r}, not a SparcModel")
+    return SparcConfig.from_dict(content)
+
+
+class _Origin(TypedDict):
+    """Where an imported model came from."""
+
+    project: str
+    checkpoint: str
+    sha256: str
+    run: Any
+    data: Any
+
+
+def _origin_of(folder: Path) -> dict[str, Any] | None:
+    """Return where an imported model came from, or None for one that was trained here."""
+    file = folder / ORIGIN_FILE
+    return read_json(file, _Origin) if file.is_file() else None
+
+
+def _is_hub_id(encoder: Any) -> bool:
+    return isinstance(encoder, str) and encoder.count("/") == 1 and not encoder.startswith((".", "/", "~"))
+
+
+def templates_folder() -> Path:
+    """Return where the card templates lie: inside an installed wheel, or beside the package in a checkout."""
+    here = Path(__file__).parent
+    for folder in (here / "hub_cards", here.parent / "hub_cards"):
+        if (folder / "model_card.md").exists():
+            return folder
+    raise FileNotFoundError("the card templates are missing; install sparc-hf again")
+
+
+def space_folder() -> Path:
+    """Return where the package's own Space lies: inside an installed wheel, or beside the package in a checkout."""
+    here = Path(__file__).parent
+    for folder in (here / "spaces_app", here.parent / "spaces_app"):
+        if (folder / "app.py").is_file():
+            return folder
+    raise FileNotFoundError("the Space's app is missing; install sparc-hf again")
+
+
+def _environment() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "code": lambda text: f"`{text}`",
+        "figure": figure_text,
+        "error_row": _error_row,
+        "encoder_link": _encoder_link,
+    }
+    return environment
+
+
+def figure_text(figure: Mapping[str, Any] | None, percent: bool = False) -> str:
+    """Return a headline figure as text, with its interval where there is one."""
+    if figure is None or figure["value"] is None:
+        return "not measured"
+    form = ".1%" if percent else ".3f"
+    text = format(figure["value"], form)
+    if figure["low"] is None or figure["high"] is None:
+        return text
+    return f"{text} ({format(figure['low'], form)} to {format(figure['high'], form)})"
+
+
+def _error_row(nmse: Mapping[str, Mapping[str, float | None]], target: str) -> list[str]:
+    """Return the error of one target from every source, as text."""
+    return ["undefined" if value is None else f"{value:.3f}" for value in nmse[target].values()]
+
+
+def _encoder_link(record: Mapping[str, Any]) -> str:
+    encoder, revision = record.get("encoder"), record.get("revision")
+    if encoder is None:
+        return "not recorded"
+    at = f" @ `{revision[:12]}`" if revision else ""
+    if _is_hub_id(encoder):
+        return f"[{encoder}](https://huggingface.co/{encoder}){at}"
+    return f"`{Path(encoder).name}`{at}"

@@ -1,0 +1,138 @@
+"""Adam that takes the gradients of a SparcModel as the terms they are made of, and keeps the atoms at unit norm."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from sparc_hf.model.modeling_sparc import SparcModel
+from sparc_hf.model.sparse_ops import GradientTerm, compiled_ops, unit_norm_
+
+
+class SparcAdam(torch.optim.Adam):
+    """Adam over all parameters of a model, whose step first brings the atoms to unit norm.
+
+    The atoms' gradients lose their part along the atom, as in the earlier code (`SparcModel.prepare_atoms_for_step`).
+    Gradients that the model gave as terms (`SparcModel.gradient_terms`) are used up by a step: with the compiled
+    operators in one pass over parameter and moments, otherwise after adding them up. State and results are Adam's.
+
+    Args:
+        model: the model.
+        lr: learning rate.
+    """
+
+    def __init__(self, model: SparcModel, lr: float):
+        super().__init__(model.parameters(), lr=lr, fused=True)
+        self.model = model
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Make one step; `closure` must be None.
+
+        Raises:
+            ValueError: if a closure is given.
+        """
+        if closure is not None:
+            raise ValueError("SparcAdam takes no closure; call it after `backward`")
+        if self.model.gradient_terms and compiled_ops(next(self.model.parameters())) is None:
+            add_up_terms(self.model)
+        for name, terms in (self.model.gradient_terms or {}).items():
+            if terms:
+                self._step_from_terms(name, terms)
+                terms.clear()
+        for atoms in self.model.atoms.values():
+            if atoms.grad is not None:
+                unit_norm_(atoms, atoms.grad)
+        super().step()
+
+    def _step_from_terms(self, name: str, terms: list[GradientTerm]) -> None:
+        parameter, group = self.model.get_parameter(name), self.param_groups[0]
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        steps = state["step"].item()
+        orders, offsets = zip(*(term.selection.transposed for term in terms), strict=True)
+        biases = _biases_of(self.model, name)
+        sums = compiled_ops(parameter).adam_step(
+            parameter,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            [term.coefficients.contiguous() for term in terms],
+            [term.rows.contiguous() for term in terms],
+            orders,
+            offsets,
+            [term.dots.contiguous() for term in terms if term.dots is not None],
+            biases[0].grad if biases else parameter.new_empty(0),
+            beta1,
+            beta2,
+            group["lr"] / (1 - beta1**steps),
+            (1 - beta2**steps) ** -0.5,
+            group["eps"],
+        )
+        if biases:
+            biases[1].grad -= sums
+
+
+class UsaeAdamW(torch.optim.AdamW):
+    """AdamW of Universal Sparse Autoencoders: a group of parameters a stream, of which a step moves the source's only.
+
+    Args:
+        model: the model.
+        lr: learning rate.
+        weight_decay: as of AdamW.
+    """
+
+    def __init__(self, model: SparcModel, lr: float, weight_decay: float):
+        self.names = model.config.stream_names
+        groups = {name: [] for name in self.names}
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups[key.split(".")[1]].append(parameter)
+        chosen = [{"params": groups[name]} for name in self.names]
+        super().__init__(chosen, lr=lr, weight_decay=weight_decay, fused=True)
+
+    @contextlib.contextmanager
+    def only(self, source: str) -> Iterator[None]:
+        """Let the parameters of one stream alone ask for gradients, inside a `with` around forward and backward.
+
+        The paper's code makes the gradients of all streams and uses the source's.
+        """
+        others = [
+            parameter
+            for name, group in zip(self.names, self.param_groups, strict=True)
+            for parameter in (group["params"] if name != source else ())
+        ]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+
+def add_up_terms(model: SparcModel) -> None:
+    """Turn the gradient terms of a model into dense gradients, in `.grad`."""
+    for name, terms in (model.gradient_terms or {}).items():
+        parameter = model.get_parameter(name)
+        for term in terms:
+            dense = term.dense()
+            parameter.grad = dense if parameter.grad is None else parameter.grad.add_(dense)
+        if terms and (biases := _biases_of(model, name)):
+            biases[1].grad -= biases[0].grad @ parameter
+        terms.clear()
+
+
+def _biases_of(model: SparcModel, parameter: str) -> Any:
+    """Return the bias and the pre-bias that go with an encoder's weight; None for atoms."""
+    room, stream, *_ = parameter.split(".")
+    encoder = room == "encoders"
+    return (
+        (model.get_parameter(f"encoders.{stream}.bias"), model.get_parameter(f"pre_bias.{stream}"))
+        if encoder
+        else None
+    )
