@@ -37,7 +37,7 @@ def make(folder: Path, rows: int) -> dict[str, Path]:
 
 def import_once(sources: list[str], output: str) -> None:
     """Import in this process and print its seconds and peak memory."""
-    from sparc_hf.legacy.importing import ImportArguments, run_import
+    from sparc_hf.cli.import_files import ImportArguments, run_import
 
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     start = time.perf_counter()

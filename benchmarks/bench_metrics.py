@@ -15,10 +15,10 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from sparc_hf.codes.code_table import CodeTable
+from sparc_hf.codes.top_samples import top_samples
 from sparc_hf.metrics.concept_alignment.concept_alignment import concept_alignment
 from sparc_hf.metrics.cross_retrieval.cross_retrieval import code_ranks
 from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
-from sparc_hf.codes.top_samples import top_samples
 
 DEPTHS = 6
 

@@ -24,9 +24,8 @@ import httpx
 import psutil
 from gradio_client import Client, handle_file
 
-from sparc_hf.cli.command_arguments import DemoArguments
+from sparc_hf.demo.run import DemoArguments, run_demo
 from sparc_hf.demo.scenes import make_scene
-from sparc_hf.demo.run import run_demo
 
 SIMILARITY = "similarity of image and caption"
 CAPTIONS = ("a red circle", "two blue squares on a dark background", "a striped star", "a large green heart")

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sparc_hf.files.atomic_files import write_json, write_text
 from sparc_hf.demo.run import world_features
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
-from sparc_hf.features.statistics import standardization_of
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.statistics import standardization_of
+from sparc_hf.files.atomic_files import write_json, write_text
 from sparc_hf.files.plain_files import read_json
-from sparc_hf.training.trainer import SparcTrainer
 from sparc_hf.training.arguments import SparcTrainingArguments
+from sparc_hf.training.trainer import SparcTrainer
 
 SETTINGS = Path(__file__).parent / "results"
 # Headline figure, its column's title, and the encoding it is shown for.

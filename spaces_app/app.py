@@ -17,12 +17,12 @@ import gradio as gr
 from gradio.themes import Default
 from starlette.middleware import Middleware
 
-from sparc_hf.space import fragments as page
 from sparc_hf.codes.concept_search import LatentMatch
-from sparc_hf.space.tabs.controls import EXPLAINING, Pane, answered, endpoint, fragment
+from sparc_hf.space import fragments as page
 from sparc_hf.space.data import ORDERS, SHIPPED_FOLDER, SpaceData, open_space, spread_rows
 from sparc_hf.space.guard import GuardedBlocks, NoFetching, upload
 from sparc_hf.space.seen_maps import explain, latent_maps
+from sparc_hf.space.tabs.controls import EXPLAINING, Pane, answered, endpoint, fragment
 from sparc_hf.space.visitor_input import InputRefused, checked_image, checked_number, checked_text
 
 HERE = Path(__file__).parent

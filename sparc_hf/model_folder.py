@@ -20,8 +20,8 @@ from sparc_hf.files.atomic_folders import (
     remove_tree,
 )
 from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.model.modeling_sparc import SparcModel
 from sparc_hf.files.plain_files import read_json
+from sparc_hf.model.modeling_sparc import SparcModel
 
 STATE_FILE = "trainer_state.json"
 LOG_FILE = "training_log.jsonl"

@@ -14,8 +14,8 @@ from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from sparc_hf.codes.concepts import concept_names as names_of_model
-from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.encoders.inputs import open_image
+from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.model.modeling_sparc import SparcModel
 
 TASK = "concept-extraction"

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.training import optimizer
-from sparc_hf.model import sparse_ops
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.model import sparse_ops
+from sparc_hf.training import optimizer
 from sparc_hf.training.step_kernel import load_step_kernel
 
 ROOT = Path(__file__).resolve().parents[1]

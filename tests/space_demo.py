@@ -6,9 +6,9 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+from sparc_hf.demo.run import DemoArguments
+from sparc_hf.files.installed_folders import space_folder
 from sparc_hf.space import data as space_data
-from sparc_hf.cli.command_arguments import DemoArguments
-from sparc_hf.hub.cards import space_folder
 
 SMALL = {"train_rows": 400, "test_rows": 150, "epochs": 6, "num_latents": 96, "k": 8}
 

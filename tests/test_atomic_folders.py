@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from kill_points import killed_everywhere
 
+from sparc_hf.features.shards import read_manifest
 from sparc_hf.files import atomic_folders
 from sparc_hf.files.atomic_files import WriteError, new_file, sync_tree, write_text, writing
 from sparc_hf.files.atomic_folders import check_place, exchange, named, new_folder, recover
-from sparc_hf.features.shards import read_manifest
 
 OURS = named("a.txt", "b.txt")
 

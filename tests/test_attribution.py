@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tiny_encoders import SAVERS, TEXTS
 
 from sparc_hf import SparcConfig, SparcModel
+from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
+from sparc_hf.encoders.trace import trace
 from sparc_hf.maps.attribution import (
     MAP_METHODS,
     ConceptTarget,
@@ -22,8 +24,6 @@ from sparc_hf.maps.attribution import (
     map_on_image,
     word_scores,
 )
-from sparc_hf.encoders.trace import trace
-from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
 CASES = ["flat_heads", "split_heads", "single", "one_by_one_matrix_target"]

@@ -10,13 +10,14 @@ import pytest
 from conftest import planted_features, tiny_model
 from test_training import arguments, assert_same_weights
 
-from sparc_hf.files.atomic_files import write_json
 from sparc_hf.codes.code_table import CodeTable, encode_features
 from sparc_hf.codes.concepts import Concept, load_concepts, save_concepts
+from sparc_hf.codes.top_samples import TOP_SAMPLES_FILE, top_samples, write_top_samples
+from sparc_hf.evaluation.results import results_of_model
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.parquet import write_parquet_split
+from sparc_hf.files.atomic_files import write_json
 from sparc_hf.files.plain_files import read_json
-from sparc_hf.evaluation.results import results_of_model
 from sparc_hf.space.index import (
     CODES_FOLDER,
     COMPARED_FILES,
@@ -25,7 +26,6 @@ from sparc_hf.space.index import (
     SpaceIndex,
     open_index,
 )
-from sparc_hf.codes.top_samples import TOP_SAMPLES_FILE, top_samples, write_top_samples
 from sparc_hf.training.trainer import train
 
 FLIPS = 40

@@ -162,13 +162,16 @@ def test_bad_settings_files(capsys, tmp_path, content):
     assert "settings.yaml" in err or "no_such_flag" in err
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "sparc_hf" / "presets").glob("*.yaml")))
+PRESETS = ROOT / "sparc_hf" / "cli" / "presets"
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_presets_hold_known_settings_only(preset):
-    from sparc_hf.features.extraction import ExtractionArguments
+    from sparc_hf.cli.extract import ExtractionArguments
     from sparc_hf.features.sources.source import parse_streams
     from sparc_hf.training.arguments import SparcTrainingArguments
 
-    content = yaml.safe_load((ROOT / "sparc_hf" / "presets" / f"{preset}.yaml").read_text())
+    content = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
     extract = ExtractionArguments(source="s", output="o", **content["extract"])
     streams = parse_streams(extract.encoders)
     if preset == "usae-imagenet":

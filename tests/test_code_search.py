@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparc_hf.codes.search import CodeSearch
 from sparc_hf.codes.code_table import CodeTable
+from sparc_hf.codes.search import CodeSearch
 
 
 def search_over(**streams: tuple[list, list]) -> CodeSearch:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.training.optimizer import SparcAdam, add_up_terms
 from sparc_hf.model.sparse_ops import GradientTerm, Selection
+from sparc_hf.training.optimizer import SparcAdam, add_up_terms
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from dense_baseline import DenseSparc

@@ -8,8 +8,8 @@ import transformers
 from PIL import Image
 from tiny_encoders import SAVERS, TEXTS, save_clip, save_dinov2
 
-from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.encoders.pretrained import LONGEST_RATIO
+from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (50, 40)) -> Image.Image:
@@ -154,7 +154,7 @@ def test_half_precision(folders):
 
 
 def test_shipped_encoders_are_named_without_their_folder(folders, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparc_hf.encoders.pretrained.__file__", str(tmp_path / "pretrained.py"))
+    monkeypatch.setattr("sparc_hf.encoders.pretrained.package_folder", lambda: tmp_path)
     shutil.copytree(folders["clip"], tmp_path / "demo" / "encoders" / "clip")
     encoder = StreamEncoder("txt", "demo:clip", "text")
     assert (encoder.record["encoder"], encoder.record["revision"]) == ("demo:clip", None)

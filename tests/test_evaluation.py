@@ -13,12 +13,12 @@ import yaml
 from conftest import planted_features, tiny_model
 
 from sparc_hf.codes.code_table import encode_features
-from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model, evaluate_models
-from sparc_hf.features.columns import fixed_size_lists
-from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.evaluation.report import model_names, report_html, write_report
 from sparc_hf.evaluation.results import results_of_model
 from sparc_hf.evaluation.retrieval import model_ranks
+from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model, evaluate_models
+from sparc_hf.features.columns import fixed_size_lists
+from sparc_hf.features.dataset import FeatureDataset
 
 QUICK = EvaluationSettings(batch_size=64, replicates=20, probes=False)
 

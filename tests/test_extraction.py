@@ -9,9 +9,10 @@ import transformers
 from PIL import Image
 from tiny_encoders import save_clip, save_dinov2
 
+from sparc_hf.cli.extract import ExtractionArguments, run_extraction
 from sparc_hf.encoders.stream_encoder import load_encoders
-from sparc_hf.features.extraction import ExtractionArguments, extract_features, run_extraction
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sources.source import find_column, open_source, parse_streams
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"

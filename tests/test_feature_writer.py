@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from tiny_features import RECORDS, WIDTHS, arrays, assert_same, features
 
-from sparc_hf.features.writer import FeatureWriter
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.writer import FeatureWriter
 
 
 def batch(start: int, stop: int, rows: int = 25) -> dict:

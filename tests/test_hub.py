@@ -10,10 +10,10 @@ from conftest import planted_features, tiny_model
 from huggingface_hub import ModelCard
 
 from sparc_hf import SparcConfig, SparcModel
+from sparc_hf.evaluation.report import write_report
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model, evaluate_models
 from sparc_hf.hub.cards import write_model_card
 from sparc_hf.hub.push import prepare_model
-from sparc_hf.evaluation.report import write_report
 
 QUICK = EvaluationSettings(replicates=10, probes=False, dataset="planted rows")
 

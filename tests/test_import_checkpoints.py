@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
-from sparc_hf.legacy.sparc_checkpoints import import_checkpoint
 from sparc_hf.legacy.hdf5_features import FeatureFiles, configured_files
+from sparc_hf.legacy.sparc_checkpoints import import_checkpoint
 
 CASES = ["global_cross", "global_no_cross", "local_cross", "local_no_cross"]
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from sparc_hf import FeatureDataset
-from sparc_hf.legacy.importing import ImportArguments, import_features, run_import
+from sparc_hf.cli.import_files import ImportArguments, run_import
 from sparc_hf.legacy.hdf5_features import AnalysisCache, FeatureFiles
+from sparc_hf.legacy.importing import import_features
 
 h5py = pytest.importorskip("h5py")
 WIDTHS = {"zeta": 6, "alpha": 4}

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from sparc_hf.legacy.importing import ImportArguments, import_features, run_import
+from sparc_hf.cli.import_files import ImportArguments, run_import
+from sparc_hf.legacy.importing import import_features
 from sparc_hf.legacy.npz_activations import ActivationTree
 from sparc_hf.model.sparse_ops import normalize_rows
 

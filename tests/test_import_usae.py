@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from sparc_hf import SparcModel
 from sparc_hf.cli import main
+from sparc_hf.cli.import_files import ImportArguments, run_import
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.legacy.importing import ImportArguments, run_import
 
 WIDTHS = {"SigLIP": 24, "ViT": 16, "MAE": 12}
 

@@ -11,14 +11,14 @@ from conftest import planted_features, tiny_model
 from kill_points import files_of, in_child, killed_everywhere, litter_of, outcome
 
 from sparc_hf import SparcModel
-from sparc_hf.evaluation import report
 from sparc_hf.cli import main
 from sparc_hf.codes.code_table import CodeTable
+from sparc_hf.evaluation import report
+from sparc_hf.evaluation.report import write_report
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
 from sparc_hf.hub.cards import write_model_card
 from sparc_hf.legacy.sparc_checkpoints import save_imported
 from sparc_hf.maps.picture_folder import picture_folder
-from sparc_hf.evaluation.report import write_report
 from sparc_hf.space.index import SpaceIndex, index_name, open_index
 
 pytestmark = pytest.mark.usefixtures("one_thread")

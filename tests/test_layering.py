@@ -1,163 +1,82 @@
-"""Imports point to lower floors only, the package registers itself, and importing it stays light."""
+"""Which room may import which, remote code that stands alone, and an import that stays light."""
 
 import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "sparc_hf"
-FLOORS = {
-    "version": 0,
-    "atomic_files": -2,
-    "folder_lock": -2,
-    "command_guards": 0,
-    "atomic_folders": -1,
-    "stop_signals": 0,
-    "picture_folder": 0,
-    "checkpoints": 4,
-    "configuration_sparc": 0,
-    "sparse_ops": 0,
-    "training_arguments": 0,
-    "command_arguments": 0,
-    "feature_columns": 0,
-    "feature_files": 0,
-    "outputs_sparc": 0,
-    "token_grid": 0,
-    "buffers_sparc": 1,
-    "checks_sparc": 0,
-    "weights_sparc": 1,
-    "objectives_sparc": 1,
-    "objectives_usae": 1,
-    "step_sparc": 1,
-    "encoder_usae": 1,
-    "encoders": 1,
-    "encoder_families": 0,
-    "pretrained": 0,
-    "batches": 0,
-    "parquet_features": 1,
-    "streamed_batches": 2,
-    "metrics": 0,
-    "plots": 0,
-    "intervals": 0,
-    "count_figures": 1,
-    "feature_writer": 2,
-    "features": 2,
-    "row_format": 1,
-    "shard_folder": 1,
-    "feature_statistics": 1,
-    "sample_reader": 2,
-    "encoded_rows": 3,
-    "extraction_arguments": 1,
-    "demo": 1,
-    "sources": 1,
-    "label_hierarchy": 0,
-    "coco_source": 2,
-    "open_images_source": 2,
-    "imagenet_source": 2,
-    "modeling_sparc": 2,
-    "extraction": 4,
-    "step_kernel": 0,
-    "term_sums": 0,
-    "random_numbers": 0,
-    "gradient_exchange": 1,
-    "learning_rate": 1,
-    "optimizer": 3,
-    "codes": 3,
-    "top_samples": 4,
-    "run_folder": 3,
-    "legacy_hdf5": 3,
-    "legacy_npz": 3,
-    "legacy_checkpoints": 4,
-    "legacy_usae": 5,
-    "importers": 6,
-    "training_rows": 3,
-    "training": 5,
-    "universality": 3,
-    "retrieval": 4,
-    "probing": 5,
-    "evaluation": 6,
-    "results": 1,
-    "hub": 6,
-    "report": 7,
-    "pipeline": 6,
-    "map_plots": 0,
-    "image_files": -1,
-    "plain_files": -1,
-    "output_folder": -1,
-    "user_errors": -1,
-    "coco_masks": 0,
-    "declared_sizes": 0,
-    "explain": 7,
-    "sample_search": 6,
-    "maximisation": 3,
-    "concept_sheets": 8,
-    "backbone_trace": 2,
-    "attribution": 3,
-    "masked_images": 3,
-    "localization": 4,
-    "concepts": 5,
-    "demo_run": 8,
-    "stranger_input": 0,
-    "space_guard": 1,
-    "space_controls": 2,
-    "code_search": 4,
-    "concept_search": 6,
-    "space_index": 7,
-    "space_data": 9,
-    "space_publishing": 10,
-    "push": 11,
-    "space_maps": 10,
-    "space_page": 11,
-    "cli": 12,
+MODEL = PACKAGE / "model"
+# Top-level modules count as rooms of one file. `version`, `lazy_names` and `files` are open to all.
+OPEN_TO_ALL = {"version", "lazy_names", "files"}
+MAY_IMPORT = {
+    "version": set(),
+    "lazy_names": set(),
+    "files": set(),
+    "model": set(),
+    "encoders": set(),
+    "metrics": set(),
+    "features": {"encoders"},
+    "model_folder": {"model"},
+    "training": {"model", "model_folder", "features"},
+    "codes": {"model", "model_folder", "encoders", "features", "metrics"},
+    "legacy": {"model", "model_folder", "encoders", "features"},
+    "maps": {"model", "encoders", "features", "codes"},
+    "pipeline": {"model", "encoders", "codes"},
+    "evaluation": {"model", "model_folder", "encoders", "features", "codes", "maps", "metrics"},
+    "hub": {"model", "model_folder", "features", "codes", "evaluation"},
+    "demo": {"model_folder", "encoders", "features", "training", "codes", "evaluation", "hub"},
+    "space": {"model", "model_folder", "encoders", "features", "codes", "maps", "evaluation", "demo"},
 }
-REMOTE_CODE = {
-    "configuration_sparc",
-    "sparse_ops",
-    "outputs_sparc",
-    "buffers_sparc",
-    "checks_sparc",
-    "weights_sparc",
-    "objectives_sparc",
-    "objectives_usae",
-    "step_sparc",
-    "encoder_usae",
-    "modeling_sparc",
-}
+# The face and the command line stand on top of everything.
+TOP = {"__init__", "cli"}
 
 
 def modules() -> list[Path]:
-    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    return sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imported(path: Path) -> set[str]:
-    """First-party rooms a module imports at import time; imports inside functions wait for the call."""
-    found = set()
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms that a module imports anywhere: at import time, inside functions, and for types only."""
+    return {name.split(".")[1] for name in imported_names(path) if name.startswith("sparc_hf.")}
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    package = ["sparc_hf", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom):
-            inside = "" if path.parent == PACKAGE else f"{room_of(path)}."
-            names = [f"sparc_hf.{inside}{node.module}"] if node.level else [node.module or ""]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("sparc_hf.")}
-    return found
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down(path):
+def test_rooms_import_only_what_they_may(path):
     room = room_of(path)
-    assert room in FLOORS, f"give {room} a floor"
-    for other in imported(path) - {room}:
-        # The two faces of one floor may not know each other either.
-        assert FLOORS[other] < FLOORS[room], f"{room} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
+    if room in TOP:
+        return
+    assert room in MAY_IMPORT, f"give the room {room} a line in the table"
+    unwanted = imported_rooms(path) - MAY_IMPORT[room] - OPEN_TO_ALL - {room}
+    assert not unwanted, f"{path.relative_to(PACKAGE)} imports {sorted(unwanted)}"
+
+
+def test_the_table_has_no_circle():
+    floors = {}
+    while len(floors) < len(MAY_IMPORT):
+        next_floor = {room for room, below in MAY_IMPORT.items() if room not in floors and below <= floors.keys()}
+        assert next_floor, f"a circle among {sorted(MAY_IMPORT.keys() - floors.keys())}"
+        floors |= dict.fromkeys(next_floor)
 
 
 def test_modules_are_small_and_named_for_what_they_do():
@@ -166,19 +85,44 @@ def test_modules_are_small_and_named_for_what_they_do():
         assert path.stem not in {"utils", "common", "misc", "helpers", "manager"}
 
 
-@pytest.mark.parametrize("room", sorted(REMOTE_CODE))
-def test_remote_code_needs_torch_and_transformers_only(room):
-    tree = ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+def test_functions_fit_on_a_screen():
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 60, f"{path.relative_to(PACKAGE)}: {node.name} has {lines} lines"
+
+
+def test_the_top_is_short():
+    assert len([path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]) <= 14
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 6
+
+
+def remote_code() -> set[str]:
+    """Modules that transformers takes along with a pushed model: those reached from its class."""
+    reached, waiting = set(), {"modeling_sparc"}
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        names = imported_names(MODEL / f"{module}.py")
+        siblings = {name.split(".")[2] for name in names if name.startswith("sparc_hf.model.")}
+        waiting |= siblings - reached
+    return reached
+
+
+@pytest.mark.parametrize("path", sorted(MODEL.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_remote_code_stands_alone(path):
+    """A pushed model has its siblings and what transformers needs, but not this package."""
+    assert path.stem in remote_code(), "a file of this room that a pushed model would lack"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1
-            assert node.module in REMOTE_CODE
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             tops = {name.split(".")[0] for name in names}
             # huggingface_hub and safetensors come with transformers; scipy is imported on call, inside a try.
-            known = {"torch", "transformers", "huggingface_hub", "safetensors", "scipy"}
-            assert tops <= {*sys.stdlib_module_names, *known}, names
+            known = {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub", "safetensors", "scipy"}
+            assert tops <= known, names
 
 
 def run(code: str) -> str:

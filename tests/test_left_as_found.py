@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.maps.attribution import ConceptTarget, image_maps, word_scores
 from sparc_hf.codes.code_table import encode_features
 from sparc_hf.codes.concepts import name_concepts, vocabulary_evidence
-from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
 from sparc_hf.demo.run import DemoArguments, run_demo
+from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
 from sparc_hf.encoders.stream_encoder import load_encoders
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
-from sparc_hf.maps.explanation import explain_sample
-from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.extraction import extract_features
+from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.maps.attribution import ConceptTarget, image_maps, word_scores
+from sparc_hf.maps.explanation import explain_sample
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent
 from sparc_hf.metrics.concept_probe import concept_probe
 from sparc_hf.pipeline import SparcPipeline
-from sparc_hf.features.sources.source import parse_streams
-from sparc_hf.training.trainer import SparcTrainer, TrainingInterrupted
 from sparc_hf.training.arguments import SparcTrainingArguments
+from sparc_hf.training.trainer import SparcTrainer, TrainingInterrupted
 
 STREAMS = ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")
 COLUMNS = {"image_column": "image", "text_column": "text", "labels_column": "labels", "label_names": CLASS_NAMES}

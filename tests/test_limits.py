@@ -14,9 +14,9 @@ from kill_points import files_of, in_child, outcome
 from test_kills import TRAINING, seen_by_users
 
 from sparc_hf import SparcModel
-from sparc_hf.evaluation import report
 from sparc_hf.cli import main
 from sparc_hf.codes.code_table import CodeTable
+from sparc_hf.evaluation import report
 from sparc_hf.evaluation.results import results_of_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

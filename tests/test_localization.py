@@ -13,15 +13,16 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.maps.attribution import ConceptTarget
 from sparc_hf.cli import main
-from sparc_hf.evaluation.coco_masks import mask_of
 from sparc_hf.codes.code_table import encode_features
+from sparc_hf.demo.scenes import make_scenes_dataset
 from sparc_hf.encoders.stream_encoder import load_encoders
-from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.evaluation.coco_masks import mask_of
 from sparc_hf.evaluation.localization import LocalizationSettings, latents_of_classes, localize, otsu_threshold
 from sparc_hf.evaluation.masked_images import MaskedImages, open_masked_images
+from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.maps.attribution import ConceptTarget
 
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=60).filter(lambda values: len(set(values)) > 1))
@@ -91,7 +92,7 @@ def test_figures_by_hand(demo, monkeypatch):
 
 def test_every_kind_of_map_is_measured(demo):
     model, encoders = demo
-    images = open_masked_images("demo:test", rows=3)
+    images = open_masked_images(make_scenes_dataset("test", 3))
     names = {name for of_image in images.classes for name in of_image}
     latents = {stream: {name: ConceptTarget((3,)) for name in names} for stream in ("dino", "clip_img")}
     settings = LocalizationSettings(methods=("relevance", "patch_codes"), intervals=False, batch_size=2)

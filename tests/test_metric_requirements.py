@@ -8,7 +8,8 @@ import sys
 import pytest
 from library_folder import link_libraries
 
-from sparc_hf.hub.push import METRICS, PushArguments, run_push
+from sparc_hf.cli.push import PushArguments, run_push
+from sparc_hf.hub.push import METRICS
 
 ROWS = 60
 # Two latents that fire in turn, in two streams, and a class that goes with the first.

@@ -22,8 +22,8 @@ from tiny_encoders import save_clip, save_dinov2
 from tqdm.auto import tqdm
 
 from sparc_hf.encoders.stream_encoder import load_encoders
-from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sample_reader import _end_with
 from sparc_hf.features.sources.source import parse_streams
 

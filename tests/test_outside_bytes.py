@@ -22,21 +22,21 @@ from PIL import Image
 from tiny_features import features
 
 from sparc_hf import SparcModel
-from sparc_hf.features.sources.coco import open_coco
+from sparc_hf.cli.import_files import ImportArguments, run_import
+from sparc_hf.cli.user_errors import is_users
 from sparc_hf.codes.code_table import CodeTable, encode_features
 from sparc_hf.codes.concepts import concepts_of, load_concepts
-from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.legacy.importing import ImportArguments, run_import
-from sparc_hf.features.sources.hierarchy import hierarchy_of_codes
-from sparc_hf.legacy.sparc_checkpoints import _read_run_config as read_run_config
-from sparc_hf.legacy.hdf5_features import configured_files, stream_order
-from sparc_hf.legacy.usae_checkpoints import _read_settings as read_usae_settings
 from sparc_hf.evaluation.masked_images import open_masked_images
-from sparc_hf.features.sources.open_images import _narratives as narratives
-from sparc_hf.features.parquet import _facts as parquet_facts
-from sparc_hf.files.plain_files import Taxonomy, checked, read_json, read_text, read_yaml
 from sparc_hf.evaluation.results import results_of_model
-from sparc_hf.cli.user_errors import is_users
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.parquet import _facts as parquet_facts
+from sparc_hf.features.sources.coco import open_coco
+from sparc_hf.features.sources.hierarchy import hierarchy_of_codes
+from sparc_hf.features.sources.open_images import _narratives as narratives
+from sparc_hf.files.plain_files import Taxonomy, checked, read_json, read_text, read_yaml
+from sparc_hf.legacy.hdf5_features import configured_files, stream_order
+from sparc_hf.legacy.sparc_checkpoints import _read_run_config as read_run_config
+from sparc_hf.legacy.usae_checkpoints import _read_settings as read_usae_settings
 
 ODD = st.recursive(
     st.none()
@@ -308,11 +308,11 @@ def test_numpys_error_inside_this_package_keeps_its_traceback(monkeypatch, capsy
     from sparc_hf import cli
     from sparc_hf.features.columns import class_ids_per_row
 
-    wrong = cli.Command("", "sparc_hf.cli.command_arguments:CardArguments", lambda _: class_ids_per_row([["x"]]))
+    wrong = cli.Command("", "sparc_hf.cli.card:CardArguments", lambda _: class_ids_per_row([["x"]]))
     monkeypatch.setitem(cli.COMMANDS, "card", wrong)
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["card", "--model", "x"])
-    ours = cli.Command("", "sparc_hf.cli.command_arguments:CardArguments", lambda _: features().array("ears"))
+    ours = cli.Command("", "sparc_hf.cli.card:CardArguments", lambda _: features().array("ears"))
     monkeypatch.setitem(cli.COMMANDS, "card", ours)
     assert cli.main(["card", "--model", "x"]) == 2
     assert "there is no stream `ears`" in capsys.readouterr().err
@@ -399,7 +399,7 @@ def use_concepts(file: Path) -> None:
 
 
 def use_results(file: Path) -> None:
-    from sparc_hf.hub.cards import eval_results, figure_text
+    from sparc_hf.evaluation.results import eval_results, figure_text
 
     results = results_of_model(file, "model")
     eval_results(results)

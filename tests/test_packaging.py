@@ -28,7 +28,7 @@ def test_the_wheel_holds_everything_the_package_reads(wheel):
         "sparc_hf/spaces_app/page.css",
         "sparc_hf/spaces_app/page.js",
         "sparc_hf/spaces_app/requirements.txt",
-        "sparc_hf/presets/sparc-coco.yaml",
+        "sparc_hf/cli/presets/sparc-coco.yaml",
         "sparc_hf/demo/encoders/clip/model.safetensors",
         "sparc_hf/demo/encoders/clip/tokenizer.json",
         "sparc_hf/demo/encoders/dino/model.safetensors",
@@ -43,8 +43,7 @@ def test_the_wheel_holds_everything_the_package_reads(wheel):
 @pytest.mark.slow
 def test_the_card_template_is_found_inside_an_unpacked_wheel(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import sparc_hf.hub.cards as hub; print(hub.templates_folder())"
-    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    code += "from sparc_hf.files.installed_folders import templates_folder; print(templates_folder())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == str(tmp_path / "sparc_hf" / "hub_cards")

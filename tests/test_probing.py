@@ -9,12 +9,12 @@ from conftest import planted_features, tiny_model
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.codes.code_table import decoded_rows, encode_features, normalized_rows
+from sparc_hf.codes.top_samples import top_samples
+from sparc_hf.evaluation.probes import bridge_figures, monosemanticity_figures, stability_figures
+from sparc_hf.evaluation.report import report_html
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_models
 from sparc_hf.metrics.concept_probe import concept_probe
 from sparc_hf.metrics.monosemanticity.monosemanticity import monosemanticity
-from sparc_hf.evaluation.probes import bridge_figures, monosemanticity_figures, stability_figures
-from sparc_hf.evaluation.report import report_html
-from sparc_hf.codes.top_samples import top_samples
 
 
 def test_decoding_a_table_equals_the_model():

@@ -17,13 +17,13 @@ from tiny_encoders import save_dinov2
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
+from sparc_hf.cli.push import PushArguments, run_push
 from sparc_hf.codes.concepts import Concept, save_concepts
 from sparc_hf.encoders.stream_encoder import StreamEncoder
+from sparc_hf.evaluation.report import write_report
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.hub.cards import write_model_card
-from sparc_hf.hub.push import PushArguments, run_push
-from sparc_hf.evaluation.report import write_report
 from sparc_hf.model_folder import save_model
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import planted_features, random_features, tiny_model
 from library_folder import link_libraries
-from test_layering import PACKAGE, REMOTE_CODE
+from test_layering import MODEL, remote_code
 from test_push import hub, push  # noqa: F401 a fixture
 
 from sparc_hf import SparcModel
 from sparc_hf.cli import main
 from sparc_hf.codes.concepts import Concept, save_concepts
 from sparc_hf.demo.run import DemoArguments, run_demo
-from sparc_hf.training.trainer import SparcTrainer
 from sparc_hf.training.arguments import SparcTrainingArguments
+from sparc_hf.training.trainer import SparcTrainer
 
 AUTO_MAP = {"AutoConfig": "configuration_sparc.SparcConfig", "AutoModel": "modeling_sparc.SparcModel"}
 LOAD = """
@@ -64,7 +64,7 @@ def _imported(folder: Path, golden: Path) -> Path:
 def assert_is_the_packages_code(folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
     files = {path.name: path.read_bytes() for path in folder.glob("*.py")}
-    assert files == {f"{room}.py": (PACKAGE / f"{room}.py").read_bytes() for room in REMOTE_CODE}
+    assert files == {f"{module}.py": (MODEL / f"{module}.py").read_bytes() for module in remote_code()}
 
 
 @pytest.mark.parametrize("way", ["saved", "trained", "imported", "demo"])

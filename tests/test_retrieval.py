@@ -10,9 +10,9 @@ from test_parity import load_earlier_state
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.codes.code_table import encode_features
+from sparc_hf.evaluation.retrieval import model_ranks
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
-from sparc_hf.evaluation.retrieval import model_ranks
 
 FAMILIES = {
     "SelfRecon": "self_reconstruction",

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from sparc_hf.features.sources.coco import open_coco
-from sparc_hf.features.sources.imagenet import open_imagenet
 from sparc_hf.features.sources.hierarchy import hierarchy_of_codes
+from sparc_hf.features.sources.imagenet import open_imagenet
 from sparc_hf.features.sources.open_images import class_names, open_open_images
 from sparc_hf.features.sources.source import features_of, find_column, open_source, parse_streams
 

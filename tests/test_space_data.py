@@ -19,13 +19,11 @@ from conftest import ROOT
 from PIL import Image
 
 from sparc_hf import SparcModel
-from sparc_hf.space import data as space_data
 from sparc_hf.codes.concepts import load_concepts
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.space import data as space_data
 from sparc_hf.space.data import ORDERS, card_text, open_space, with_own_modules
-from sparc_hf.space.index import index_name, open_index
-from sparc_hf.space.seen_maps import explain, latent_maps, seen_images
 from sparc_hf.space.fragments import (
     compare_page,
     heat_image,
@@ -35,6 +33,8 @@ from sparc_hf.space.fragments import (
     matches_page,
     retrieval_page,
 )
+from sparc_hf.space.index import index_name, open_index
+from sparc_hf.space.seen_maps import explain, latent_maps, seen_images
 
 
 @pytest.fixture(scope="module")

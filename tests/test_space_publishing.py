@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-from sparc_hf.hub.push import PushArguments, run_push
+from sparc_hf.cli.push import PushArguments, run_push
 from sparc_hf.space.publishing import dependencies
 
 pytest.importorskip("gradio", reason="the Space needs gradio")
@@ -72,7 +72,7 @@ def test_a_pushed_space_holds_all_it_needs(pushed, small_space):
         "app.py",
         "page.css",
         "requirements.txt",
-        "sparc_hf/space_data.py",
+        "sparc_hf/space/data.py",
         "sparc_hf/demo/encoders/dino/model.safetensors",
         "demo/model/config.json",
         "demo/model/model.safetensors",

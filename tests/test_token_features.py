@@ -12,10 +12,10 @@ from tiny_encoders import save_clip, save_dinov2, save_siglip, save_vit
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
 from sparc_hf.encoders.stream_encoder import load_encoders
-from sparc_hf.features.extraction import extract_features
-from sparc_hf.features.statistics import standardization_of
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sources.source import open_source, parse_streams
+from sparc_hf.features.statistics import standardization_of
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, planted_features, tiny_model, torch_operators_only
 
 from sparc_hf import SparcModel
+from sparc_hf.training.arguments import SparcTrainingArguments
 from sparc_hf.training.step_kernel import load_step_kernel
 from sparc_hf.training.trainer import SparcTrainer, TrainingInterrupted, train
-from sparc_hf.training.arguments import SparcTrainingArguments
 
 SMALL = {
     "num_latents": 48,

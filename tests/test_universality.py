@@ -6,11 +6,11 @@ import torch
 from conftest import planted_features, tiny_model
 
 from sparc_hf.codes.code_table import encode_features
-from sparc_hf.maps.contact_sheets import strongest_latents
+from sparc_hf.codes.universality import latent_universality
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
+from sparc_hf.maps.contact_sheets import strongest_latents
 from sparc_hf.model.outputs import SparseCodes
 from sparc_hf.space.index import open_index
-from sparc_hf.codes.universality import latent_universality
 
 QUICK = EvaluationSettings(replicates=0, probes=False)
 

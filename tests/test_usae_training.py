@@ -13,8 +13,8 @@ from conftest import ROOT, planted_features
 from test_training import assert_same_weights, environment, flags, log_of, weights
 
 from sparc_hf import SparcModel
-from sparc_hf.training.trainer import SparcTrainer, TrainingInterrupted, train
 from sparc_hf.training.arguments import SparcTrainingArguments
+from sparc_hf.training.trainer import SparcTrainer, TrainingInterrupted, train
 
 USAE = {
     "objective": "usae",

@@ -19,8 +19,8 @@ from transformers import AutoModel
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
 from sparc_hf.model_folder import save_model
-from sparc_hf.training.trainer import SparcTrainer
 from sparc_hf.training.arguments import SparcTrainingArguments
+from sparc_hf.training.trainer import SparcTrainer
 
 REFUSED = "not the file that config.json was saved with"
 

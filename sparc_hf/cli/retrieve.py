@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparc_hf.codes.search import CodeSearch, Match
+from sparc_hf.cli.parser import trust_remote_code_flag
 from sparc_hf.codes.code_table import check_streams, encode_features
-from sparc_hf.cli.command_arguments import trust_remote_code_flag
 from sparc_hf.codes.concepts import concept_names
+from sparc_hf.codes.search import CodeSearch, Match
+from sparc_hf.encoders.inputs import open_image, size_of_file
 from sparc_hf.encoders.stream_encoder import load_encoders
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.encoders.inputs import open_image, size_of_file
 from sparc_hf.model.modeling_sparc import SparcModel
 
 

@@ -3,7 +3,9 @@
 import dis
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
+from sparc_hf.files.installed_folders import package_folder
+
+PACKAGE = package_folder().resolve()
 
 
 def is_users(error: BaseException) -> bool:

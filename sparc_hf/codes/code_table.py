@@ -11,9 +11,8 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from sparc_hf.files.atomic_files import checksums_of, writing
-from sparc_hf.files.atomic_folders import new_folder
 from sparc_hf.features.columns import fixed_size_lists
+from sparc_hf.features.dataset import FeatureBatches, FeatureDataset
 from sparc_hf.features.shards import (
     FolderKind,
     Manifest,
@@ -25,11 +24,12 @@ from sparc_hf.features.shards import (
     read_manifest,
     write_shard,
 )
-from sparc_hf.features.dataset import FeatureBatches, FeatureDataset
+from sparc_hf.files.atomic_files import checksums_of, writing
+from sparc_hf.files.atomic_folders import new_folder
 from sparc_hf.files.folder_lock import locked_folder
+from sparc_hf.files.plain_files import Limit
 from sparc_hf.model.modeling_sparc import SparcModel
 from sparc_hf.model.outputs import SparseCodes
-from sparc_hf.files.plain_files import Limit
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from transformers.utils.hub import cached_file
 
-from sparc_hf.files.atomic_files import write_json, writing
 from sparc_hf.codes.code_table import CodeTable
+from sparc_hf.codes.top_samples import TopSamples, top_samples
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.model.modeling_sparc import SparcModel
+from sparc_hf.files.atomic_files import write_json, writing
 from sparc_hf.files.plain_files import Count, checked, read_json
-from sparc_hf.codes.top_samples import TopSamples, top_samples
+from sparc_hf.model.modeling_sparc import SparcModel
 
 CONCEPTS_FILE = "concepts.json"
 FORMAT_VERSION = 1

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from sparc_hf.files.atomic_files import new_file
 from sparc_hf.codes.code_table import CodeTable
+from sparc_hf.files.atomic_files import new_file
 
 TOP_SAMPLES_FILE = "top_samples.parquet"
 

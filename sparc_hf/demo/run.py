@@ -4,28 +4,51 @@ import json
 import logging
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparc_hf.files.atomic_files import write_json
-from sparc_hf.files.atomic_folders import carry_over, named, new_folder, place, recover, refuse_fixed_place, remove_tree
 from sparc_hf.codes.code_table import encode_features
-from sparc_hf.cli.command_arguments import DemoArguments
 from sparc_hf.codes.concepts import name_concepts, save_concepts
 from sparc_hf.demo.scenes import CLASS_NAMES, TAXONOMY, make_scenes_dataset
 from sparc_hf.encoders.stream_encoder import load_encoders
+from sparc_hf.evaluation.report import REPORT_FILES, write_report
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
+from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.shards import FEATURE_FOLDER
-from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.hub.cards import write_model_card
-from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.evaluation.report import REPORT_FILES, write_report
-from sparc_hf.model_folder import SETTINGS_FILE, is_ours, read_settings
 from sparc_hf.features.sources.source import parse_streams
-from sparc_hf.training.trainer import SparcTrainer
+from sparc_hf.files.atomic_files import write_json
+from sparc_hf.files.atomic_folders import (
+    carry_over,
+    named,
+    new_folder,
+    place,
+    recover,
+    refuse_fixed_place,
+    remove_tree,
+)
+from sparc_hf.files.folder_lock import locked_folder
+from sparc_hf.files.output_folder import check_output_folder
+from sparc_hf.hub.cards import write_model_card
+from sparc_hf.model_folder import SETTINGS_FILE, is_ours, read_settings
 from sparc_hf.training.arguments import SparcTrainingArguments
+from sparc_hf.training.trainer import SparcTrainer
+
+
+@dataclass
+class DemoArguments:
+    """Flags of `sparc demo`."""
+
+    output: str = field(default="runs/demo", metadata={"help": "Folder for features, model and results."})
+    train_rows: int = field(default=8000, metadata={"help": "Scenes to train on."})
+    test_rows: int = field(default=1000, metadata={"help": "Held-out scenes to evaluate on."})
+    num_latents: int = field(default=256, metadata={"help": "Latents in the shared code space (N)."})
+    k: int = field(default=16, metadata={"help": "Active latents per code."})
+    epochs: int = field(default=30, metadata={"help": "Passes over the training scenes."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's learning rate."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes, the weights and the row order."})
+
 
 logger = logging.getLogger(__name__)
 

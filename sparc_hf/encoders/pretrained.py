@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
 from sparc_hf.encoders.inputs import upright_rgb
+from sparc_hf.files.installed_folders import package_folder
 
 DEMO_PREFIX = "demo:"
 IMAGE_BACKENDS = ("pil", "torchvision")
@@ -158,7 +159,7 @@ def checkpoint_of(encoder: str) -> str:
     and models to machines where the package lies elsewhere.
     """
     if encoder.startswith(DEMO_PREFIX):
-        return str(Path(__file__).parent / "demo" / "encoders" / encoder.removeprefix(DEMO_PREFIX))
+        return str(package_folder() / "demo" / "encoders" / encoder.removeprefix(DEMO_PREFIX))
     return encoder
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.encoders.inputs import upright_size
+from sparc_hf.encoders.stream_encoder import StreamEncoder
 
 
 @dataclass(frozen=True)

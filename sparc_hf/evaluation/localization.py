@@ -10,6 +10,12 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from sparc_hf.codes.code_table import CodeTable
+from sparc_hf.encoders.stream_encoder import StreamEncoder
+from sparc_hf.encoders.trace import visible_box
+from sparc_hf.evaluation.intervals import plain_figure, share_figure, unit_sums
+from sparc_hf.evaluation.masked_images import MaskedImages
+from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.maps.attribution import (
     ConceptTarget,
     SimilarityTarget,
@@ -19,12 +25,6 @@ from sparc_hf.maps.attribution import (
     map_method,
     map_on_image,
 )
-from sparc_hf.encoders.trace import visible_box
-from sparc_hf.codes.code_table import CodeTable
-from sparc_hf.encoders.stream_encoder import StreamEncoder
-from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.evaluation.intervals import plain_figure, share_figure, unit_sums
-from sparc_hf.evaluation.masked_images import MaskedImages
 from sparc_hf.model.modeling_sparc import SparcModel
 
 CANDIDATES = 8

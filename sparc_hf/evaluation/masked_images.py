@@ -1,19 +1,26 @@
-"""Images with a mask per class: COCO's instances JSON, a Dataset with masks, or scenes of the embedded world."""
+"""Images with a mask per class: COCO's instances JSON, or a Dataset with masks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from PIL import Image
 
-from sparc_hf.evaluation.coco_masks import MOST_PIXELS, Side, check_proportions, fitted, image_and_masks, same_proportions
-from sparc_hf.features.sources.coco import Category, CocoImage, Instance, read_coco
-from sparc_hf.demo.scenes import make_scenes_dataset
 from sparc_hf.encoders.inputs import size_of_file, stored_image
+from sparc_hf.evaluation.coco_masks import (
+    MOST_PIXELS,
+    Side,
+    check_proportions,
+    fitted,
+    image_and_masks,
+    same_proportions,
+)
+from sparc_hf.features.sources.coco import Category, CocoImage, Instance, read_coco
 
-DEMO_PREFIX = "demo:"
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -32,21 +39,21 @@ class MaskedImages:
         return len(self.classes)
 
 
-def open_masked_images(source: str, images: str | None = None, rows: int | None = None) -> MaskedImages:
+def open_masked_images(source: "str | Dataset", images: str | None = None, rows: int | None = None) -> MaskedImages:
     """Open images with masks; images without any are left out.
 
     Args:
-        source: a COCO instances JSON; a folder that `Dataset.save_to_disk` wrote, with columns `image`, `masks` and
-            `mask_labels`; or "demo:<split>" for scenes of the embedded world.
+        source: a COCO instances JSON; or a Dataset with columns `image`, `masks` and `mask_labels`, or the folder
+            where its `save_to_disk` wrote it.
         images: the folder of the JSON's image files.
-        rows: most images to take; by default all, or 500 scenes.
+        rows: most images to take (default: all).
 
     Raises:
         ValueError: for a file of another form, or missing images.
         ImportError: where a JSON is given and pycocotools is not installed.
     """
-    if source.startswith(DEMO_PREFIX):
-        return _of_dataset(make_scenes_dataset(source.removeprefix(DEMO_PREFIX), rows or 500))
+    if not isinstance(source, str):
+        return _of_dataset(source if rows is None else source.select(range(min(rows, len(source)))))
     if source.endswith(".json"):
         if images is None:
             raise ValueError(f"give the folder of the images that `{source}` lists as `mask_images`")

@@ -8,12 +8,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sparc_hf.codes.code_table import CodeTable, decoded_rows, normalized_rows
+from sparc_hf.codes.top_samples import top_samples
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.metrics.concept_probe.concept_probe import classify, concept_probe
 from sparc_hf.metrics.dictionary_stability.dictionary_stability import bridge_scores, match_atoms
 from sparc_hf.metrics.monosemanticity.monosemanticity import monosemanticity
 from sparc_hf.model.modeling_sparc import SparcModel
-from sparc_hf.codes.top_samples import top_samples
 
 TOP_SAMPLES = 16
 # Shares of the rows to fit on and to choose by; the rest is measured. Fewer rows leave one of the three without any.

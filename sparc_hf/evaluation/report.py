@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from sparc_hf.codes.code_table import ENCODINGS
 from sparc_hf.evaluation import plots
+from sparc_hf.evaluation.results import METRIC_NAMES, eval_results, figure_text
+from sparc_hf.evaluation.suite import Evaluation
 from sparc_hf.files.atomic_files import write_json, write_text, writing
 from sparc_hf.files.atomic_folders import check_place, named, new_folder
-from sparc_hf.codes.code_table import ENCODINGS
-from sparc_hf.evaluation.suite import Evaluation
 from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.hub.cards import METRIC_NAMES, eval_results, figure_text, templates_folder
+from sparc_hf.files.installed_folders import templates_folder
 from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.model_folder import RESULTS_FILE
 from sparc_hf.version import __version__

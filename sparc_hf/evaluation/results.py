@@ -1,11 +1,15 @@
 """The figures of a results.json: which of its models a folder is, and whether they can be that model's."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.files.plain_files import Count, Limit, read_json
+from sparc_hf.model.configuration_sparc import SparcConfig
+
+if TYPE_CHECKING:
+    pass
 
 Matrix = Annotated[
     dict[str, dict[str, float | None]],
@@ -100,3 +104,46 @@ def _models_of(path: Path) -> dict[str, dict[str, Any]]:
         return read_json(path, ResultsFile)["models"]
     except ValueError as error:
         raise ValueError(f"{path} is not a results.json of `sparc evaluate`: {error}") from error
+
+
+METRIC_NAMES = {
+    "nmse_self": "Self-reconstruction nmse",
+    "nmse_cross": "Cross-reconstruction nmse",
+    "dead_share": "Dead latents, mean share over streams",
+    "jaccard": "Label Jaccard between streams, mean over all latents",
+    "jaccard_live": "Label Jaccard between streams, mean over live latents",
+    "self_reconstruction_r_at_1": "Self-reconstruction retrieval R@1",
+    "latent_alignment_r_at_1": "Counterpart retrieval by codes R@1",
+    "cross_reconstruction_r_at_1": "Counterpart retrieval by cross-reconstruction R@1",
+}
+
+
+def eval_results(results: Mapping[str, Any]) -> list[Any]:
+    """Return the headline figures of `evaluate_model`'s results as huggingface_hub.EvalResult, for a model-index."""
+    from huggingface_hub import EvalResult
+
+    dataset = results["dataset"]
+    return [
+        EvalResult(
+            task_type="feature-extraction",
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-"),
+            dataset_name=dataset,
+            metric_type=name,
+            metric_name=f"{METRIC_NAMES.get(name, name)} ({encoding} encoding)",
+            metric_value=round(figure["value"], 6),
+        )
+        for encoding in ("joint", "single")
+        for name, figure in results[encoding]["headline"].items()
+        if figure["value"] is not None
+    ]
+
+
+def figure_text(figure: Mapping[str, Any] | None, percent: bool = False) -> str:
+    """Return a headline figure as text, with its interval where there is one."""
+    if figure is None or figure["value"] is None:
+        return "not measured"
+    form = ".1%" if percent else ".3f"
+    text = format(figure["value"], form)
+    if figure["low"] is None or figure["high"] is None:
+        return text
+    return f"{text} ({format(figure['low'], form)} to {format(figure['high'], form)})"

@@ -14,18 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from sparc_hf.codes.code_table import ENCODINGS, CodeTable, check_streams, code_batches, code_columns, encode_features
+from sparc_hf.codes.universality import latent_universality
 from sparc_hf.evaluation.count_figures import CountFigures
-from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.evaluation.intervals import Figure, mean_figure, plain_figure, random_groups, share_figure, unit_sums
-from sparc_hf.metrics.concept_alignment.concept_alignment import (
-    concept_alignment,
-    taxonomy_buckets,
-)
-from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
-from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
-from sparc_hf.metrics.reconstruction.reconstruction import FIGURES, figures_of_terms, row_terms
-from sparc_hf.model.modeling_sparc import SparcModel
-from sparc_hf.files.plain_files import Taxonomy, checked
 from sparc_hf.evaluation.probes import (
     FEWEST_ROWS,
     bridge_figures,
@@ -35,7 +26,16 @@ from sparc_hf.evaluation.probes import (
     stability_figures,
 )
 from sparc_hf.evaluation.retrieval import FAMILIES, model_ranks
-from sparc_hf.codes.universality import latent_universality
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.files.plain_files import Taxonomy, checked
+from sparc_hf.metrics.concept_alignment.concept_alignment import (
+    concept_alignment,
+    taxonomy_buckets,
+)
+from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
+from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
+from sparc_hf.metrics.reconstruction.reconstruction import FIGURES, figures_of_terms, row_terms
+from sparc_hf.model.modeling_sparc import SparcModel
 
 logger = logging.getLogger(__name__)
 

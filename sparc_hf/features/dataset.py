@@ -11,8 +11,6 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from sparc_hf.files.atomic_files import writing
-from sparc_hf.files.atomic_folders import new_folder
 from sparc_hf.features.batches import FeatureBatches
 from sparc_hf.features.columns import (
     ColumnRows,
@@ -25,6 +23,7 @@ from sparc_hf.features.columns import (
     list_width,
     with_fixed_widths,
 )
+from sparc_hf.features.parquet import FACTS, is_parquet_address, open_parquet
 from sparc_hf.features.shards import (
     FEATURE_FOLDER,
     StreamRecords,
@@ -37,8 +36,9 @@ from sparc_hf.features.shards import (
     read_manifest,
     write_shard,
 )
+from sparc_hf.files.atomic_files import writing
+from sparc_hf.files.atomic_folders import new_folder
 from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.features.parquet import FACTS, is_parquet_address, open_parquet
 
 if TYPE_CHECKING:
     import datasets

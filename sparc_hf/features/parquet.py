@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparc_hf.files.atomic_files import checksums_of, first_damage, new_file, write_json
 from sparc_hf.features.shards import (
     FORMAT_VERSION,
     DatasetFacts,
@@ -20,6 +19,7 @@ from sparc_hf.features.shards import (
     check_version,
     checked_streams,
 )
+from sparc_hf.files.atomic_files import checksums_of, first_damage, new_file, write_json
 from sparc_hf.files.plain_files import Count, checked, read_json
 
 if TYPE_CHECKING:

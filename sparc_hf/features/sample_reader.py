@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sparc_hf.encoders.inputs import open_image, upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.features.shards import LARGEST_SIZE
-from sparc_hf.encoders.inputs import open_image, upright_rgb
 from sparc_hf.features.sources.source import features_of, find_column, is_image
 
 if TYPE_CHECKING:

@@ -8,8 +8,6 @@ from typing import Annotated, Any, TypedDict
 
 import pyarrow as pa
 
-from sparc_hf.files.atomic_files import checksums_of, write_json, write_text, writing
-from sparc_hf.files.atomic_folders import place, recover, refuse_fixed_place, remove_tree
 from sparc_hf.features.shards import (
     FEATURE_FOLDER,
     FORMAT_VERSION,
@@ -22,6 +20,8 @@ from sparc_hf.features.shards import (
     read_manifest,
     write_shard,
 )
+from sparc_hf.files.atomic_files import checksums_of, write_json, write_text, writing
+from sparc_hf.files.atomic_folders import place, recover, refuse_fixed_place, remove_tree
 from sparc_hf.files.plain_files import Limit, read_json
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from sparc_hf.features.shards import StreamRecords, check_target
-from sparc_hf.files.folder_lock import locked_folder
 from sparc_hf.features.row_format import RowFormat
 from sparc_hf.features.shard_folder import ShardFolder
+from sparc_hf.features.shards import StreamRecords, check_target
+from sparc_hf.files.folder_lock import locked_folder
 
 logger = logging.getLogger(__name__)
 

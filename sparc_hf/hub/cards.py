@@ -2,15 +2,15 @@
 
 import logging
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from sparc_hf.evaluation.results import check_results, eval_results, figure_text, results_of_model
 from sparc_hf.files.atomic_files import new_file, write_json, write_text, writing
-from sparc_hf.model.configuration_sparc import SparcConfig
+from sparc_hf.files.installed_folders import templates_folder
 from sparc_hf.files.plain_files import read_json
-from sparc_hf.evaluation.results import check_results, results_of_model
+from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.model_folder import CARD_FILE, ORIGIN_FILE, OTHER_CARD_FILE, RESULTS_FILE, is_model_card
 from sparc_hf.version import __version__
 
@@ -217,38 +217,6 @@ def _source_text(source: Any) -> str | None:
     return ", ".join(f"{key} `{value}`" for key, value in told.items()) or None
 
 
-METRIC_NAMES = {
-    "nmse_self": "Self-reconstruction nmse",
-    "nmse_cross": "Cross-reconstruction nmse",
-    "dead_share": "Dead latents, mean share over streams",
-    "jaccard": "Label Jaccard between streams, mean over all latents",
-    "jaccard_live": "Label Jaccard between streams, mean over live latents",
-    "self_reconstruction_r_at_1": "Self-reconstruction retrieval R@1",
-    "latent_alignment_r_at_1": "Counterpart retrieval by codes R@1",
-    "cross_reconstruction_r_at_1": "Counterpart retrieval by cross-reconstruction R@1",
-}
-
-
-def eval_results(results: Mapping[str, Any]) -> list[Any]:
-    """Return the headline figures of `evaluate_model`'s results as huggingface_hub.EvalResult, for a model-index."""
-    from huggingface_hub import EvalResult
-
-    dataset = results["dataset"]
-    return [
-        EvalResult(
-            task_type="feature-extraction",
-            dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-"),
-            dataset_name=dataset,
-            metric_type=name,
-            metric_name=f"{METRIC_NAMES.get(name, name)} ({encoding} encoding)",
-            metric_value=round(figure["value"], 6),
-        )
-        for encoding in ("joint", "single")
-        for name, figure in results[encoding]["headline"].items()
-        if figure["value"] is not None
-    ]
-
-
 def _config_of(folder: Path) -> SparcConfig:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (no config.json); save one there with `save_pretrained` first")
@@ -278,24 +246,6 @@ def _is_hub_id(encoder: Any) -> bool:
     return isinstance(encoder, str) and encoder.count("/") == 1 and not encoder.startswith((".", "/", "~"))
 
 
-def templates_folder() -> Path:
-    """Return where the card templates lie: inside an installed wheel, or beside the package in a checkout."""
-    here = Path(__file__).parent
-    for folder in (here / "hub_cards", here.parent / "hub_cards"):
-        if (folder / "model_card.md").exists():
-            return folder
-    raise FileNotFoundError("the card templates are missing; install sparc-hf again")
-
-
-def space_folder() -> Path:
-    """Return where the package's own Space lies: inside an installed wheel, or beside the package in a checkout."""
-    here = Path(__file__).parent
-    for folder in (here / "spaces_app", here.parent / "spaces_app"):
-        if (folder / "app.py").is_file():
-            return folder
-    raise FileNotFoundError("the Space's app is missing; install sparc-hf again")
-
-
 def _environment() -> Any:
     import jinja2
 
@@ -312,17 +262,6 @@ def _environment() -> Any:
         "encoder_link": _encoder_link,
     }
     return environment
-
-
-def figure_text(figure: Mapping[str, Any] | None, percent: bool = False) -> str:
-    """Return a headline figure as text, with its interval where there is one."""
-    if figure is None or figure["value"] is None:
-        return "not measured"
-    form = ".1%" if percent else ".3f"
-    text = format(figure["value"], form)
-    if figure["low"] is None or figure["high"] is None:
-        return text
-    return f"{text} ({format(figure['low'], form)} to {format(figure['high'], form)})"
 
 
 def _error_row(nmse: Mapping[str, Mapping[str, float | None]], target: str) -> list[str]:

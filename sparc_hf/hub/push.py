@@ -3,11 +3,9 @@
 import ast
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,16 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sparc_hf.files.atomic_files import write_json, writing
-from sparc_hf.files.atomic_folders import everything, new_folder
 from sparc_hf.codes.concepts import CONCEPTS_FILE
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.hub.cards import space_folder, write_dataset_card, write_model_card
-from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.features.parquet import CHECKSUMS_FILE, DATA_FOLDER, check_split_name, write_parquet_split
+from sparc_hf.features.parquet import check_split_name, write_parquet_split
+from sparc_hf.files.atomic_files import write_json
+from sparc_hf.files.installed_folders import package_folder
+from sparc_hf.hub.cards import write_dataset_card, write_model_card
 from sparc_hf.model_folder import ORIGIN_FILE, RESULTS_FILE, SETTINGS_FILE, read_settings
-from sparc_hf.space.publishing import PACKAGE_FOLDER, PACKAGE_WAYS, SHIPPED_FOLDER, prepare_space
 from sparc_hf.version import __version__
 
-METRICS = Path(__file__).parent / "metrics"
+METRICS = package_folder() / "metrics"
 # What a model's repository gets of the folder of its run.
 MODEL_FILES = (
     "config.json",
@@ -42,89 +37,6 @@ MODEL_FILES = (
 # Answers of a Hub that is busy, and seconds to wait before each further attempt.
 BUSY = (408, 429, 500, 502, 503, 504)
 PAUSES = (1, 4, 10)
-# Files of a former push that go with the next where they are not in it.
-REPLACED = {
-    "model": list(MODEL_FILES),
-    "dataset": [f"{DATA_FOLDER}/*.parquet", f"{DATA_FOLDER}/{CHECKSUMS_FILE.format('*')}"],
-    "space": [f"{PACKAGE_FOLDER}/*", f"{SHIPPED_FOLDER}/*"],
-}
-KINDS = ("model", "features", "metric", "space")
-
-
-@dataclass
-class PushArguments:
-    """Flags of `sparc push`."""
-
-    repo: str = field(metadata={"help": "Hub id, `owner/name`."})
-    model: str | None = field(default=None, metadata={"help": "Folder of a model to push."})
-    features: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Folders of feature datasets to push, one a split: split=folder, or the split's folder name."
-        },
-    )
-    metric: str | None = field(default=None, metadata={"help": "Name of a metric to push as an evaluate module."})
-    space: str | None = field(
-        default=None, metadata={"help": "Folder of a Gradio Space to push; spaces_app is the package's own."}
-    )
-    package: str = field(
-        default=PACKAGE_WAYS[0],
-        metadata={
-            "help": "How a Space gets this package: source, a copy beside app.py; index, this version from the "
-            "package index, once it is released there.",
-            "choices": list(PACKAGE_WAYS),
-        },
-    )
-    demo: bool = field(
-        default=True,
-        metadata={
-            "help": "Put the prepared demo into a Space that shows it (about 11 MB), so that its first start is "
-            "quick; prepared now, in a few minutes, where `sparc space` has not yet done so."
-        },
-    )
-    results: str | None = field(
-        default=None, metadata={"help": "results.json of `sparc evaluate`, for a model's card."}
-    )
-    license: str | None = field(default=None, metadata={"help": "Licence of a feature dataset, for its card."})
-    private: bool = field(default=False, metadata={"help": "Make the repository private, where it is new."})
-    dry_run: str | None = field(
-        default=None, metadata={"help": "Write what would be pushed into this new folder, and push nothing."}
-    )
-
-
-def run_push(args: PushArguments) -> dict[str, Any]:
-    """Push one thing, or write what would be pushed.
-
-    Returns:
-        The repository's kind, its files, and its commit's address or the folder.
-
-    Raises:
-        ValueError: unless exactly one thing is given, and where it, the repository's name or the Hub refuses.
-    """
-    given = [kind for kind in KINDS if getattr(args, kind)]
-    if len(given) != 1:
-        raise ValueError(f"give one of --model, --features, --metric and --space, but there are {given or 'none'}")
-    _check_name(args.repo)
-    if args.dry_run is None:
-        _check_login(args.repo)
-    else:
-        check_output_folder(args.dry_run, "dry_run")
-    with _folder_for(args.dry_run) as folder:
-        if args.model:
-            prepare_model(Path(args.model), folder, repo=args.repo, results=args.results)
-        elif args.features:
-            prepare_features(_splits(args.features), folder, repo=args.repo, license=args.license)
-        elif args.metric:
-            prepare_metric(args.metric, folder, repo=args.repo)
-        else:
-            space = Path(args.space or "")
-            own = args.space == "spaces_app" and not space.exists()
-            prepare_space(space_folder() if own else space, folder, package=args.package, with_demo=args.demo)
-        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        kind = {"model": "model", "features": "dataset"}.get(given[0], "space")
-        if args.dry_run is not None:
-            return {"kind": kind, "files": files, "folder": args.dry_run}
-        return {"kind": kind, "files": files, "commit": push_folder(folder, args.repo, kind, private=args.private)}
 
 
 def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None = None) -> None:
@@ -231,17 +143,20 @@ def _description_of(metric: str) -> str:
     return module._DESCRIPTION.strip()
 
 
-def push_folder(folder: Path, repo: str, kind: str, *, private: bool = False) -> str:
+def push_folder(
+    folder: Path, repo: str, kind: str, *, private: bool = False, replaced: Sequence[str] | None = None
+) -> str:
     """Upload a folder as one commit and return the commit's address.
 
     The Hub takes a commit whole or not at all: after an interruption the repository is as it was, and a second call
-    completes it. Files of a former push that this one replaces (`REPLACED`) go with the same commit.
+    completes it. Files of a former push that this one replaces (`replaced`) go with the same commit.
 
     Args:
         folder: what to upload.
         repo: `owner/name`; made where it is missing.
         kind: "model", "dataset" or "space".
         private: whether a new repository is private.
+        replaced: patterns of files that go where they are not among the new ones.
 
     Raises:
         ValueError: in one sentence, where the Hub cannot be reached or refuses.
@@ -262,7 +177,7 @@ def push_folder(folder: Path, repo: str, kind: str, *, private: bool = False) ->
                     repo_id=repo,
                     repo_type=kind,
                     commit_message=f"Push with sparc_hf {__version__}",
-                    delete_patterns=REPLACED.get(kind),
+                    delete_patterns=list(replaced or []),
                 )
             except HfHubHTTPError as error:
                 # The client tries uploads again by itself, but not the commit.
@@ -311,31 +226,6 @@ def _refusals(repo: str) -> Iterator[None]:
         # A failed upload is a RuntimeError whose cause says more.
         told = f"{error} {error.__cause__}" if error.__cause__ else str(error)
         raise ValueError(f"cannot reach the Hub ({told}); nothing was changed, so push again later") from error
-
-
-@contextmanager
-def _folder_for(dry_run: str | None) -> Iterator[Path]:
-    """Give a new folder, which is kept under its name only if all goes well."""
-    with ExitStack() as opened:
-        if dry_run is None:
-            yield Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="sparc-push-")))
-            return
-        opened.enter_context(locked_folder(dry_run))
-        if Path(dry_run).exists():
-            raise ValueError(f"`dry_run` must be a new folder, but {dry_run} exists")
-        opened.enter_context(writing(f"`{dry_run}`", "make room and run the same again"))
-        yield opened.enter_context(new_folder(dry_run, everything))
-
-
-def _splits(given: Sequence[str]) -> dict[str, Path]:
-    splits: dict[str, Path] = {}
-    for text in given:
-        name, separator, path = text.partition("=")
-        split, folder = (name, Path(path)) if separator else (Path(text).name, Path(text))
-        if split in splits:
-            raise ValueError(f"two folders are given for the split `{split}`; name them as split=folder")
-        splits[split] = folder
-    return splits
 
 
 def _check_name(repo: str) -> None:

@@ -1,118 +1,24 @@
 """What the two earlier projects left behind, told apart by its files and brought into today's formats."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm.auto import tqdm
 
-from sparc_hf.features.shards import check_target
-from sparc_hf.features.writer import FeatureWriter
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.legacy.hdf5_features import AnalysisCache, FeatureFiles, configured_files, is_analysis_cache
-from sparc_hf.legacy.npz_activations import ActivationTree, has_activations
-from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.writer import FeatureWriter
+from sparc_hf.legacy.hdf5_features import AnalysisCache, FeatureFiles
+from sparc_hf.legacy.npz_activations import ActivationTree
 
 if TYPE_CHECKING:
-    from sparc_hf.model.modeling_sparc import SparcModel
+    pass
 
 HDF5_SUFFIXES = (".h5", ".hdf5")
 CHECKPOINT_SUFFIXES = (".pth", ".pt")
 CHECKPOINT_FILES = ("msae_checkpoint.pth", "**/uni_*_checkpoint_*.pth")
 LegacyFeatures = FeatureFiles | AnalysisCache | ActivationTree
-
-
-@dataclass
-class ImportArguments:
-    """Flags of `sparc import`."""
-
-    source: list[str] = field(
-        metadata={
-            "help": "What to import: name=file.h5 for each stream, a configuration .json that names them, an analysis "
-            "cache .h5, a folder of npz activations, or a checkpoint .pth (or its folder)."
-        }
-    )
-    output: str = field(metadata={"help": "Folder for the feature dataset or the model."})
-    split: str | None = field(
-        default=None,
-        metadata={"help": "Split of a configuration (train, val, test; default train) or of a tree of activations."},
-    )
-    encoders: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "What made the streams, which the old files do not say: name=encoder:modality[:pooling] each."
-        },
-    )
-    models: list[str] = field(
-        default_factory=list, metadata={"help": "Models of npz activations to read, in order (default: all)."}
-    )
-    grid: list[int] | None = field(
-        default=None,
-        metadata={"help": "Rows and columns of the common grid of npz activations (default: the smallest of theirs)."},
-    )
-    dtype: str = field(
-        default="float32", metadata={"help": "How features are stored.", "choices": ["float32", "float16"]}
-    )
-    run_config: str | None = field(
-        default=None,
-        metadata={"help": "The run_config.json or YAML of a checkpoint (default: the one beside it)."},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace a model that is in the output folder."})
-
-
-def run_import(args: ImportArguments, complete: Callable[[Path], Any] | None = None) -> "FeatureDataset | SparcModel":
-    """Import what the sources are.
-
-    Args:
-        args: the flags.
-        complete: adds to a model's folder what else belongs to it, such as its card, before it appears.
-
-    Raises:
-        ValueError: for sources of no known kind, and as the importers of each kind.
-    """
-    records = parse_streams(args.encoders)
-    check_output_folder(args.output)
-    if args.grid is not None and (len(args.grid) != 2 or min(args.grid) < 1):
-        raise ValueError(f"`grid` must be rows and columns, such as `14 14`, but it is {args.grid}")
-    paths = _stream_files(args.source)
-    only = Path(args.source[0])
-    checkpoint = _checkpoint_of(only) if paths is None else None
-    if checkpoint is not None:
-        # Not at the top: transformers' model classes take more memory than the import of features.
-        from sparc_hf.legacy.sparc_checkpoints import import_checkpoint
-        from sparc_hf.legacy.usae_checkpoints import import_usae_checkpoints
-
-        is_usae = only.is_dir() and checkpoint.name != CHECKPOINT_FILES[0]
-        load = import_usae_checkpoints if is_usae else import_checkpoint
-        return load(
-            only if is_usae else checkpoint,
-            args.output,
-            run_config=args.run_config,
-            records=records,
-            overwrite=args.overwrite,
-            complete=complete,
-        )
-    check_target(Path(args.output))
-    if paths is not None:
-        found: LegacyFeatures = FeatureFiles(paths)
-    elif only.suffix == ".json":
-        found = FeatureFiles(configured_files(only, args.split or "train"))
-    elif only.suffix in HDF5_SUFFIXES and is_analysis_cache(only):
-        found = AnalysisCache(only)
-    elif only.suffix in HDF5_SUFFIXES:
-        raise ValueError(f"`{only}` is a feature file of one stream; say which: `--source name={only}`")
-    elif only.is_dir() and has_activations(only):
-        found = ActivationTree(only, split=args.split, models=args.models, grid=args.grid)
-    else:
-        state = "is none of these" if only.exists() else "does not exist"
-        raise ValueError(
-            f"`{only}` {state}: `source` is name=file.h5 for each stream, a configuration .json, an analysis cache "
-            ".h5, a folder of npz activations, or a checkpoint .pth or its folder"
-        )
-    return import_features(found, args.output, dtype=args.dtype, records=records)  # pyright: ignore[reportArgumentType] argparse checked it
 
 
 def import_features(

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparc_hf.legacy.declared_sizes import check_declared
 from sparc_hf.encoders.token_grid import resample_tokens
+from sparc_hf.legacy.declared_sizes import check_declared
 
 COMBINED = "_combined"
 STATISTICS_IMAGES = 512

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sparc_hf.encoders.trace import Trace, patch_vectors, trace
 from sparc_hf.encoders.stream_encoder import StreamEncoder
+from sparc_hf.encoders.trace import Trace, patch_vectors, trace
 from sparc_hf.model.modeling_sparc import SparcModel
 
 MAP_METHODS = ("relevance", "grad_cam", "patch_codes")

@@ -1,74 +1,33 @@
 """Panels that show where concepts are in an image and its caption."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
+from sparc_hf.encoders.inputs import upright_rgb
+from sparc_hf.encoders.stream_encoder import StreamEncoder
+from sparc_hf.encoders.trace import visible_box
 from sparc_hf.maps.attribution import (
-    MAP_METHODS,
     ConceptTarget,
     SimilarityTarget,
     Target,
-    check_map_settings,
     image_maps,
     map_method,
     map_on_image,
     word_scores,
 )
-from sparc_hf.encoders.trace import visible_box
-from sparc_hf.cli.command_arguments import trust_remote_code_flag
-from sparc_hf.codes.concept_search import EXACT_NAME, ConceptSearch, LatentMatch
-from sparc_hf.codes.concepts import concepts_of
-from sparc_hf.encoders.stream_encoder import StreamEncoder, check_encoders, load_encoders
-from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.encoders.inputs import open_image, size_of_file, upright_rgb
 from sparc_hf.maps.plots import ExplainedTarget, explanation_panel
 from sparc_hf.model.modeling_sparc import SparcModel
-from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.maps.picture_folder import picture_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Maps are drawn over a smaller copy of larger images: a photograph of 100 million pixels would need gigabytes.
 SHOWN_SIDE = 640
-
-
-@dataclass
-class ExplainArguments:
-    """Flags of `sparc explain`."""
-
-    model: str = field(metadata={"help": "Folder or Hub id of the model."})
-    output: str = field(metadata={"help": "Folder for the panels, a PNG per sample; those it already has are kept."})
-    image: list[str] = field(default_factory=list, metadata={"help": "Image files."})
-    text: list[str] = field(default_factory=list, metadata={"help": "Captions: one per image, or one for all."})
-    features: str | None = field(
-        default=None, metadata={"help": "Feature dataset whose images and captions to explain, in place of files."}
-    )
-    rows: int | None = field(default=None, metadata={"help": "First rows of the feature dataset (default: all)."})
-    latents: list[int] = field(default_factory=list, metadata={"help": "Latents to explain, each by itself."})
-    concept: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Concepts to explain: all latents of that name together, or else the latent that goes most surely "
-            "with that label or word."
-        },
-    )
-    top: int = field(
-        default=3, metadata={"help": "Without latents or concepts: this many of the sample's most active ones."}
-    )
-    method: str = field(
-        default="relevance", metadata={"help": "Kind of maps on images.", "choices": list(MAP_METHODS)}
-    )
-    shifts: int = field(default=2, metadata={"help": "As of `sparc evaluate`: 1 for plain maps."})
-    overwrite: bool = field(default=False, metadata={"help": "Draw panels again that the folder has."})
-    trust_remote_code: bool = trust_remote_code_flag()
 
 
 @dataclass(frozen=True)
@@ -209,131 +168,9 @@ def _row(
     return ExplainedTarget(title, shown, words, notes, inactive)
 
 
-def run_explain(args: ExplainArguments) -> dict[str, Any]:
-    """Draw a panel for every sample; panels that are there from an earlier run are kept.
-
-    Raises:
-        ValueError: for no samples, captions that do not fit the images, files that are no images, or as
-            `explain_sample`.
-    """
-    for name in ("rows", "top"):
-        if (number := getattr(args, name)) is not None and number < 1:
-            raise ValueError(f"`{name}` must be at least 1, but it is {number}")
-    check_map_settings(args.method, args.shifts)
-    check_output_folder(args.output)
-    _check_files(args)
-    model = SparcModel.from_pretrained(args.model).eval()
-    check_latents(model, args.latents)
-    check_encoders(model.config.streams or [])
-    concepts = concepts_of(model)
-    names = {concept.latent: concept.name for concept in concepts}
-    search = ConceptSearch(concepts, model.config.num_latents)
-    matches = {word: search.named(word) for word in args.concept}
-    chosen: dict[str, Sequence[int]] = {_title(latent, names): (latent,) for latent in args.latents}
-    chosen |= {_found_title(word, found): [match.latent for match in found] for word, found in matches.items()}
-    samples = _samples(args, {record["modality"] for record in model.config.streams or []})
-    encoders = load_encoders(model.config.streams or [], trust_remote_code=args.trust_remote_code)
-    drawn_from = ("panel", args.features, args.text, chosen, args.top, args.method, args.shifts)
-    told, kept = [], 0
-    with picture_folder(args.output, model) as pictures:
-        for name, read in tqdm(samples, desc="panels", unit="sample", delay=2, leave=False):
-            if pictures.has(f"{name}.png", *drawn_from) and not args.overwrite:
-                kept += 1
-                continue
-            image, caption = read()
-            latents = chosen or {
-                _title(latent, names): (latent,)
-                for latent in active_latents(sample_codes(model, encoders, image, caption), args.top)
-            }
-            found = explain_sample(model, encoders, image, caption, latents, method=args.method, shifts=args.shifts)
-            pictures.save(found.panel(), f"{name}.png", *drawn_from)
-            path = Path(args.output) / f"{name}.png"
-            told.append({"panel": str(path), "targets": [_told(target) for target in found.targets]})
-    facts: dict[str, Any] = {"output": args.output, "drawn": len(told), "kept": kept}
-    if matches:
-        facts["concepts"] = {
-            word: [{"latent": match.latent, "matched_by": match.reason} for match in found]
-            for word, found in matches.items()
-        }
-    return facts | ({} if args.features else {"samples": told})
-
-
-def _title(latent: int, names: Mapping[int, str | None]) -> str:
-    name = names.get(latent)
-    return f"latent {latent}" + (f": {name}" if name else "")
-
-
-def _found_title(word: str, matches: Sequence[LatentMatch]) -> str:
-    latents = f"latent{'s' if len(matches) > 1 else ''} {', '.join(str(match.latent) for match in matches)}"
-    why = "" if matches[0].rank == EXACT_NAME else f" by its {matches[0].reason}"
-    return f"{word} ({latents}{why})"
-
-
-def _told(target: ExplainedTarget) -> dict[str, Any]:
-    marked = {stream: [[word, round(score, 6)] for word, score, *_ in words] for stream, words in target.words.items()}
-    streams = [name for name, heat in target.maps.items() if heat is not None]
-    facts: dict[str, Any] = {"title": target.title, "maps": streams}
-    return facts | ({"values": dict(target.notes)} if target.notes else {}) | ({"words": marked} if marked else {})
-
-
-def _check_files(args: ExplainArguments) -> None:
-    """Raise ValueError for flags that give no samples, and for image files that are none by their headers."""
-    if args.features is not None and (args.image or args.text):
-        raise ValueError("give a feature dataset or files and captions, not both")
-    if args.features is None and not args.image and not any(text.strip() for text in args.text):
-        raise ValueError("give images, captions, or a feature dataset to explain")
-    if args.image and len(args.text) not in (0, 1, len(args.image)):
-        raise ValueError(
-            f"there are {len(args.image)} images but {len(args.text)} captions; give one for each, or one"
-        )
-    for path in args.image:
-        size_of_file(path)
-
-
-def _samples(args: ExplainArguments, modalities: set[str]) -> list[tuple[str, Any]]:
-    """Return (name of the panel, what reads image and caption) of every sample.
-
-    Raises:
-        ValueError: for a dataset without images and captions, or samples of which no modality is any stream's.
-    """
-    if args.features is not None:
-        features = FeatureDataset.load(args.features)
-        texts, has_images = features.text, "image" in features.column_names
-        if texts is None and not has_images:
-            raise ValueError(f"`{args.features}` has neither images nor captions (columns {features.column_names})")
-        _check_modalities(modalities, image=has_images, text=texts is not None)
-        ids = features.ids
-        rows = range(min(args.rows or len(features), len(features)))
-
-        def of_row(row: int) -> tuple[Image.Image | None, str]:
-            return features.image(row), texts[row] if texts is not None else ""
-
-        return [(_file_name(str(row if ids is None else ids[row])), lambda row=row: of_row(row)) for row in rows]
-    _check_modalities(modalities, image=bool(args.image), text=bool(args.text))
-    if not args.image:
-        return [(f"caption-{number}", lambda text=text: (None, text)) for number, text in enumerate(args.text)]
-    captions = args.text * len(args.image) if len(args.text) == 1 else args.text or [""] * len(args.image)
-    names = [Path(path).stem for path in args.image]
-    doubled = {name for name in names if names.count(name) > 1}
-    return [
-        (f"{name}-{number}" if name in doubled else name, lambda path=path, text=text: (open_image(path), text))
-        for number, (name, path, text) in enumerate(zip(names, args.image, captions, strict=True))
-    ]
-
-
-def _check_modalities(modalities: set[str], **given: bool) -> None:
-    if not modalities & {name for name, is_given in given.items() if is_given}:
-        raise ValueError(f"this model's streams encode {sorted(modalities)}, which the samples lack")
-
-
 def check_latents(model: SparcModel, latents: Sequence[int]) -> None:
     """Raise ValueError for numbers of latents that a model does not have."""
     if wrong := [latent for latent in latents if not 0 <= latent < model.config.num_latents]:
         raise ValueError(
             f"there are no latents {wrong}; this model has latents from 0 to {model.config.num_latents - 1}"
         )
-
-
-def _file_name(name: str) -> str:
-    """Return a name without what a path could be made of."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".") or "sample"

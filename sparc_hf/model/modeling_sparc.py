@@ -11,13 +11,10 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from .buffers_sparc import FeatureStatistics, StepCounters
-from .checks_sparc import reject_loading_faults, reject_missing_streams, reject_rows, reject_shape
 from .configuration_sparc import SparcConfig
-from .usae_encoder import usae_encoder, usae_preactivations
-from .objectives_sparc import sparc_losses
-from .usae_objective import UsaeSettings, usae_losses, usae_source_loss
+from .normalization import FeatureStatistics, reject_missing_streams, reject_rows, reject_shape
 from .outputs import SparcOutput, SparseCodes
+from .sparc_objective import SelectedStreams, SparcStep, codes_of, rows_at_once, sparc_losses
 from .sparse_ops import (
     GradientTerm,
     Selection,
@@ -27,8 +24,17 @@ from .sparse_ops import (
     unit_norm,
     unit_norm_,
 )
-from .step_sparc import SelectedStreams, SparcStep, codes_of, rows_at_once
-from .weights_sparc import DOWNLOAD_ARGUMENTS, WeightFiles, finish_saving, reject_unusable_numbers, stamps_of
+from .step_counters import StepCounters
+from .usae_encoder import usae_encoder, usae_preactivations
+from .usae_objective import UsaeSettings, usae_losses, usae_source_loss
+from .weights import (
+    DOWNLOAD_ARGUMENTS,
+    WeightFiles,
+    finish_saving,
+    reject_loading_faults,
+    reject_unusable_numbers,
+    stamps_of,
+)
 
 __all__ = ["SparcModel", "SparcOutput", "SparseCodes"]
 

@@ -18,11 +18,10 @@ import torch
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 
-from sparc_hf.codes.search import Match
-from sparc_hf.cli.command_arguments import DemoArguments
 from sparc_hf.codes.concept_search import NUMBER, ConceptSearch, LatentMatch
 from sparc_hf.codes.concepts import Evidence, load_concepts
-from sparc_hf.demo.run import run_demo
+from sparc_hf.codes.search import Match
+from sparc_hf.demo.run import DemoArguments, run_demo
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.model.modeling_sparc import SparcModel

@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sparc_hf.files.atomic_files import checksums_of, first_damage, write_json
-from sparc_hf.files.atomic_folders import everything, new_folder
-from sparc_hf.codes.search import CodeSearch
 from sparc_hf.codes.code_table import CodeTable, encode_features
 from sparc_hf.codes.concepts import CONCEPTS_FILE, Concept, load_concepts, name_concepts, save_concepts
-from sparc_hf.model.configuration_sparc import SparcConfig
-from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
-from sparc_hf.features.shards import FileChecksums
-from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.model.modeling_sparc import SparcModel
-from sparc_hf.files.plain_files import Limit, read_json
+from sparc_hf.codes.search import CodeSearch
 from sparc_hf.codes.top_samples import TopSamples, top_samples
+from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.shards import FileChecksums
+from sparc_hf.files.atomic_files import checksums_of, first_damage, write_json
+from sparc_hf.files.atomic_folders import everything, new_folder
+from sparc_hf.files.folder_lock import locked_folder
+from sparc_hf.files.plain_files import Limit, read_json
+from sparc_hf.model.configuration_sparc import SparcConfig
+from sparc_hf.model.modeling_sparc import SparcModel
 from sparc_hf.version import __version__
 
 logger = logging.getLogger(__name__)

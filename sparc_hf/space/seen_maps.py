@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sparc_hf.encoders.stream_encoder import StreamEncoder
+from sparc_hf.encoders.trace import pixel_statistics
 from sparc_hf.maps.attribution import (
     ConceptTarget,
     SimilarityTarget,
@@ -17,8 +19,6 @@ from sparc_hf.maps.attribution import (
     map_method,
     word_scores,
 )
-from sparc_hf.encoders.trace import pixel_statistics
-from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.space.data import SpaceData
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The optional compiled form of a training step's memory-bound parts (`kernels/step_cpu.cpp`), for CPUs.
+"""The optional compiled form of a training step's memory-bound parts (`step_cpu.cpp`), for CPUs.
 
 Nothing needs it: without it the same numbers come from torch's own operators, in more passes over memory. It takes a
 C++ compiler and `ninja` (`pip install "sparc-hf[kernel]"`), and some 15 seconds once per machine and torch version.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).parent / "kernels" / "step_cpu.cpp"
+SOURCE = Path(__file__).with_name("step_cpu.cpp")
 # Named after what the processor can do, so that unlike machines of a cluster with one home folder share no build.
 INSTRUCTIONS = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
 

@@ -19,23 +19,23 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from sparc_hf.files.atomic_files import write_json, writing
-from sparc_hf.training.checkpoints import Checkpoints
-from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.features.dataset import FeatureBatches, FeatureDataset
+from sparc_hf.files.atomic_files import write_json, writing
 from sparc_hf.files.folder_lock import launched_rank, locked_folder
+from sparc_hf.files.output_folder import check_output_folder
+from sparc_hf.model.configuration_sparc import SparcConfig
+from sparc_hf.model.modeling_sparc import SparcModel
+from sparc_hf.model_folder import LOG_FILE, SETTINGS_FILE, claimed_run, cut_log, read_settings
+from sparc_hf.training.arguments import SparcTrainingArguments
+from sparc_hf.training.checkpoints import Checkpoints
 from sparc_hf.training.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
 from sparc_hf.training.learning_rate import ScheduleAfterUpdate, schedule_of
-from sparc_hf.model.modeling_sparc import SparcModel
+from sparc_hf.training.loss_sums import TermSums
 from sparc_hf.training.optimizer import SparcAdam, UsaeAdamW, add_up_terms
-from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.training.random_numbers import seeded
-from sparc_hf.model_folder import LOG_FILE, SETTINGS_FILE, claimed_run, cut_log, read_settings
+from sparc_hf.training.rows import center_pre_biases, random_split, records_of
 from sparc_hf.training.step_kernel import built_library, load_step_kernel
 from sparc_hf.training.stop_signals import StopSignals
-from sparc_hf.training.loss_sums import TermSums
-from sparc_hf.training.arguments import SparcTrainingArguments
-from sparc_hf.training.rows import center_pre_biases, random_split, records_of
 from sparc_hf.version import __version__
 
 # Tells the draws of source streams apart from other draws of the same seed.

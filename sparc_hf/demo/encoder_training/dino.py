@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from sparc_hf.demo.raster import IMAGE_SIZE
 from sparc_hf.demo.encoder_training.clip import IMAGE_MEAN, IMAGE_STD, adamw, index_batches, learning_rate_share
+from sparc_hf.demo.raster import IMAGE_SIZE
 
 logger = logging.getLogger(__name__)
 

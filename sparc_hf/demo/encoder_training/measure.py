@@ -1,4 +1,4 @@
-"""Measure the demo encoders on held-out scenes: `python -m sparc_hf.demo.encoder_training.measure [--encoders FOLDER]`."""
+"""What the demo encoders see: `python -m sparc_hf.demo.encoder_training.measure`."""
 
 import argparse
 import json
@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from sparc_hf.demo import ENCODERS_PATH
+from sparc_hf.demo.encoder_training.dino import DinoRecipe, build_dino
 from sparc_hf.demo.scenes import SPLITS, Scene, make_scene
 from sparc_hf.demo.taxonomy import SHAPES
-from sparc_hf.demo.encoder_training.dino import DinoRecipe, build_dino
 
 NEIGHBOURS = 20
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from sparc_hf.demo.raster import IMAGE_SIZE
-from sparc_hf.demo.scenes import SPLITS, make_scene
 from sparc_hf.demo.encoder_training.clip import save_clip, train_clip
 from sparc_hf.demo.encoder_training.dino import save_dino, train_dino
+from sparc_hf.demo.raster import IMAGE_SIZE
+from sparc_hf.demo.scenes import SPLITS, make_scene
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparc_hf.features.sources.hierarchy import hierarchy_of_codes
-from sparc_hf.files.plain_files import read_json
 from sparc_hf.features.sources.source import Source, rows_with_images
+from sparc_hf.files.plain_files import read_json
 
 SPLITS = ("train", "validation", "test")
 

@@ -1,6 +1,6 @@
-"""What a SparcModel keeps beside its parameters: dead counters, and the statistics of standardised streams."""
+"""What becomes of feature rows before they are encoded: unusable ones refused, and standardised streams."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,40 +8,33 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_sparc import SparcConfig
-from .outputs import SparseCodes
 
 
-class StepCounters(nn.Module):
-    """One int64 buffer [N] per stream: training steps since each latent last fired there."""
+def reject_missing_streams(features: Iterable[str], names: Iterable[str]) -> None:
+    """Raise ValueError where features for training lack a stream."""
+    if missing := [name for name in names if name not in features]:
+        raise ValueError(f"training needs every stream of the model, but {missing} are missing from `features`")
 
-    def __init__(self, names: list[str], num_latents: int):
-        super().__init__()
-        for name in names:
-            self.register_buffer(name, torch.zeros(num_latents, dtype=torch.int64))
 
-    @torch.no_grad()
-    def advance(
-        self, micro_batches: Sequence[Mapping[str, SparseCodes]], threshold: float, new_step: bool, group: Any
-    ) -> None:
-        """Count a step, or with `new_step=False` only note what fired; what did restarts at 1, as in the earlier code.
+def reject_shape(raw: Any, name: str, hidden_size: int) -> None:
+    """Raise ValueError where features of stream `name` are no tensor [batch, hidden_size] with rows in it."""
+    if not isinstance(raw, Tensor) or raw.ndim != 2:
+        found = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+        raise ValueError(f"stream `{name}` needs a tensor [batch, {hidden_size}], but it got {found}")
+    if raw.shape[1] != hidden_size:
+        raise ValueError(f"stream `{name}` has width {hidden_size}, but its features have {raw.shape[1]}")
+    if raw.shape[0] == 0:
+        raise ValueError(f"stream `{name}` got an empty batch: 0 rows where at least 1 is needed")
 
-        Args:
-            micro_batches: stream -> codes of a part of the step's rows, each.
-            threshold: a latent fires where its value exceeds this.
-            new_step: whether a step begins.
-            group: process group of those that share the step's rows, or None.
-        """
-        names = list(micro_batches[0])
-        fired = torch.stack([torch.zeros_like(getattr(self, name), dtype=torch.uint8) for name in names])
-        for row, name in zip(fired, names, strict=True):
-            for codes in micro_batches:
-                active = (codes[name].values > threshold).to(torch.uint8).reshape(-1)
-                row.scatter_reduce_(0, codes[name].indices.reshape(-1), active, reduce="amax")
-        if group is not None:
-            torch.distributed.all_reduce(fired, op=torch.distributed.ReduceOp.MAX, group=group)
-        for row, name in zip(fired, names, strict=True):
-            counter = getattr(self, name)
-            counter.copy_(torch.where(row > 0, 1, counter + int(new_step)))
+
+def reject_rows(faulty: Tensor, name: str, fault: str) -> None:
+    """Raise ValueError where any of bool [batch] is set, with the first row's number."""
+    if faulty.any():
+        numbers = faulty.nonzero().squeeze(-1).tolist()
+        raise ValueError(
+            f"row {numbers[0]} of stream `{name}` holds {fault} ({len(numbers)} of {faulty.numel()} rows do); "
+            "leave such rows out"
+        )
 
 
 class FeatureStatistics(nn.Module):

@@ -1,9 +1,27 @@
-"""What `sparc extract` asks for."""
+"""`sparc extract`: run frozen encoders over a source into a feature dataset."""
 
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from sparc_hf.cli.command_arguments import trust_remote_code_flag
+import torch
+
+from sparc_hf.cli.parser import trust_remote_code_flag
+from sparc_hf.encoders.stream_encoder import checked_device, load_encoders
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.sample_reader import chosen_columns
+from sparc_hf.features.shards import MANIFEST_NAME, check_target
+from sparc_hf.features.sources.coco import open_coco
+from sparc_hf.features.sources.imagenet import open_imagenet
+from sparc_hf.features.sources.open_images import open_open_images
+from sparc_hf.features.sources.source import Source, open_source, parse_streams
+from sparc_hf.files.output_folder import check_output_folder
+
+if TYPE_CHECKING:
+    pass
+
+from sparc_hf.features.extraction import _check_sizes, _processes, extract_features
 
 
 @dataclass
@@ -112,3 +130,97 @@ class ExtractionArguments:
     repair: bool = field(
         default=False, metadata={"help": "Make the damaged shards of a finished dataset again; repeat its settings."}
     )
+
+
+def run_extraction(args: ExtractionArguments) -> FeatureDataset:
+    """Do what the arguments say: open the source, load the encoders, extract, and open the result.
+
+    Raises:
+        ValueError: for unusable arguments, and as `extract_features`.
+    """
+    _check_sizes(args.batch_size, args.rows_per_shard, args.workers)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"`limit` must be at least 1 row, but it is {args.limit}")
+    check_output_folder(args.output)
+    if not (Path(args.output) / MANIFEST_NAME).is_file():  # a finished one is compared with the settings later
+        check_target(Path(args.output))
+    if args.device is not None:
+        checked_device(args.device)
+    if args.per_channel and args.normalize != "standardize":
+        raise ValueError(f"`per_channel` needs `normalize` standardize with it, but that is {args.normalize!r}")
+    records = parse_streams(args.encoders)
+    for record in records:
+        record["normalize"] = args.normalize
+        if args.per_channel:
+            record["per_channel"] = True
+        if record["modality"] == "image":
+            record["image_backend"] = args.image_backend
+        if args.grid is not None and record.get("pooling") == "tokens":
+            record["grid"] = args.grid
+    source = _source(args)
+    dataset = source.dataset
+    if args.limit is not None:
+        rows = getattr(dataset, "num_rows", None)
+        dataset = dataset.take(args.limit if rows is None else min(args.limit, rows))
+    processes = _processes()
+    default = processes.device if processes else "cuda" if torch.cuda.is_available() else "cpu"
+    modalities = {record["modality"] for record in records}
+    columns: dict[str, Any] = {
+        "image_column": args.image_column,
+        "text_column": args.text_column or (source.text_column if "text" in modalities else None),
+        "id_column": args.id_column,
+        "labels_column": args.labels_column or source.labels_column,
+        "keep_columns": args.keep_columns or (),
+    }
+    chosen_columns(dataset, modalities, **columns)  # a misspelt one is told before any model is loaded
+    return extract_features(
+        dataset,
+        load_encoders(records, device=args.device or default, trust_remote_code=args.trust_remote_code),
+        args.output,
+        **columns,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        rows_per_shard=args.rows_per_shard,
+        workers=args.workers,
+        label_names=source.label_names,
+        taxonomy=source.taxonomy,
+        source={"dataset": args.source, "split": args.split, **source.facts},
+        autocast=args.autocast,
+        on_error=args.on_error,
+        repair=args.repair,
+    )
+
+
+def _source(args: ExtractionArguments) -> Source:
+    if args.source_format == "dataset":
+        return Source(open_source(args.source, args.split, args.streaming))
+    if args.streaming:
+        raise ValueError(f"`streaming` is for `source_format` dataset, but it is {args.source_format}")
+    if args.source_format == "coco":
+        if args.images is None:
+            raise ValueError("COCO needs the folder of its images; give it with `images`")
+        return open_coco(args.source, args.images, instances=args.instances, rows=args.rows or "image")
+    if args.source_format == "imagenet":
+        return open_imagenet(args.source, args.split, class_names=args.class_names, hierarchy=args.hierarchy)
+    if args.split is None:
+        raise ValueError("Open Images needs `split`: train, validation or test")
+    return open_open_images(
+        args.source,
+        args.split,
+        rows=args.rows or "caption",
+        captions=args.captions,
+        images=args.images,
+        label_files=args.label_files,
+        class_descriptions=args.class_names,
+        hierarchy=args.hierarchy,
+    )
+
+
+def run_extract(args: Any) -> dict[str, Any] | None:
+    from sparc_hf.cli.extract import run_extraction
+
+    features = run_extraction(args)
+    if int(os.environ.get("RANK", "0")) > 0:  # of several processes one speaks
+        return None
+    skipped = features.rows_skipped
+    return {"features": args.output, "rows": len(features), "rows_skipped": skipped, "streams": features.streams}

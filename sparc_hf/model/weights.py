@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from .checks_sparc import reject_loading_faults
 from .configuration_sparc import SparcConfig
 
 # Arguments of `from_pretrained` that say where files are.
@@ -166,3 +166,35 @@ def _named(name: str, variant: str | None) -> str:
 
 def _shards(index: str) -> list[str]:
     return sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+_LOADING_FAULTS = {
+    "missing_keys": "missing",
+    "unexpected_keys": "unexpected",
+    "mismatched_keys": "mis-shaped",
+    "mistyped_keys": "of another number type",
+}
+
+
+def reject_loading_faults(info: Mapping[str, Any], path: str) -> None:
+    """Raise ValueError where loading info, such as transformers', says that weights and config do not fit."""
+    faults = [
+        f"{len(info[key])} {word}: {_listed(info[key])}" for key, word in _LOADING_FAULTS.items() if info.get(key)
+    ]
+    if faults:
+        raise ValueError(
+            f"the weights in `{path}` do not fit its config.json ({'; '.join(faults)}); "
+            "the two files must come from one `save_pretrained`"
+        )
+
+
+def _listed(keys: Any, limit: int = 3) -> str:
+    # Mis-shaped and mistyped keys come as (name, what it is in the file, what it is in the model).
+    texts = sorted(
+        key if isinstance(key, str) else f"{key[0]} is {_plain(key[1])} instead of {_plain(key[2])}" for key in keys
+    )
+    return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str) else list(value)

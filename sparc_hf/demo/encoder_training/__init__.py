@@ -1,0 +1,1 @@
+"""How the two shipped encoders were made and measured."""

@@ -1,0 +1,1 @@
+"""Where images, texts and labels come from: folders, tables, COCO, Open Images, ImageNet."""

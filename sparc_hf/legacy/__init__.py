@@ -1,0 +1,1 @@
+"""Files of the two earlier projects, brought into today's formats."""

@@ -1,0 +1,1 @@
+"""The Space: a web page to look at a model's concepts."""
