@@ -86,10 +86,12 @@ def test_modules_are_small_and_named_for_what_they_do():
 
 
 def test_functions_fit_on_a_screen():
+    """What a function does, from its first statement on; its parameters and docstring are read apart."""
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = (node.end_lineno or 0) - node.lineno + 1
+                statements = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = (node.end_lineno or 0) - statements[0].lineno + 1 if statements else 0
                 assert lines <= 60, f"{path.relative_to(PACKAGE)}: {node.name} has {lines} lines"
 
 

@@ -166,12 +166,7 @@ def localize(
     settings = settings or LocalizationSettings()
     names = sorted({name for of_image in images.classes for name in of_image})
     texts = [name for name, encoder in encoders.items() if encoder.modality == "text"]
-    targets: dict[str, dict[str, Target]] = {}
-    for text in texts:
-        for kind, embeddings in ((f"codes of {text}", False), (f"embeddings of {text}", True)):
-            targets[kind] = {
-                name: SimilarityTarget(text, settings.prompt.replace("{}", name), embeddings) for name in names
-            }
+    targets = _similarity_targets(texts, names, settings.prompt)
     found: dict[tuple[str, str, str], _Pairs] = defaultdict(_Pairs)
     truth: list[dict[str, Any]] = []
     streams = [name for name, encoder in encoders.items() if encoder.modality == "image"]
@@ -195,6 +190,17 @@ def localize(
             for (kind, stream, method), pairs in sorted(found.items(), key=lambda item: (item[0][2], item[0]))
             if pairs.defined
         ],
+    }
+
+
+def _similarity_targets(texts: Sequence[str], names: Sequence[str], prompt: str) -> dict[str, dict[str, Target]]:
+    """Return kind of target -> class -> target: the class as a text, by its code and by its embedding."""
+    return {
+        f"{kind} of {text}": {
+            name: SimilarityTarget(text, prompt.replace("{}", name), kind == "embeddings") for name in names
+        }
+        for text in texts
+        for kind in ("codes", "embeddings")
     }
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache
@@ -126,22 +126,42 @@ def extract_features(
         "source": {**(source or {}), "rows": reader.total, **columns.record},
     }
     settings = {"streams": records, **facts, "columns": rows.column_types, "rows_per_shard": rows_per_shard}
+
+    def make(folder: ShardFolder, processes: "PartialState | None") -> None:
+        _make_shards(reader, encoders, rows, folder, tokens, autocast, on_error == "skip", processes)
+
+    def finish(folder: ShardFolder) -> None:
+        streams = folder.streams or _with_statistics(folder, records, reader.shards)
+        folder.finish(rows.schema, {"streams": streams, **facts}, reader.shards)
+
+    made = _fill(Path(path), settings, repair, make, finish)
+    # Files that were just written or checked are not read once more.
+    return FeatureDataset.load(path, verify=not made)
+
+
+def _fill(
+    path: Path,
+    settings: dict[str, Any],
+    repair: bool,
+    make: "Callable[[ShardFolder, PartialState | None], None]",
+    finish: Callable[[ShardFolder], None],
+) -> bool:
+    """Make the shards of a folder, all processes together, and finish it; return False where it was finished."""
     processes = _processes()
     with locked_folder(path, rank=launched_rank()):
         with processes.main_process_first() if processes else nullcontext():
-            folder = ShardFolder(Path(path), settings, repair=repair)
+            folder = ShardFolder(path, settings, repair=repair)
         if folder.finished and not repair:
             logger.info("%s is finished already", path)
-            return FeatureDataset.load(path)
-        _make_shards(reader, encoders, rows, folder, tokens, autocast, on_error == "skip", processes)
+            return False
+        make(folder, processes)
         if processes:
             processes.wait_for_everyone()
         if processes is None or processes.is_main_process:
-            streams = folder.streams or _with_statistics(folder, records, reader.shards)
-            folder.finish(rows.schema, {"streams": streams, **facts}, reader.shards)
+            finish(folder)
         if processes:
             processes.wait_for_everyone()
-    return FeatureDataset.load(path, verify=False)  # these very files were just written or checked
+    return True
 
 
 def _check_sizes(batch_size: int, rows_per_shard: int, workers: int) -> None:

@@ -140,18 +140,27 @@ def explain_sample(
         for title, chosen in latents.items()
     }
     targets = [_row(title, images, maps.get(title, {}), words.get(title, {}), values[title]) for title in concepts]
-    for text in texts if images else ():
-        baseline = {
-            f"{stream}, embeddings (baseline)": heat for stream, heat in maps.get(f"embeddings of {text}", {}).items()
-        }
-        marked = {
-            f"{text} for {stream}": words[f"similarity with {stream}"][text]
-            for stream in images
-            if text in words.get(f"similarity with {stream}", {})
-        }
-        row = _row(f"agreement of image and {text}", images, maps.get(f"similarity with {text}", {}), marked)
-        targets.append(replace(row, maps={**row.maps, **baseline}))
+    targets += [_agreement(text, images, maps, words) for text in texts if images]
     return Explanation(shown, caption, targets)
+
+
+def _agreement(
+    text: str,
+    images: Sequence[str],
+    maps: Mapping[str, Mapping[str, np.ndarray]],
+    words: Mapping[str, Mapping[str, list[Any]]],
+) -> ExplainedTarget:
+    """Return the row of where the image streams and a text stream agree, the baseline's maps in it."""
+    baseline = {
+        f"{stream}, embeddings (baseline)": heat for stream, heat in maps.get(f"embeddings of {text}", {}).items()
+    }
+    marked = {
+        f"{text} for {stream}": words[f"similarity with {stream}"][text]
+        for stream in images
+        if text in words.get(f"similarity with {stream}", {})
+    }
+    row = _row(f"agreement of image and {text}", images, maps.get(f"similarity with {text}", {}), marked)
+    return replace(row, maps={**row.maps, **baseline})
 
 
 def _row(

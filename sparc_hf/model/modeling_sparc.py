@@ -14,19 +14,16 @@ from transformers.utils import CONFIG_NAME
 from .configuration_sparc import SparcConfig
 from .normalization import FeatureStatistics, reject_missing_streams, reject_rows, reject_shape
 from .outputs import SparcOutput, SparseCodes
-from .sparc_objective import SelectedStreams, SparcStep, codes_of, rows_at_once, sparc_losses
+from .sparc_objective import SelectedStreams, SparcObjective
 from .sparse_ops import (
     GradientTerm,
     Selection,
     normalize_rows,
-    row_energy,
     sparse_decode,
     unit_norm,
-    unit_norm_,
 )
 from .step_counters import StepCounters
-from .usae_encoder import usae_encoder, usae_preactivations
-from .usae_objective import UsaeSettings, usae_losses, usae_source_loss
+from .usae_objective import UsaeObjective
 from .weights import (
     DOWNLOAD_ARGUMENTS,
     WeightFiles,
@@ -38,7 +35,10 @@ from .weights import (
 
 __all__ = ["SparcModel", "SparcOutput", "SparseCodes"]
 
+OBJECTIVES = {"sparc": SparcObjective, "usae": UsaeObjective}
 REINITIALIZED_STD = 0.01
+# Rows that a CPU multiplies at full speed; more at once only take memory.
+ROWS_PER_PRODUCT = 512
 # Arguments of `save_pretrained` that are for the Hub.
 PUSH_ARGUMENTS = ("commit_message", "create_pr", "max_shard_size", "private", "revision", "tags", "token")
 
@@ -85,12 +85,13 @@ class SparcModel(PreTrainedModel):
 
     def _make_parameters(self, config: SparcConfig) -> None:
         latents, sizes = config.num_latents, config.hidden_sizes
+        has_norm = OBJECTIVES[config.objective].has_encoder_norm
         self.encoders = nn.ModuleDict({name: nn.Linear(size, latents) for name, size in sizes.items()})
         self.atoms = nn.ParameterDict([(name, torch.empty(latents, size)) for name, size in sizes.items()])
         self.pre_bias = nn.ParameterDict([(name, torch.empty(size)) for name, size in sizes.items()])
         # Universal Sparse Autoencoders have a batch norm after the encoder, and no pre-bias: theirs stays zero.
-        self.encoder_norm = nn.ModuleDict({name: nn.BatchNorm1d(latents) for name in sizes if self._is_usae})
-        for bias in self.pre_bias.values() if self._is_usae else ():
+        self.encoder_norm = nn.ModuleDict({name: nn.BatchNorm1d(latents) for name in sizes if has_norm})
+        for bias in self.pre_bias.values() if has_norm else ():
             bias.requires_grad_(False)
         self.steps_since_fired = StepCounters(config.stream_names, latents)
         self.feature_statistics = FeatureStatistics(config)
@@ -218,29 +219,8 @@ class SparcModel(PreTrainedModel):
         """
         if self.training:
             reject_missing_streams(features, self.config.stream_names)
-        if self._is_usae:
-            return self._usae_forward(features, new_step, source)
-        step = SparcStep(self)
-        rows = step.rows(self._normalized_rows(features, reject_zero_rows=True))
-        groups = step.encode(rows, step.select(rows, selection) if selected is None else selected)
-        codes = codes_of(groups, self.config.num_latents)
-        if self.training and selected is None:
-            self._update_counters([codes], new_step)
-        errors, residuals = step.errors(rows, groups)
-        losses = sparc_losses(
-            {name: row_energy(value.normalized) for name, value in rows.items()},
-            errors,
-            step.auxiliary(rows, residuals),
-            cross_coef=float(self.config.cross_coef),
-            auxk_coef=float(self.config.auxk_coef),
-        )
-        reconstructions = None
-        if not self.training:
-            reconstructions = {
-                target: {source: rows[target].normalized + residual for source, residual in sources.items()}
-                for target, sources in residuals.items()
-            }
-        return SparcOutput(loss=losses.pop("loss"), losses=losses, codes=codes, reconstructions=reconstructions)
+        rows = self._normalized_rows(features, reject_zero_rows=self.objective.rejects_zero_rows)
+        return self.objective.losses(rows, selection, new_step, source, selected)
 
     @torch.no_grad()
     def begin_step(
@@ -263,25 +243,25 @@ class SparcModel(PreTrainedModel):
             ValueError: with `objective="usae"`, whose codes depend on the micro-batch; for no micro-batches; or as
                 `forward`.
         """
-        if self._is_usae:
+        if not self.objective.knows_dead_latents:
             raise ValueError(
-                '`objective="usae"` has no auxiliary term of dead latents; call the model with `new_step`'
+                f"`objective={self.config.objective!r}` has no auxiliary term of dead latents; call the model with "
+                "`new_step`"
             )
-        pairs = [self._select_rows(features, selection) for features in micro_batches]
+        pairs = [self._begin(features, selection) for features in micro_batches]
         if not pairs:
             raise ValueError("a training step needs at least one micro-batch, but there is none")
         if self.training:
-            self._update_counters([codes for _, codes in pairs], new_step=True)
+            self.count_step([codes for _, codes in pairs], new_step=True)
         return [selected for selected, _ in pairs]
 
-    def _select_rows(
+    def _begin(
         self, features: Mapping[str, Tensor], selection: str | None
     ) -> tuple[list[SelectedStreams], dict[str, SparseCodes]]:
         reject_missing_streams(features, self.config.stream_names)
-        step = SparcStep(self)
-        rows = step.rows(self._normalized_rows(features, reject_zero_rows=True))
-        selected = step.select(rows, selection)
-        return selected, codes_of(step.encode(rows, selected), self.config.num_latents)
+        return cast(SparcObjective, self.objective).begin(
+            self._normalized_rows(features, reject_zero_rows=True), selection
+        )
 
     def encode(self, features: Mapping[str, Tensor], selection: str | None = None) -> dict[str, SparseCodes]:
         """Encode any subset of the streams.
@@ -300,12 +280,7 @@ class SparcModel(PreTrainedModel):
         Raises:
             ValueError: for unknown streams, wrong widths, an empty batch, or rows that hold NaN or infinity.
         """
-        if self._is_usae:
-            rows = self._normalized_rows(features)
-            return {name: self._usae_encode(name, value) for name, value in rows.items()}
-        step = SparcStep(self)
-        rows = step.rows(self._normalized_rows(features))
-        return codes_of(step.encode(rows, step.select(rows, selection)), self.config.num_latents)
+        return self.objective.encode(self._normalized_rows(features), selection)
 
     def preactivations(self, stream: str, features: Tensor, latents: Tensor) -> Tensor:
         """Return pre-activations of chosen latents, [batch, len(latents)], differentiable in the features.
@@ -321,11 +296,8 @@ class SparcModel(PreTrainedModel):
             ValueError: as `encode`.
         """
         self.config.stream(stream)
-        rows, latents = self._normalized_stream(stream, features, reject_zero_rows=False), latents.to(self.device)
-        encoder = self._encoder(stream)
-        if self._is_usae:
-            return usae_preactivations(rows, encoder, self._norm(stream), latents)
-        return nn.functional.linear(rows - self.pre_bias[stream], encoder.weight[latents], encoder.bias[latents])
+        rows = self._normalized_stream(stream, features, reject_zero_rows=False)
+        return self.objective.preactivations(stream, rows, latents.to(self.device))
 
     def decode(self, codes: SparseCodes, to: str) -> Tensor:
         """Decode codes of any stream to normalised rows [batch, hidden_size] of stream `to`.
@@ -341,7 +313,7 @@ class SparcModel(PreTrainedModel):
 
     def decoding_atoms(self, stream: str) -> Tensor:
         """Return a stream's atoms as `decode` uses them, [N, hidden_size]: of unit norm with `objective="usae"`."""
-        return unit_norm(self.atoms[stream]) if self._is_usae else self.atoms[stream]
+        return self.objective.unit_atoms(stream)
 
     def normalize(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the rows the losses are measured on: raw features normalised as the stream records say."""
@@ -358,11 +330,7 @@ class SparcModel(PreTrainedModel):
         The earlier code does both between backward and the optimizer's step, so that is where the training loop
         calls this; the gradient was taken at the atoms before the division.
         """
-        if self._is_usae:  # which brings its atoms to unit norm at every use
-            return
-        with torch.no_grad():
-            for atoms in self.atoms.values():
-                unit_norm_(atoms, atoms.grad)
+        self.objective.prepare_atoms_for_step()
 
     @torch.no_grad()
     def reinitialize_dead_latents(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -389,38 +357,23 @@ class SparcModel(PreTrainedModel):
         return counts
 
     @property
-    def _is_usae(self) -> bool:
-        return self.config.objective == "usae"
+    def objective(self) -> SparcObjective | UsaeObjective:
+        """What the config's `objective` means, on this model's parameters."""
+        return OBJECTIVES[self.config.objective](self)
 
-    def _usae_encode(self, name: str, rows: Tensor) -> SparseCodes:
-        positive = usae_preactivations(rows, self._encoder(name), self._norm(name)).relu()
-        top = positive.topk(self.config.k, dim=-1)
-        return SparseCodes(top.indices, top.values, self.config.num_latents)
+    def count_step(self, micro_batches: Sequence[Mapping[str, SparseCodes]], new_step: bool) -> None:
+        """Advance the dead counters by the codes of a training step's rows, in one or several parts.
 
-    def _usae_forward(self, features: Mapping[str, Tensor], new_step: bool, source: str | None) -> SparcOutput:
-        rows = self._normalized_rows(features)
-        sources = list(rows) if source is None else [source]
-        if unknown := [name for name in sources if name not in rows]:
-            raise ValueError(f"`source` must be one of the given streams {list(rows)}, but it is {unknown[0]!r}")
-        config = self.config
-        # Pre-activations, their gradient, and what either takes in half precision.
-        at_once = rows_at_once(self, arrays=3)
-        settings = UsaeSettings(config.k, config.auxk, float(config.auxk_coef), config.distance, at_once)
-        atoms = {name: self.atoms[name] for name in rows}
-        found = {}
-        for name in sources:
-            weight, bias = usae_encoder(rows[name], self._encoder(name), self._norm(name), self.counter_group)
-            found[name] = usae_source_loss(rows[name], weight, bias, rows, atoms, settings)
-        codes = {name: SparseCodes(part.indices, part.values, config.num_latents) for name, part in found.items()}
-        if self.training:
-            self._update_counters([codes], new_step)
-        losses = usae_losses(found)
-        reconstructions = None
-        if not self.training:
-            reconstructions = {
-                target: {name: self.decode(code, to=target) for name, code in codes.items()} for target in rows
-            }
-        return SparcOutput(loss=losses.pop("loss"), losses=losses, codes=codes, reconstructions=reconstructions)
+        With `new_step=False` the parts belong to a step that was counted, and only what fired is noted.
+        """
+        threshold = float(self.config.dead_threshold)
+        self.steps_since_fired.advance(micro_batches, threshold, new_step, self.counter_group)
+
+    def rows_at_once(self, arrays: int) -> int:
+        """Return how many rows `arrays` arrays of N numbers a row have in the memory a model may take."""
+        bytes_per_row = 4 * self.config.num_latents * arrays
+        most = ROWS_PER_PRODUCT if self.device.type == "cpu" else 2**31
+        return max(1, min(most, int(self.max_preactivation_mb * 2**20) // bytes_per_row))
 
     def _normalized_rows(self, features: Mapping[str, Tensor], reject_zero_rows: bool = False) -> dict[str, Tensor]:
         names = self.config.stream_names
@@ -454,13 +407,6 @@ class SparcModel(PreTrainedModel):
 
     def _encoder(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.encoders[name])
-
-    def _norm(self, name: str) -> nn.BatchNorm1d:
-        return cast(nn.BatchNorm1d, self.encoder_norm[name])
-
-    def _update_counters(self, micro_batches: Sequence[Mapping[str, SparseCodes]], new_step: bool) -> None:
-        threshold = float(self.config.dead_threshold)
-        self.steps_since_fired.advance(micro_batches, threshold, new_step, self.counter_group)
 
 
 SparcModel.register_for_auto_class("AutoModel")

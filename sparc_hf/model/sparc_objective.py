@@ -7,11 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .outputs import SparseCodes
-from .sparse_ops import GradientTerm, Selection, decode_errors, gather_preactivations, row_energy, top_k
-
-# Rows that a CPU multiplies at full speed; more at once only take memory.
-ROWS_PER_PRODUCT = 512
+from .outputs import SparcOutput, SparseCodes
+from .sparse_ops import GradientTerm, Selection, decode_errors, gather_preactivations, row_energy, top_k, unit_norm_
 
 
 class StreamRows(NamedTuple):
@@ -37,21 +34,100 @@ class EncodedStreams(NamedTuple):
     values: Tensor
 
 
-class SparcStep:
-    """Encoding, errors of all pairs and the auxiliary term, with gradients that touch only what was selected.
+class SparcObjective:
+    """What `objective="sparc"` means: see `UsaeObjective` for its sibling.
+
+    From the rows x of every stream to the loss, in this order: x - b; the k latents where the pre-activations summed
+    over streams are largest (global) or each stream's own are (local); codes, the pre-activations there, never
+    negative; every code decoded to every stream; the auxiliary term of dead latents; `sparc_losses`. Gradients touch
+    only what was selected.
+
+    Attributes:
+        has_encoder_norm: whether a batch norm follows the encoder, which takes the pre-bias's place.
+        rejects_zero_rows: whether a row of zeros has no loss.
+        knows_dead_latents: whether the loss depends on which latents are dead, so that a step of several
+            micro-batches has to `begin` with all of them.
 
     Args:
-        model: a SparcModel; its parameters and settings are read, nothing is changed.
+        model: a SparcModel; its parameters and settings are read, and its counters of steps advanced in training.
     """
+
+    has_encoder_norm = False
+    rejects_zero_rows = True  # its errors are relative
+    knows_dead_latents = True
 
     def __init__(self, model: Any):
         self.model = model
 
-    def rows(self, normalized: Mapping[str, Tensor]) -> dict[str, StreamRows]:
+    def encode(self, rows: Mapping[str, Tensor], selection: str | None) -> dict[str, SparseCodes]:
+        """Return stream -> codes of normalised rows [batch, d]; nothing is counted."""
+        return self.begin(rows, selection)[1]
+
+    def begin(
+        self, rows: Mapping[str, Tensor], selection: str | None
+    ) -> tuple[list[SelectedStreams], dict[str, SparseCodes]]:
+        """Select, and return what `losses` takes as `selected`, with the codes."""
+        streams = self._with_centered(rows)
+        selected = self._selected(streams, selection)
+        return selected, self._codes(self._encoded(streams, selected))
+
+    def losses(
+        self,
+        rows: Mapping[str, Tensor],
+        selection: str | None,
+        new_step: bool,
+        source: str | None,
+        selected: Sequence[SelectedStreams] | None,
+    ) -> SparcOutput:
+        """Return losses and codes, and in evaluation mode reconstructions; `source` has no meaning here."""
+        streams = self._with_centered(rows)
+        groups = self._encoded(streams, self._selected(streams, selection) if selected is None else selected)
+        codes = self._codes(groups)
+        if self.model.training and selected is None:
+            self.model.count_step([codes], new_step)
+        errors, residuals = self._errors(streams, groups)
+        losses = sparc_losses(
+            {name: row_energy(x) for name, x in rows.items()},
+            errors,
+            self._auxiliary(streams, residuals),
+            cross_coef=float(self.model.config.cross_coef),
+            auxk_coef=float(self.model.config.auxk_coef),
+        )
+        reconstructions = None
+        if not self.model.training:
+            reconstructions = {
+                target: {source: rows[target] + residual for source, residual in sources.items()}
+                for target, sources in residuals.items()
+            }
+        return SparcOutput(loss=losses.pop("loss"), losses=losses, codes=codes, reconstructions=reconstructions)
+
+    def preactivations(self, stream: str, rows: Tensor, latents: Tensor) -> Tensor:
+        """Return pre-activations of chosen latents, [batch, len(latents)], differentiable in the rows."""
+        encoder = self.model.encoders[stream]
+        return F.linear(rows - self.model.pre_bias[stream], encoder.weight[latents], encoder.bias[latents])
+
+    def unit_atoms(self, stream: str) -> Tensor:
+        """Return a stream's atoms of unit norm [N, d], which these stay: `prepare_atoms_for_step` sees to it."""
+        return self.model.atoms[stream]
+
+    def prepare_atoms_for_step(self) -> None:
+        """Bring atoms to unit norm, then take from their gradients the part along the atom."""
+        with torch.no_grad():
+            for atoms in self.model.atoms.values():
+                unit_norm_(atoms, atoms.grad)
+
+    def _with_centered(self, normalized: Mapping[str, Tensor]) -> dict[str, StreamRows]:
         """Return normalised rows with those rows minus the pre-bias."""
         return {name: StreamRows(x, (x - self.model.pre_bias[name]).detach()) for name, x in normalized.items()}
 
-    def select(self, rows: Mapping[str, StreamRows], selection: str | None) -> list[SelectedStreams]:
+    def _codes(self, groups: Sequence[EncodedStreams]) -> dict[str, SparseCodes]:
+        return {
+            name: SparseCodes(selection.indices, value, self.model.config.num_latents)
+            for names, selection, values in groups
+            for name, value in zip(names, values.unbind(), strict=True)
+        }
+
+    def _selected(self, rows: Mapping[str, StreamRows], selection: str | None) -> list[SelectedStreams]:
         """Select the latents of normalised rows.
 
         The pre-activations, the one dense product of a step, are made outside the graph, for as many rows at a time
@@ -61,7 +137,7 @@ class SparcStep:
         if selection not in ("global", "local"):
             raise ValueError(f'`selection` must be "global" or "local", but it is {selection!r}')
         groups = [list(rows)] if selection == "global" else [[name] for name in rows]
-        at_once = rows_at_once(self.model, len(rows) + 1)  # and their sum
+        at_once = self.model.rows_at_once(len(rows) + 1)  # and their sum
         blocks = zip(*(value.centered.split(at_once) for value in rows.values()), strict=True)
         scratch = self._scratch(rows, at_once)
         found = [self._select(dict(zip(rows, block, strict=True)), groups, scratch) for block in blocks]
@@ -71,7 +147,7 @@ class SparcStep:
             selected.append(SelectedStreams(names, shared, torch.cat([values for _, values in parts], dim=1)))
         return selected
 
-    def encode(self, rows: Mapping[str, StreamRows], selected: Sequence[SelectedStreams]) -> list[EncodedStreams]:
+    def _encoded(self, rows: Mapping[str, StreamRows], selected: Sequence[SelectedStreams]) -> list[EncodedStreams]:
         """Give what was selected of these rows its gradient, and bring it to codes.
 
         Raises:
@@ -142,7 +218,7 @@ class SparcStep:
             values, self.model.atoms[name], self.model.pre_bias[name], rows, centered, selection, terms
         )
 
-    def errors(
+    def _errors(
         self, rows: Mapping[str, StreamRows], groups: Sequence[EncodedStreams]
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
         """Return target -> source -> squared errors [batch], and reconstruction minus rows [batch, hidden_size]."""
@@ -162,7 +238,7 @@ class SparcStep:
                 residuals[target].update(zip(names, found[1].unbind(), strict=True))
         return errors, residuals
 
-    def auxiliary(
+    def _auxiliary(
         self, rows: Mapping[str, StreamRows], residuals: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return stream -> squared errors of the largest dead pre-activations, decoded, and their target's energy.
@@ -193,32 +269,17 @@ class SparcStep:
                 return None, centered, 0.0
             weight, bias = self.model.encoders[name].weight[latents], self.model.encoders[name].bias[latents]
             count = min(self.model.config.auxk, len(latents))
-            blocks = centered.split(rows_at_once(self.model, 2))
+            blocks = centered.split(self.model.rows_at_once(2))
             found = [top_k([F.linear(block, weight, bias)], count) for block in blocks]
             selection, any_dead = self._joined([latents[best] for best, _ in found]), 1.0
         else:
             # Where fewer are dead, the rest of the selection is -inf: no value, no gradient.
             found = [
                 top_k([self._preactivations(name, block).masked_fill(~dead, -torch.inf)], self.model.config.auxk)
-                for block in centered.split(rows_at_once(self.model, 2))
+                for block in centered.split(self.model.rows_at_once(2))
             ]
             selection, any_dead = self._joined([best for best, _ in found]), dead.any()
         return selection, torch.cat([values[0] for _, values in found]), any_dead
-
-
-def rows_at_once(model: Any, arrays: int) -> int:
-    """Return how many rows `arrays` arrays of N numbers a row have in the memory a model may take."""
-    bytes_per_row = 4 * model.config.num_latents * arrays
-    most = ROWS_PER_PRODUCT if model.device.type == "cpu" else 2**31
-    return max(1, min(most, int(model.max_preactivation_mb * 2**20) // bytes_per_row))
-
-
-def codes_of(groups: Sequence[EncodedStreams], num_latents: int) -> dict[str, SparseCodes]:
-    return {
-        name: SparseCodes(selection.indices, value, num_latents)
-        for names, selection, values in groups
-        for name, value in zip(names, values.unbind(), strict=True)
-    }
 
 
 def sparc_losses(

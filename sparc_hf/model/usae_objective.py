@@ -1,4 +1,4 @@
-"""The loss of Universal Sparse Autoencoders and its gradients, made in blocks of rows (arXiv 2502.03714)."""
+"""The objective of Universal Sparse Autoencoders, its gradients made in blocks of rows (arXiv 2502.03714)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,82 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from .sparse_ops import NORM_EPS, Selection, dots_with_atoms, row_dots, top_k
+from .outputs import SparcOutput, SparseCodes
+from .sparse_ops import NORM_EPS, Selection, dots_with_atoms, row_dots, top_k, unit_norm
+from .usae_encoder import usae_encoder, usae_preactivations
+
+
+class UsaeObjective:
+    """What `objective="usae"` means: see `SparcObjective` for its sibling.
+
+    From the rows of one source, or of each in turn, to the loss: pre-activations behind a batch norm; that source's
+    own k largest; its code decoded, by atoms of unit norm, to every stream; the auxiliary term of the latents that
+    come next; `usae_losses`.
+
+    Attributes:
+        has_encoder_norm: whether a batch norm follows the encoder, which takes the pre-bias's place.
+        rejects_zero_rows: whether a row of zeros has no loss.
+        knows_dead_latents: whether the loss depends on which latents are dead, so that a step of several
+            micro-batches has to `begin` with all of them.
+
+    Args:
+        model: a SparcModel; its parameters and settings are read, and its counters of steps and batch norms advanced
+            in training.
+    """
+
+    has_encoder_norm = True
+    rejects_zero_rows = False  # its errors are absolute
+    knows_dead_latents = False
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def encode(self, rows: Mapping[str, Tensor], selection: str | None) -> dict[str, SparseCodes]:
+        """Return stream -> codes of normalised rows [batch, d]; streams select alone, whatever `selection`."""
+        config, codes = self.model.config, {}
+        for name, x in rows.items():
+            top = self.preactivations(name, x).relu().topk(config.k, dim=-1)
+            codes[name] = SparseCodes(top.indices, top.values, config.num_latents)
+        return codes
+
+    def losses(
+        self, rows: Mapping[str, Tensor], selection: str | None, new_step: bool, source: str | None, selected: Any
+    ) -> SparcOutput:
+        """Return losses and codes, and in evaluation mode reconstructions; streams select alone, in this pass."""
+        sources = list(rows) if source is None else [source]
+        if unknown := [name for name in sources if name not in rows]:
+            raise ValueError(f"`source` must be one of the given streams {list(rows)}, but it is {unknown[0]!r}")
+        model, config = self.model, self.model.config
+        # Pre-activations, their gradient, and what either takes in half precision.
+        at_once = model.rows_at_once(3)
+        settings = UsaeSettings(config.k, config.auxk, float(config.auxk_coef), config.distance, at_once)
+        atoms = {name: model.atoms[name] for name in rows}
+        passes = {}
+        for name in sources:
+            encoder, norm = model.encoders[name], model.encoder_norm[name]
+            weight, bias = usae_encoder(rows[name], encoder, norm, model.counter_group)
+            passes[name] = usae_source_loss(rows[name], weight, bias, rows, atoms, settings)
+        codes = {name: SparseCodes(part.indices, part.values, config.num_latents) for name, part in passes.items()}
+        if model.training:
+            model.count_step([codes], new_step)
+        losses = usae_losses(passes)
+        reconstructions = None
+        if not model.training:
+            reconstructions = {
+                target: {name: model.decode(code, to=target) for name, code in codes.items()} for target in rows
+            }
+        return SparcOutput(loss=losses.pop("loss"), losses=losses, codes=codes, reconstructions=reconstructions)
+
+    def preactivations(self, stream: str, rows: Tensor, latents: Any = slice(None)) -> Tensor:
+        """Return pre-activations behind the batch norm, [batch, latents], differentiable in the rows."""
+        return usae_preactivations(rows, self.model.encoders[stream], self.model.encoder_norm[stream], latents)
+
+    def unit_atoms(self, stream: str) -> Tensor:
+        """Return a stream's atoms brought to unit norm, [N, d]; the parameter has any norm."""
+        return unit_norm(self.model.atoms[stream])
+
+    def prepare_atoms_for_step(self) -> None:
+        """Do nothing: atoms are brought to unit norm at every use."""
 
 
 class UsaeSettings(NamedTuple):
