@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import SHARED
 from PIL import Image
 from tiny_encoders import save_clip, save_dinov2
 
@@ -15,7 +16,7 @@ from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sources.source import find_column, open_source, parse_streams
 
-PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
+PHOTOS = SHARED / "data" / "photos"
 MODES = ["RGB", "L", "RGBA", "P"]
 
 
