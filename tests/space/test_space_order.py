@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from space_demo import space_app
 
+from sparc_hf.space.tabs import explain as explain_module
+from sparc_hf.space.tabs import explorer
+
 pytest.importorskip("gradio", reason="the Space needs gradio")
 
 SLOW = 3.0
@@ -25,7 +28,7 @@ def late(data) -> dict:
 @pytest.fixture(scope="module")
 def url(data, late):
     app = space_app()
-    quick_maps, quick_explain = app.latent_maps, app.explain
+    quick_maps, quick_explain = explorer.latent_maps, explain_module.explain
 
     def latent_maps(data, latent, rows):
         if latent in late["latents"]:
@@ -40,8 +43,8 @@ def url(data, late):
         return quick_explain(data, image, caption, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "latent_maps", latent_maps)
-        patch.setattr(app, "explain", explain)
+        patch.setattr(explorer, "latent_maps", latent_maps)
+        patch.setattr(explain_module, "explain", explain)
         blocks = app.launch(data, prevent_thread_lock=True, quiet=True)
         yield blocks.local_url
         blocks.close()

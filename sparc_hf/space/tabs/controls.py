@@ -11,6 +11,8 @@ import gradio as gr
 
 from sparc_hf.space.guard import refusal
 
+FIRST_ORDER = "alignment, single-stream"
+
 logger = logging.getLogger(__name__)
 
 # Every fragment reports which latent, sample or page was chosen in it; with a modifier key the browser opens a link.

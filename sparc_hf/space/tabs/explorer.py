@@ -1,0 +1,119 @@
+"""The tab that lists latents and shows the samples of one."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from sparc_hf.space import fragments as page
+from sparc_hf.space.data import ORDERS, SpaceData
+from sparc_hf.space.seen_maps import latent_maps
+from sparc_hf.space.tabs.controls import EXPLAINING, FIRST_ORDER, Pane, answered, endpoint, fragment
+from sparc_hf.space.visitor_input import checked_number, checked_text
+
+
+def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[Callable], None]:
+    """Build the explorer and return what makes another fragment's event open the latent that was chosen there."""
+
+    @answered
+    def find(search: str, order: str) -> str:
+        return page.latents_table(data, data.match_latents(checked_text(search), order))
+
+    @answered
+    def turned(event: gr.EventData, search: str, order: str) -> str:
+        number = checked_number((event._data or {}).get("page"), 10**6, "page")
+        return page.latents_table(data, data.match_latents(checked_text(search), order), number)
+
+    def samples(latent: int, wanted: bool) -> str:
+        return samples_with_maps(latent) if wanted else page.latent_samples(data, data.latent(latent))
+
+    @functools.lru_cache(maxsize=128)
+    def samples_with_maps(latent: int) -> str:
+        facts = data.latent(latent)
+        rows = {stream: [row for row, _ in samples] for stream, samples in facts.samples.items()}
+        return page.latent_samples(data, facts, latent_maps(data, latent, rows))
+
+    @answered
+    def show(number: str) -> tuple[str, str]:
+        latent = checked_number(number, data.num_latents, "latent")
+        return page.latent_page(data, data.latent(latent)), samples(latent, False)
+
+    @answered
+    def show_maps(number: str, wanted: bool) -> str:
+        return samples(checked_number(number, data.num_latents, "latent"), wanted)
+
+    @answered
+    def shown_again(number: str, wanted: bool) -> str:
+        latent = checked_number(number, data.num_latents, "latent")
+        return page.latent_with_samples(data, data.latent(latent), samples(latent, wanted), with_maps=wanted)
+
+    @answered
+    def opened(number: Any) -> tuple[Any, str, str]:
+        latent = checked_number(number, data.num_latents, "latent")
+        return gr.Tabs(selected="explorer"), str(latent), shown_again(str(latent), False)
+
+    @answered
+    def clicked(event: gr.EventData) -> tuple[Any, ...]:
+        chosen = event._data or {}
+        return opened(chosen.get("open", chosen.get("latent")))
+
+    @answered
+    def linked(request: gr.Request) -> tuple[Any, ...]:
+        number = dict(request.query_params).get("latent")
+        return (gr.skip(),) * 3 if number is None else opened(number)
+
+    latents = data.match_latents("", FIRST_ORDER)
+    first = str(latents[0].latent if latents else 0)
+    with gr.Row(elem_classes="explorer"):
+        with gr.Column(scale=2, min_width=320):
+            with gr.Row():
+                search = gr.Textbox(label="Search latents", placeholder="name, label or word", elem_id="search")
+                order = gr.Dropdown(list(ORDERS), value=FIRST_ORDER, label="Sort by", elem_id="order")
+            table = Pane("latents", page.latents_table(data, latents))
+        with gr.Column(scale=3, min_width=320):
+            with gr.Row():
+                number = gr.Textbox(first, label="Latent number", max_lines=1, elem_id="number")
+                wanted = gr.Checkbox(True, label="maps on images", elem_id="with-maps")
+            latent = fragment(shown_again(first, False), elem_id="latent")
+            arrived = gr.HTML(visible=False)
+    searched = {"show_progress": "hidden"}
+    table.ask(functools.partial(gr.on, [search.submit, search.change, order.input]), find, [search, order], **searched)
+    table.ask(table.shown.select, turned, [search, order], **searched)
+
+    # Heading and samples are one fragment, and maps are for the latent that it shows, whatever the number's box says.
+    def draw_maps(listener: Callable) -> None:
+        listener(
+            shown_again,
+            [latent, wanted],
+            arrived,
+            js="(shown, wanted) => [sparc.latentOf(shown), wanted]",
+            api_visibility="private",
+            show_progress="hidden",
+            trigger_mode="always_last",
+            **EXPLAINING,
+        ).success(
+            None,
+            [arrived, latent, wanted],
+            latent,
+            js="(arrived, shown, wanted) => sparc.sameLatent(arrived, shown, wanted)",
+            show_progress="hidden",
+            trigger_mode="multiple",
+        )
+
+    def open_from(listener: Callable, handler: Callable = clicked, inputs: Any = None) -> None:
+        event = listener(handler, inputs, [tabs, number, latent], api_visibility="private", trigger_mode="always_last")
+        event.success(None, latent, None, js="(shown) => sparc.opened(shown)", trigger_mode="multiple")
+        draw_maps(event.success)
+
+    open_from(number.submit, opened, number)
+    open_from(table.shown.click)
+    open_from(latent.click)
+    draw_maps(wanted.input)
+    link = app.load(linked, None, [tabs, number, latent], api_visibility="private")
+    link.success(None, None, None, js="() => location.search.includes('latent=') && sparc.reveal('latent-page')")
+    draw_maps(link.success)
+    endpoint("find_latents", find, [search, order])
+    endpoint("latent", show, [number], pieces=2)
+    endpoint("latent_maps", show_maps, [number, wanted], **EXPLAINING)
+    return open_from
