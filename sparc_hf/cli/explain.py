@@ -25,7 +25,8 @@ from sparc_hf.model.modeling_sparc import SparcModel
 
 if TYPE_CHECKING:
     pass
-from sparc_hf.maps.explanation import active_latents, check_latents, explain_sample, sample_codes
+from sparc_hf.codes.encoding import sample_codes
+from sparc_hf.maps.explanation import active_latents, check_latents, explain_sample
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from sparc_hf.cli.parser import trust_remote_code_flag
 from sparc_hf.codes.code_table import check_streams, encode_features
 from sparc_hf.codes.concepts import concept_names
+from sparc_hf.codes.encoding import sample_code
 from sparc_hf.codes.search import CodeSearch, Match
 from sparc_hf.encoders.inputs import open_image, size_of_file
 from sparc_hf.encoders.stream_encoder import load_encoders
@@ -115,5 +116,4 @@ def _encoded(args: RetrieveArguments, model: SparcModel, record: dict[str, Any])
     """Return the code [N] of an image or a text; of patch tokens the largest values."""
     encoder = load_encoders([record], trust_remote_code=args.trust_remote_code)[record["name"]]
     sample: Any = args.text if args.image is None else open_image(args.image)
-    code = model.encode({encoder.name: encoder.rows(encoder.prepare([sample]))})[encoder.name]
-    return code.to_dense().amax(dim=0).float().cpu().numpy()
+    return sample_code(model, encoder, sample).numpy()

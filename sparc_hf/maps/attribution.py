@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sparc_hf.codes.encoding import sample_code
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.encoders.trace import Trace, patch_vectors, trace
 from sparc_hf.model.modeling_sparc import SparcModel
@@ -312,16 +313,15 @@ def _resolved(
     if target.stream not in encoders:
         raise ValueError(f"there is no encoder of stream `{target.stream}`; there are those of {list(encoders)}")
     other = encoders[target.stream]
-    rows = other.rows(other.prepare([target.sample]))  # pyright: ignore[reportArgumentType]
     if target.embeddings:
         same = (other.encoder, other.revision, other.pooling) == (
             encoders[stream].encoder,
             encoders[stream].revision,
             encoders[stream].pooling,
         )
+        rows = other.rows(other.prepare([target.sample]))  # pyright: ignore[reportArgumentType]
         return F.normalize(rows[0], dim=-1) if same else None
-    with torch.no_grad():
-        code = model.encode({target.stream: rows})[target.stream].to_dense().amax(dim=0)
+    code = sample_code(model, other, target.sample)
     code = code / code.norm().clamp(min=1e-8)
     return {int(latent): float(code[latent]) for latent in code.nonzero()[:, 0] if code[latent] > 0}
 

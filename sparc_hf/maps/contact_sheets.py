@@ -8,6 +8,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sparc_hf.codes.code_table import CodeTable
+from sparc_hf.codes.encoding import sample_codes
 from sparc_hf.codes.top_samples import TopSamples
 from sparc_hf.codes.universality import latent_universality
 from sparc_hf.encoders.inputs import upright_rgb
@@ -15,7 +16,7 @@ from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.encoders.trace import visible_box
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.maps.attribution import ConceptTarget, image_maps, map_method, map_on_image
-from sparc_hf.maps.explanation import SHOWN_SIDE, check_latents, sample_codes
+from sparc_hf.maps.explanation import SHOWN_SIDE, check_latents
 from sparc_hf.maps.picture_folder import PictureFolder
 from sparc_hf.maps.plots import SheetCell, contact_sheet, heatmap_grid
 from sparc_hf.model.modeling_sparc import SparcModel

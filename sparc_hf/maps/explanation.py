@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sparc_hf.codes.encoding import sample_codes
 from sparc_hf.encoders.inputs import upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.encoders.trace import visible_box
@@ -47,23 +48,6 @@ class Explanation:
     def panel(self) -> "Figure":
         """Return the panel."""
         return explanation_panel(self.image, self.caption, self.targets)
-
-
-@torch.no_grad()
-def sample_codes(
-    model: SparcModel, encoders: Mapping[str, StreamEncoder], image: Image.Image | None, caption: str
-) -> dict[str, torch.Tensor]:
-    """Return stream -> float32 [N], the code of a sample in each stream that can encode it, each alone.
-
-    Of streams of patch tokens it has the largest value of every latent.
-    """
-    found = {}
-    for name, encoder in encoders.items():
-        sample = image if encoder.modality == "image" else caption
-        if sample is not None and sample != "":
-            rows = encoder.rows(encoder.prepare([sample]))  # pyright: ignore[reportArgumentType]
-            found[name] = model.encode({name: rows})[name].to_dense().amax(dim=0).float().cpu()
-    return found
 
 
 def active_latents(codes: Mapping[str, torch.Tensor], count: int) -> list[int]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 
 from sparc_hf.codes.concept_search import NUMBER, ConceptSearch, LatentMatch
 from sparc_hf.codes.concepts import Evidence, load_concepts
+from sparc_hf.codes.encoding import sample_code
 from sparc_hf.codes.search import Match
 from sparc_hf.demo.run import DemoArguments, run_demo
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
@@ -186,13 +186,7 @@ class SpaceData:
         """
         if stream not in self.encoders:
             raise ValueError(f"the model does not say which encoder makes the stream `{stream}`")
-        encoder = self.encoders[stream]
-        with torch.no_grad():
-            rows = encoder.rows(encoder.prepare([sample]))  # pyright: ignore[reportArgumentType]
-            codes = self.model.encode({stream: rows})[stream]
-        dense = np.zeros(self.num_latents, np.float32)
-        np.maximum.at(dense, codes.indices.flatten().numpy(), codes.values.flatten().float().numpy())
-        return dense
+        return sample_code(self.model, self.encoders[stream], sample).numpy()
 
     def unread(self, stream: str, text: str) -> str:
         """Return the end of a text that a stream's encoder does not read, because it is too long; mostly ""."""

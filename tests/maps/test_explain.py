@@ -15,6 +15,7 @@ from tiny_encoders import save_vit
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.cli import main
 from sparc_hf.codes.concepts import Concept, Evidence, load_concepts, save_concepts, vocabulary_evidence
+from sparc_hf.codes.encoding import sample_codes
 from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
@@ -22,7 +23,7 @@ from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sources.source import parse_streams
 from sparc_hf.maps import plots as map_plots
 from sparc_hf.maps.attribution import SimilarityTarget, image_maps
-from sparc_hf.maps.explanation import active_latents, explain_sample, sample_codes
+from sparc_hf.maps.explanation import active_latents, explain_sample
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent
 
 STREAMS = ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")
