@@ -1,7 +1,8 @@
 """Train both demo encoders: `python -m sparc_hf.demo.train_encoders --output FOLDER`.
 
 The shipped ones, `sparc_hf/demo/encoders/`, are what this makes with its defaults. It takes about half an hour
-on two CPU cores and uses a GPU where there is one.
+on two CPU cores and uses a GPU where there is one. CLIP's image tower starts from the vision-only encoder, so that one
+is trained first; `--only clip` takes it from the output folder.
 """
 
 import argparse
