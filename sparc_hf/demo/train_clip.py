@@ -59,7 +59,7 @@ class ClipRecipe:
         seed: of the initial weights and of the order of scenes.
     """
 
-    steps: int = 2000
+    steps: int = 1300
     batch_size: int = 128
     wrong_captions: int = 3
     phrase_share: float = 0.3

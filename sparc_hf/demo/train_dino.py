@@ -1,7 +1,7 @@
 """The demo vision-only encoder: a small `Dinov2WithRegistersModel` trained on scenes without text or labels.
 
-A fixed rule finds the blobs that stand out from an image's median colour, and k-means sorts their silhouettes, colours
-and textures into clusters. From an image with distorted colours and light, the CLS token predicts the clusters of its
+A fixed rule finds the blobs that stand out from an image's median colour, and k-means sorts their silhouettes and
+colours into clusters. From an image with distorted colours and light, the CLS token predicts the clusters of its
 blobs, and each patch token those of the blob it lies on, or that it lies on none (as DeepCluster, arXiv 1807.05520,
 with clusters of a fixed rule). Other objectives were tried in the same time: contrastive views told scenes apart by
 place and background or, strongly distorted, did not start to learn, and so did predicting the silhouettes' pixels.
@@ -10,21 +10,26 @@ place and background or, strongly distorted, did not start to learn, and so did 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy import ndimage
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from .blobs import find_blobs
 from .raster import IMAGE_SIZE
 from .train_clip import IMAGE_MEAN, IMAGE_STD, adamw, index_batches, learning_rate_share
 
 logger = logging.getLogger(__name__)
+
+SILHOUETTE = 16
+# Square of pixels; smaller blobs are specks of the background, larger ones parts of it.
+BLOB_AREA = (20, 1800)
+BORDER_PIXELS = 4
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,7 @@ class DinoRecipe:
         registers: register tokens.
         silhouette_clusters: clusters of silhouettes.
         colour_clusters: clusters of colours.
-        texture_clusters: clusters of textures.
         colour_weight: weight of the colour clusters beside the silhouette clusters.
-        texture_weight: weight of the texture clusters beside the silhouette clusters.
         weight_decay: of AdamW.
         seed: of the initial weights, the order of scenes and the distortions.
     """
@@ -57,30 +60,70 @@ class DinoRecipe:
     registers: int = 4
     silhouette_clusters: int = 64
     colour_clusters: int = 16
-    texture_clusters: int = 16
     colour_weight: float = 0.2
-    texture_weight: float = 0.2
     weight_decay: float = 0.05
     seed: int = 0
 
-    @property
-    def cluster_counts(self) -> tuple[int, int, int]:
-        """Clusters of silhouettes, colours and textures."""
-        return self.silhouette_clusters, self.colour_clusters, self.texture_clusters
 
-    @property
-    def weights(self) -> tuple[float, float, float]:
-        """Weights of silhouettes, colours and textures."""
-        return 1.0, self.colour_weight, self.texture_weight
+class Blobs(NamedTuple):
+    """What stands out of one image.
+
+    Attributes:
+        owner: int64 [patches], the blob that covers most of a patch, -1 where less than a quarter is covered.
+        silhouettes: float32 [blobs, 256], centred and brought to one size, 0..1.
+        colours: float32 [blobs, 3], mean colour, 0..1.
+    """
+
+    owner: np.ndarray
+    silhouettes: np.ndarray
+    colours: np.ndarray
+
+
+def find_blobs(image: np.ndarray, patch_size: int) -> Blobs:
+    """Find the connected areas of a uint8 image [64, 64, 3] that are far from its median colour."""
+    pixels = image.astype(np.float32) / 255
+    smooth = ndimage.uniform_filter(pixels, (3, 3, 1))  # pyright: ignore[reportArgumentType]
+    distance = np.linalg.norm(smooth - np.median(pixels.reshape(-1, 3), axis=0), axis=2)
+    # Opening removes lines and grains of the background.
+    opened = ndimage.binary_opening(distance > 0.25, np.ones((3, 3)))
+    parts, count = ndimage.label(opened)  # pyright: ignore[reportGeneralTypeIssues]
+    kept = [blob for blob in range(1, count + 1) if _is_object(parts == blob)]
+    if not kept:
+        patches = (IMAGE_SIZE // patch_size) ** 2
+        return Blobs(np.full(patches, -1), np.empty((0, SILHOUETTE**2), np.float32), np.empty((0, 3), np.float32))
+    masks = np.stack([parts == blob for blob in kept])
+    cells = masks.reshape(len(kept), IMAGE_SIZE // patch_size, patch_size, IMAGE_SIZE // patch_size, patch_size)
+    covered = cells.mean(axis=(2, 4)).reshape(len(kept), -1)
+    owner = np.where(covered.max(axis=0) >= 0.25, covered.argmax(axis=0), -1)
+    return Blobs(
+        owner,
+        np.stack([_silhouette(mask) for mask in masks]),
+        np.stack([pixels[mask].mean(axis=0) for mask in masks]),
+    )
+
+
+def _is_object(mask: np.ndarray) -> bool:
+    border = mask[0].sum() + mask[-1].sum() + mask[:, 0].sum() + mask[:, -1].sum()
+    return BLOB_AREA[0] <= mask.sum() <= BLOB_AREA[1] and border <= BORDER_PIXELS
+
+
+def _silhouette(mask: np.ndarray) -> np.ndarray:
+    """Return the mask [64, 64] in the middle of a 16x16 square, just filling it, as float32 [256]."""
+    rows, columns = np.nonzero(mask)
+    side = 1.15 * max(np.ptp(rows), np.ptp(columns), 4)
+    steps = (np.arange(SILHOUETTE) + 0.5) / SILHOUETTE - 0.5
+    middle = (rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2
+    grid = np.meshgrid(middle[0] + steps * side, middle[1] + steps * side, indexing="ij")
+    return ndimage.map_coordinates(mask.astype(np.float32), grid, order=1).reshape(-1)
 
 
 class _Targets:
     """Clusters of the blobs of all images.
 
     Attributes:
-        patches: int64 [images, patches, 3], one more than the silhouette, colour and texture cluster of the blob a
-            patch lies on, 0 where it lies on none.
-        images: three arrays float32 [images, clusters], the share of an image's blobs in each cluster.
+        patches: int64 [images, patches, 2], one more than the silhouette and colour cluster of the blob a patch lies
+            on, 0 where it lies on none.
+        images: two arrays float32 [images, clusters], the share of an image's blobs in each cluster.
         usable: numbers of the images with at least one blob.
     """
 
@@ -88,18 +131,19 @@ class _Targets:
         found = [find_blobs(image, recipe.patch_size) for image in tqdm(images, desc="finding blobs", unit="scene")]
         counts = np.array([len(blobs.colours) for blobs in found])
         self.usable = np.flatnonzero(counts)
-        sizes = recipe.cluster_counts
-        values = (np.concatenate(arrays) for arrays in list(zip(*found, strict=True))[1:])
+        sizes = (recipe.silhouette_clusters, recipe.colour_clusters)
+        silhouettes = np.concatenate([blobs.silhouettes for blobs in found])
+        colours = np.concatenate([blobs.colours for blobs in found])
         labels = [
-            kmeans2(rows, size, minit="++", seed=recipe.seed, iter=30)[1]  # pyright: ignore[reportCallIssue]
-            for rows, size in zip(values, sizes, strict=True)
+            kmeans2(values, size, minit="++", seed=recipe.seed, iter=30)[1]  # pyright: ignore[reportCallIssue]
+            for values, size in zip((silhouettes, colours), sizes, strict=True)
         ]
         image_of_blob = np.repeat(np.arange(len(images)), counts)
         self.images = [np.zeros((len(images), size), np.float32) for size in sizes]
         for share, label in zip(self.images, labels, strict=True):
             np.add.at(share, (image_of_blob, label), 1 / counts[image_of_blob])
         # One row in front of the blobs' for patches that lie on none.
-        clusters = np.concatenate([np.zeros((1, len(sizes)), np.int64), np.stack(labels, axis=1) + 1])
+        clusters = np.concatenate([np.zeros((1, 2), np.int64), np.stack(labels, axis=1) + 1])
         first = np.cumsum(counts) - counts
         self.patches = np.stack(
             [clusters[np.where(b.owner < 0, 0, b.owner + start + 1)] for b, start in zip(found, first, strict=True)]
@@ -154,13 +198,14 @@ def _normalised(images: Tensor) -> Tensor:
 
 
 class _Heads(nn.Module):
-    """Predicts the clusters of blobs from the CLS token and from patch tokens; needed in training only."""
+    """Predicts silhouette and colour clusters from the CLS token and from patch tokens; needed in training only."""
 
     def __init__(self, recipe: DinoRecipe):
         super().__init__()
-        self.weights = recipe.weights
-        self.of_image = nn.ModuleList([nn.Linear(recipe.hidden_size, size) for size in recipe.cluster_counts])
-        self.of_patch = nn.ModuleList([nn.Linear(recipe.hidden_size, size + 1) for size in recipe.cluster_counts])
+        sizes = (recipe.silhouette_clusters, recipe.colour_clusters)
+        self.weights = (1.0, recipe.colour_weight)
+        self.of_image = nn.ModuleList([nn.Linear(recipe.hidden_size, size) for size in sizes])
+        self.of_patch = nn.ModuleList([nn.Linear(recipe.hidden_size, size + 1) for size in sizes])
 
     def loss(self, cls: Tensor, patches: Tensor, image_targets: list[Tensor], patch_targets: Tensor) -> Tensor:
         """Cross-entropies of cls [batch, hidden] and patches [batch, patches, hidden]; blobs and rest weigh alike."""
