@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparc_hf.encoders import StreamEncoder
+from sparc_hf.image_files import upright_size
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,12 @@ def patch_vectors(encoder: StreamEncoder, inputs: Mapping[str, Tensor]) -> Tenso
 
 
 def visible_box(encoder: StreamEncoder, image: Image.Image) -> tuple[float, float, float, float]:
-    """Return left, top, right and bottom, in pixels of the image, of the part that the encoder sees.
+    """Return left, top, right and bottom, in pixels of the upright image, of the part that the encoder sees.
 
     Image processors resize and then cut out the centre; where they pad, the box is larger than the image.
     """
     processor = encoder.inputs_of.processor
-    width, height = image.size
+    width, height = upright_size(image)
     resized = [float(width), float(height)]
     size = dict(processor.size or {}) if getattr(processor, "do_resize", False) else {}
     if size.get("shortest_edge"):

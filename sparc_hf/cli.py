@@ -8,11 +8,16 @@ import importlib
 import json
 import logging
 import os
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+from sparc_hf.plain_files import read_json, read_yaml
+from sparc_hf.user_errors import is_users
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = command.run(settings)
     except KeyboardInterrupt:
         return _fail(chosen, "interrupted", 130)
-    except _expected_errors() as error:
-        stopped_by = getattr(error, "signal_number", None)
+    except Exception as error:
+        stopped_by = getattr(error, "signal_number", None)  # of a run that saved its state and left
+        if stopped_by is None and not is_users(error):
+            raise
         return _fail(chosen, str(error), 2 if stopped_by is None else 128 + stopped_by)
     if result is not None:
         sys.stdout.write(result if isinstance(result, str) else json.dumps(result, indent=2) + "\n")
@@ -102,8 +109,13 @@ def _settings(name: str, command: Command, argv: Sequence[str]) -> Any:
         bare += 1
     if bare:
         flags = [f"--{command.leading}", *flags]
-    # A second item, the parsed --config and --preset, follows the filled dataclass.
-    return parser.parse_args_into_dataclasses([*defaults, *flags], look_for_args_file=False)[0]
+    # Behind the filled dataclass come the parsed --config and --preset, and what no flag takes.
+    filled, *_, unknown = parser.parse_args_into_dataclasses(
+        [*defaults, *flags], look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise ValueError(f"there are no flags {unknown}; see `sparc {name} --help`")
+    return filled
 
 
 def _presets() -> dict[str, Path]:
@@ -112,31 +124,21 @@ def _presets() -> dict[str, Path]:
 
 def _flags_of(file: Path, command: str) -> list[str]:
     """Return a settings file as command-line flags; it is flat, or has one section a command."""
-    import yaml
-
     if not file.is_file():
         raise ValueError(f"there is no settings file {file}")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    content = read_yaml(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold settings as `name: value`, but it holds {type(content).__name__}")
     if content and all(isinstance(value, dict) and key in COMMANDS for key, value in content.items()):
         content = content.get(command, {})
     flags: list[str] = []
     for key, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, str | int | float | date) or one is None for one in values):
+            raise ValueError(f"`{key}` in {file} must be one value or a list of them, but it holds values in others")
         if value is not None:
-            flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+            flags += [f"--{key}", *map(str, values)]
     return flags
-
-
-def _expected_errors() -> tuple[type[BaseException], ...]:
-    """Errors that tell a user what to change; anything else is a bug and keeps its traceback."""
-    errors: list[type[BaseException]] = [ValueError, OSError, FloatingPointError, ImportError]
-    if "sparc_hf.training" in sys.modules:
-        errors.append(sys.modules["sparc_hf.training"].TrainingInterrupted)
-    return tuple(errors)
 
 
 def _fail(command: str, message: str, status: int) -> int:
@@ -168,13 +170,20 @@ def _run_train(args: Any) -> dict[str, Any] | None:
 
 
 def _run_encode(args: Any) -> dict[str, Any]:
-    from sparc_hf.codes import encode_features
+    from sparc_hf.codes import CODE_FOLDER, encode_features
+    from sparc_hf.feature_files import check_target
     from sparc_hf.features import FeatureDataset
     from sparc_hf.modeling_sparc import SparcModel
+    from sparc_hf.output_folder import check_output_folder
     from sparc_hf.top_samples import TOP_SAMPLES_FILE, top_samples, write_top_samples
 
-    if args.top_samples < 0:
-        raise ValueError(f"`top_samples` must not be negative, but it is {args.top_samples}")
+    if args.top_samples < 0 or args.batch_size < 1:
+        raise ValueError(
+            f"`top_samples` must not be negative and `batch_size` at least 1, but they are {args.top_samples} and "
+            f"{args.batch_size}"
+        )
+    check_output_folder(args.output)
+    check_target(Path(args.output), args.overwrite, CODE_FOLDER)
     codes = encode_features(
         SparcModel.from_pretrained(args.model),
         FeatureDataset.load(args.features),
@@ -208,9 +217,10 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
     )
     if args.output is not None:
         check_report_folder(Path(args.output))
-    features = FeatureDataset.load(args.features)
     models = {name: SparcModel.from_pretrained(path) for name, path in model_names(args.models).items()}
-    localize = _localizer(args) if args.masks else None
+    localize = _localizer(args, models.values()) if args.masks else None
+    # Last, because all rows are compared with their checksums.
+    features = FeatureDataset.load(args.features)
     evaluations = evaluate_models(models, features, settings)
     if localize is not None:
         for name, evaluation in evaluations.items():
@@ -225,23 +235,28 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
     }
 
 
-def _localizer(args: Any) -> Callable[[Any], dict[str, Any]]:
-    """Return what measures the maps of a model, after looking at what it is given."""
-    from sparc_hf.codes import encode_features
-    from sparc_hf.encoders import load_encoders
+def _localizer(args: Any, models: Iterable[Any]) -> Callable[[Any], dict[str, Any]]:
+    """Return what measures the maps of a model, after looking at what it and the models are given."""
+    from sparc_hf.codes import check_streams, encode_features
+    from sparc_hf.encoders import check_encoders, load_encoders
     from sparc_hf.features import FeatureDataset
-    from sparc_hf.localization import LocalizationSettings, latents_of_classes, localize
+    from sparc_hf.localization import LocalizationSettings, check_labelled, latents_of_classes, localize
     from sparc_hf.masked_images import open_masked_images
 
     settings = LocalizationSettings(
         methods=tuple(args.map_methods),
         shifts=args.shifts,
         prompt=args.prompt,
-        replicates=args.replicates,
-        seed=args.seed,
+        intervals=args.replicates > 0,
     )
+    for model in models:
+        check_encoders(model.config.streams)
     images = open_masked_images(args.masks, args.mask_images, args.mask_rows)
     rows = None if args.concept_features is None else FeatureDataset.load(args.concept_features)
+    if rows is not None:
+        check_labelled(rows)
+        for model in models:
+            check_streams(model, rows)
     classes = sorted({name for of_image in images.classes for name in of_image})
 
     def measure(model: Any) -> dict[str, Any]:
@@ -264,7 +279,7 @@ def _run_import(args: Any) -> dict[str, Any]:
     from sparc_hf.hub import write_model_card
     from sparc_hf.run_folder import SETTINGS_FILE
 
-    settings = json.loads((Path(args.output) / SETTINGS_FILE).read_text(encoding="utf-8"))
+    settings = read_json(Path(args.output) / SETTINGS_FILE, dict[str, Any])
     card = write_model_card(args.output, settings=settings)
     config = found.config
     return {
@@ -302,11 +317,11 @@ def _run_explain(args: Any) -> dict[str, Any]:
 
 def _run_card(args: Any) -> dict[str, Any]:
     from sparc_hf.hub import write_model_card
-    from sparc_hf.report import results_of_model
+    from sparc_hf.results import results_of_model
 
     results = results_of_model(args.results, args.model) if args.results else None
     settings_file = Path(args.model) / "training_arguments.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else None
+    settings = read_json(settings_file, dict[str, Any]) if settings_file.exists() else None
     return {"card": str(write_model_card(args.model, results=results, settings=settings, repo=args.repo))}
 
 
@@ -314,6 +329,19 @@ def _run_push(args: Any) -> dict[str, Any]:
     from sparc_hf.push import run_push
 
     return run_push(args)
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Look whether the Space can listen there, before it prepares what it shows."""
+    if port is not None and not 0 < port < 1 << 16:
+        raise ValueError(f"`port` must be from 1 to 65535, but it is {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(f"nothing can listen on `host` {host}, `port` {port}: {error.strerror}") from error
 
 
 def _run_space(args: Any) -> None:
@@ -324,6 +352,7 @@ def _run_space(args: Any) -> None:
 
     if importlib.util.find_spec("gradio") is None:
         raise ImportError('the Space needs gradio: pip install "sparc-hf[space]"')
+    _check_address(args.host, args.port)
     model = args.model or os.environ.get("SPARC_MODEL") or None
     # A model of one's own is not shown on the dataset that the environment has for another one.
     features = args.features or (None if args.model else os.environ.get("SPARC_DATASET")) or None

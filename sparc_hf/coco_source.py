@@ -2,12 +2,63 @@
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from sparc_hf.label_hierarchy import hierarchy_of_paths
-from sparc_hf.sources import Source, read_json, rows_with_images
+from sparc_hf.plain_files import checked, read_json
+from sparc_hf.sources import Source, rows_with_images
 
-LISTS = {"images": {"id", "file_name"}, "annotations": {"image_id"}, "categories": {"id", "name"}}
+Id = int | str
+
+
+class CocoImage(TypedDict):
+    """An image of the list `images`."""
+
+    id: Id
+    file_name: str
+
+
+class Caption(TypedDict):
+    """An annotation of a captions JSON."""
+
+    id: Id
+    image_id: Id
+    caption: str
+
+
+class _Instance(TypedDict):
+    image_id: Id
+
+
+class Instance(_Instance, total=False):
+    """An annotation of an instances JSON."""
+
+    category_id: Id
+
+
+class _Category(TypedDict):
+    id: Id
+    name: str
+
+
+class Category(_Category, total=False):
+    """A category of an instances JSON."""
+
+    supercategory: str | None
+
+
+class Captions(TypedDict):
+    """A captions JSON."""
+
+    images: list[CocoImage]
+    annotations: list[Caption]
+
+
+class Instances(TypedDict):
+    """The part of an instances JSON that tells labels."""
+
+    annotations: list[Instance]
+    categories: list[Category]
 
 
 def open_coco(
@@ -32,7 +83,7 @@ def open_coco(
     """
     import datasets
 
-    listed = _listed(Path(captions), ("images", "annotations"), captions=True)
+    listed = read_coco(Path(captions), Captions)
     files = {image["id"]: str(Path(images) / image["file_name"]) for image in listed["images"]}
     texts: dict[Any, list[tuple[Any, str]]] = defaultdict(list)
     for annotation in listed["annotations"]:
@@ -68,7 +119,7 @@ def open_coco(
 
 def _labels(file: Path) -> tuple[dict[Any, list[int]], list[str], dict[str, Any]]:
     """Return class ids per image, the class names, and the supercategories as a taxonomy."""
-    listed = _listed(file, ("annotations", "categories"))
+    listed = read_coco(file, Instances)
     position = {category["id"]: number for number, category in enumerate(listed["categories"])}
     found: dict[Any, set[int]] = defaultdict(set)
     for annotation in listed["annotations"]:
@@ -82,15 +133,18 @@ def _labels(file: Path) -> tuple[dict[Any, list[int]], list[str], dict[str, Any]
     return {image: sorted(ids) for image, ids in found.items()}, names, hierarchy_of_paths(paths)
 
 
-def _listed(file: Path, keys: tuple[str, ...], captions: bool = False) -> dict[str, Any]:
+def read_coco(file: Path, shape: Any) -> dict[str, Any]:
+    """Read a JSON file in COCO's format.
+
+    Args:
+        file: the file.
+        shape: what it has to hold, see `checked`.
+
+    Raises:
+        ValueError: if it cannot be read, or holds something else.
+    """
     content = read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"`{file}` is not in COCO's format: it must be an object with {list(LISTS)}")
-    for key in keys:
-        entries = content.get(key)
-        fields = LISTS[key] | ({"id", "caption"} if captions and key == "annotations" else set())
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and fields <= set(e) for e in entries):
-            raise ValueError(
-                f"`{file}` is not in COCO's format: `{key}` must be a list of objects with {sorted(fields)}"
-            )
-    return content
+    try:
+        return checked(content, shape, file.name)
+    except ValueError as error:
+        raise ValueError(f"`{file}` is not in COCO's format: {error}") from error

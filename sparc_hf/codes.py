@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +14,10 @@ from tqdm.auto import tqdm
 from sparc_hf.feature_columns import fixed_size_lists
 from sparc_hf.feature_files import (
     FolderKind,
+    Manifest,
     check_target,
     finish_folder,
+    joined,
     open_shard,
     publish,
     read_manifest,
@@ -24,12 +26,25 @@ from sparc_hf.feature_files import (
 from sparc_hf.features import FeatureBatches, FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.outputs_sparc import SparseCodes
+from sparc_hf.plain_files import Limit
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-CODE_FOLDER = FolderKind("sparc_codes.json", "code table", "make one with `sparc encode`")
 ENCODINGS = ("joint", "single")
+# An array of one double per latent then takes a gigabyte.
+MOST_LATENTS = 2**27
+
+
+class CodeManifest(Manifest):
+    """The manifest of a code table."""
+
+    streams: list[str]
+    num_latents: Annotated[int, Limit(f"a number from 1 to {MOST_LATENTS}", lambda value: 1 <= value <= MOST_LATENTS)]
+    encoding: Literal["joint", "single"]
+
+
+CODE_FOLDER = FolderKind("sparc_codes.json", CodeManifest, "code table", "make one with `sparc encode`")
 
 
 class CodeTable:
@@ -67,11 +82,18 @@ class CodeTable:
 
         Raises:
             FileNotFoundError: if there is no folder, or no code table in it, or a shard is missing.
-            ValueError: for a newer format, or a shard that is not the one that was written.
+            ValueError: for a newer format, a shard that is not the one that was written, or columns that do not fit
+                the manifest.
         """
         folder = Path(path)
         manifest = read_manifest(folder, CODE_FOLDER)
-        table = pa.concat_tables([open_shard(folder, shard, verify) for shard in manifest["shards"]])
+        table = joined([open_shard(folder, shard, verify) for shard in manifest["shards"]], folder)
+        if table.num_rows != manifest["rows"]:
+            raise ValueError(
+                f"`{folder}` should have {manifest['rows']} rows, but its shards have {table.num_rows}; make it again"
+            )
+        for stream in manifest["streams"]:
+            _check_columns(table, stream, folder)
         return cls(table, num_latents=manifest["num_latents"], encoding=manifest["encoding"])
 
     @property
@@ -87,16 +109,33 @@ class CodeTable:
         return f"CodeTable({len(self)} rows; {', '.join(self.streams)}; {self.num_latents} latents; {self.encoding})"
 
     def indices(self, stream: str) -> np.ndarray:
-        """Return int32 [rows, k]: the selected latents of a stream."""
-        return self._array(f"{stream}_indices", stream)
+        """Return int32 [rows, k]: the selected latents of a stream.
+
+        Raises:
+            ValueError: for latents beyond `num_latents`, which would be read and written out of bounds.
+        """
+        indices = self._array(f"{stream}_indices", stream)
+        least, largest = indices.min(initial=0), indices.max(initial=0)
+        if least < 0 or largest >= self.num_latents:
+            raise ValueError(
+                f"the code table has latents from {least} to {largest} in stream `{stream}`, but only "
+                f"{self.num_latents} latents; make it again"
+            )
+        return indices
 
     def values(self, stream: str) -> np.ndarray:
         """Return float32 [rows, k]: their values, 0 where a selected pre-activation was negative."""
         return self._array(f"{stream}_values", stream)
 
     def csr(self, stream: str) -> "csr_array":
-        """Return the positive values of a stream as a scipy CSR array [rows, N] of its own memory."""
+        """Return the positive values of a stream as a scipy CSR array [rows, N] of its own memory.
+
+        Raises:
+            ValueError: for an unknown stream, latents that are none of the N, or values that are not finite.
+        """
         from scipy.sparse import csr_array
+
+        from sparc_hf.metrics.latent_liveness.checked_input import checked_matrix
 
         indices = self.indices(stream)
         rows, k = indices.shape
@@ -105,7 +144,7 @@ class CodeTable:
         csr = csr_array(data, shape=(rows, self.num_latents), copy=True)
         csr.eliminate_zeros()
         csr.sort_indices()
-        return csr
+        return checked_matrix(csr, f"the codes of `{stream}`")
 
     def rows(self, start: int, stop: int) -> "CodeTable":
         """Return the table of rows `start` to `stop`, exclusive, without copying."""
@@ -131,6 +170,20 @@ class CodeTable:
         parts = parts or [np.empty(0, chunked.type.value_type.to_pandas_dtype())]
         flat = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return flat.reshape(-1, chunked.type.list_size)
+
+
+def _check_columns(table: pa.Table, stream: str, folder: Path) -> None:
+    """Raise ValueError where a stream has no columns of k latents and k values a row."""
+    kinds = {f"{stream}_indices": pa.int32(), f"{stream}_values": pa.float32()}
+    if missing := [name for name in kinds if name not in table.column_names]:
+        raise ValueError(f"`{folder}` lacks the columns {missing}; it has {table.column_names}")
+    types = [table.schema.field(name).type for name in kinds]
+    width = getattr(types[0], "list_size", 0)
+    if width < 1 or types != [pa.list_(kind, width) for kind in kinds.values()]:
+        raise ValueError(f"`{folder}` has no codes of stream `{stream}`: its columns are {types}")
+    chunks = [chunk for name in kinds for chunk in table.column(name).chunks]
+    if any(chunk.null_count or chunk.flatten().null_count for chunk in chunks):
+        raise ValueError(f"`{folder}` lacks some of the codes of stream `{stream}`; make it again")
 
 
 class CodeTableWriter:

@@ -42,7 +42,11 @@ class EvaluateArguments:
     )
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
     replicates: int = field(
-        default=200, metadata={"help": "Bootstrap draws of the rows behind the 95 %% intervals; 0 leaves them out."}
+        default=200,
+        metadata={
+            "help": "How often figures made from counts are measured again for their 95 %% intervals, each time "
+            "without another part of the rows; 0 leaves all intervals out."
+        },
     )
     retrieval_rows: int | None = field(
         default=None, metadata={"help": "Samples to measure retrieval on, spread evenly (default: all)."}
@@ -51,7 +55,7 @@ class EvaluateArguments:
         default=False,
         metadata={"help": "Leave out the slowest parts: probes, classifiers and the matching of atoms."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap draws and of the probes' splits."})
+    seed: int = field(default=0, metadata={"help": "Seed of these parts and of the probes' splits."})
     masks: str | None = field(
         default=None,
         metadata={
@@ -101,7 +105,12 @@ class ConceptsArguments:
     latents: list[int] = field(
         default_factory=list, metadata={"help": "Draw contact sheets of these latents: top samples with maps."}
     )
-    top: int = field(default=0, metadata={"help": "Draw contact sheets of this many latents, by lift of their label."})
+    concept: list[str] = field(
+        default_factory=list, metadata={"help": "Draw contact sheets of these concepts, found as by `sparc explain`."}
+    )
+    top: int = field(
+        default=0, metadata={"help": "Draw contact sheets of this many latents, the most surely named, one a name."}
+    )
     heatmaps: int = field(
         default=0,
         metadata={"help": "Draw maps of this many latents, by energy, over the same images in one figure."},

@@ -8,43 +8,39 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sparc_hf.attribution import ConceptTarget, image_maps, map_method, map_on_image
+from sparc_hf.attribution import ConceptTarget, check_map_settings, image_maps, map_method, map_on_image
 from sparc_hf.backbone_trace import visible_box
-from sparc_hf.codes import CodeTable, encode_features
+from sparc_hf.codes import CodeTable, check_streams, encode_features
 from sparc_hf.command_arguments import ConceptsArguments
+from sparc_hf.concept_search import ConceptSearch
 from sparc_hf.concepts import (
     Concept,
     SimilarWord,
+    check_nameable,
     concept_names,
     concepts_of,
     name_concepts,
     save_concepts,
+    surest_concepts,
     vocabulary_evidence,
+    vocabulary_words,
 )
-from sparc_hf.encoders import StreamEncoder, load_encoders
-from sparc_hf.explain import SHOWN_SIDE, save_figure
+from sparc_hf.encoders import StreamEncoder, check_encoders, load_encoders
+from sparc_hf.explain import SHOWN_SIDE, check_latents, sample_codes, save_figure
 from sparc_hf.features import FeatureDataset
-from sparc_hf.image_files import open_image
+from sparc_hf.image_files import open_image, size_of_file, upright_rgb
 from sparc_hf.map_plots import SheetCell, contact_sheet, heatmap_grid
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
-from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.output_folder import check_output_folder
+from sparc_hf.plain_files import read_text
 from sparc_hf.top_samples import TopSamples, top_samples
+from sparc_hf.universality import latent_universality
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHEET_SAMPLES = 8
-
-
-def latents_to_show(concepts: Sequence[Concept], count: int) -> list[int]:
-    """Return the latents that go most surely with a label, or else a word: by lift, among those sure enough of it."""
-    sure = [concept for concept in concepts if concept.name is not None]
-
-    def lift(concept: Concept) -> float:
-        return (concept.labels or concept.words)[0].lift
-
-    return [concept.latent for concept in sorted(sure, key=lambda concept: -lift(concept))[:count]]
 
 
 def latent_sheet(
@@ -138,8 +134,7 @@ def write_latent_sheets(
     Raises:
         ValueError: for latents the model does not have.
     """
-    if wrong := [latent for latent in latents if not 0 <= latent < model.config.num_latents]:
-        raise ValueError(f"there are no latents {wrong}; this model has 0 to {model.config.num_latents - 1}")
+    check_latents(model, latents)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for latent in tqdm(latents, desc="contact sheets", unit="latent", delay=2, leave=False):
@@ -155,14 +150,8 @@ def write_latent_sheets(
 
 
 def strongest_latents(model: SparcModel, codes: CodeTable, count: int) -> list[int]:
-    """Return the latents of largest energy, summed over streams: the importance ranking of USAE (arXiv 2502.03714).
-
-    A stream's energy is the latent's mean value times the norm of its atom.
-    """
-    # The USAE objective brings its atoms to unit norm at every use.
-    usae = model.config.objective == "usae"
-    norms = None if usae else {name: model.atoms[name].detach().norm(dim=1).cpu().numpy() for name in codes.streams}
-    energy = concept_universality({name: codes.csr(name) for name in codes.streams}, atom_norms=norms)["energy"]
+    """Return the latents of largest energy, summed over streams: the importance ranking of USAE (arXiv 2502.03714)."""
+    energy = latent_universality(model, {name: codes.csr(name) for name in codes.streams})["energy"]
     return [int(latent) for latent in np.argsort(-energy, kind="stable")[:count] if energy[latent] > 0]
 
 
@@ -176,14 +165,20 @@ def concept_heatmaps(
     method: str = "relevance",
     shifts: int = 1,
 ) -> "Figure":
-    """Return maps of several latents over one set of images, in all image streams, in one figure."""
+    """Return maps of several latents over one set of images, in all image streams, in one figure.
+
+    Images in which a latent is not active, each stream alone, are pale and have no map.
+    """
     rows: dict[tuple[str, str], np.ndarray] = {}
+    values: dict[tuple[str, str], list[float]] = {}
+    images = [upright_rgb(image) for image in images]
     targets = [ConceptTarget((latent,)) for latent in latents]
     found: dict[str, np.ndarray] = {}
     for name, encoder in encoders.items():
         if encoder.modality == "image":
             kind = map_method(encoder, method)
             found |= image_maps(model, {name: encoder}, images, targets, kind, shifts=shifts)
+    codes = [sample_codes(model, {name: encoders[name] for name in found}, image, "") for image in images]
     side = 64
     for at, latent in enumerate(latents):
         title = f"latent {latent}" + (f"\n{names[latent]}" if latent in names else "")
@@ -193,7 +188,8 @@ def concept_heatmaps(
                 heat, _ = map_on_image(grid, visible_box(encoders[name], image), image.size)
                 placed.append(np.asarray(Image.fromarray(heat).resize((side, side), Image.Resampling.BILINEAR)))
             rows[title, name] = np.stack(placed)
-    return heatmap_grid(images, rows)
+            values[title, name] = [float(of_image[name][latent]) for of_image in codes]
+    return heatmap_grid(images, rows, values)
 
 
 def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
@@ -203,39 +199,88 @@ def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
         ValueError: for pictures without a folder or the dataset they need, latents the model does not have, or as
             `name_concepts`.
     """
-    for name, least in (("samples", 1), ("top", 0), ("heatmaps", 0), ("heatmap_images", 1), ("shifts", 1)):
+    for name, least in (("samples", 1), ("top", 0), ("heatmaps", 0), ("heatmap_images", 1), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"`{name}` must be at least {least}, but it is {getattr(args, name)}")
-    pictures = bool(args.latents or args.top or args.heatmaps)
-    if (pictures or args.maximise) and args.output is None:
-        raise ValueError("give the folder for the pictures as `output`")
-    if args.features is None and (pictures or args.vocabulary or not args.maximise):
-        raise ValueError("give a feature dataset to name latents by and to draw samples of, as `features`")
-    words = None if args.vocabulary is None else Path(args.vocabulary).read_text(encoding="utf-8").split("\n")
+    pictures = bool(args.latents or args.concept or args.top or args.heatmaps)
+    _check_flags(args, pictures)
+    words = None if args.vocabulary is None else vocabulary_words(read_text(args.vocabulary), args.prompt)
     model = SparcModel.from_pretrained(args.model).eval()
-    if wrong := [one for one in [*args.latents, *args.maximise] if not 0 <= one < model.config.num_latents]:
-        raise ValueError(f"there are no latents {wrong}; this model has 0 to {model.config.num_latents - 1}")
+    check_latents(model, [*args.latents, *args.maximise])
+    needed = {"text": words, "image": args.maximise}
+    _check_streams_for(model, [modality for modality, use in needed.items() if use], pictures)
+    # What takes long comes last: reading all rows for their checksums, loading encoders, encoding.
+    features = None if args.features is None else _checked_features(args, model, words)
     encoders = load_encoders(model.config.streams or []) if pictures or args.maximise or words else {}
     told: dict[str, Any] = {}
-    if args.features is not None:
-        told |= _run_on_features(args, model, encoders, words)
+    if features is not None:
+        told |= _run_on_features(args, model, features, encoders, words)
     names = concept_names(model)
     if args.maximise:
         told["maximised"] = [_write_maximised(args, model, encoders, latent, names) for latent in args.maximise]
     return told
 
 
+def _check_flags(args: ConceptsArguments, pictures: bool) -> None:
+    """Raise ValueError for flags that contradict each other, and for files and folders that cannot be used."""
+    if (pictures or args.maximise) and args.output is None:
+        raise ValueError("give the folder for the pictures as `output`")
+    if args.features is None and (pictures or args.vocabulary or not args.maximise):
+        raise ValueError("give a feature dataset to name latents by and to draw samples of, as `features`")
+    check_map_settings(args.method, args.shifts)
+    MaximisationSettings(steps=args.steps, seed=args.seed)
+    if args.output is not None:
+        check_output_folder(args.output)
+    elif args.features is not None:
+        _check_named_model(args.model)
+    for path in args.images:
+        size_of_file(path)
+
+
+def _check_named_model(model: str) -> None:
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(f"names are written beside the model, so give its folder as `model`, which {model} is not")
+    check_output_folder(model, "model")
+
+
+def _check_streams_for(model: SparcModel, modalities: Sequence[str], encoded: bool) -> None:
+    """Raise ValueError where no stream encodes what is needed, or an encoder that is cannot be reached."""
+    records = model.config.streams or []
+    for modality in modalities:
+        if not any(record.get("modality") == modality for record in records):
+            use = {"text": "a vocabulary", "image": "maximisation"}[modality]
+            raise ValueError(f"{use} needs a stream that encodes {modality}, and this model has none")
+    if modalities or encoded:
+        check_encoders(records)
+
+
+def _names_latents(args: ConceptsArguments, features: FeatureDataset, words: Sequence[str] | None) -> bool:
+    # Rows of patch tokens have nothing to name latents by, but show which are strong.
+    return features.label_names is not None or features.text is not None or words is not None or args.output is None
+
+
+def _checked_features(args: ConceptsArguments, model: SparcModel, words: Sequence[str] | None) -> FeatureDataset:
+    """Open the dataset; ValueError where it lacks a stream, or what latents are named by or maps are drawn on."""
+    features = FeatureDataset.load(args.features or "")
+    check_streams(model, features)
+    if _names_latents(args, features, words):
+        _check_named_model(args.model)
+        check_nameable(features, words is not None)
+    if args.heatmaps and not args.images and "image" not in features.column_names:
+        raise ValueError(f"`{args.features}` has no images to draw heatmaps on; name files as `images`")
+    return features
+
+
 def _run_on_features(
     args: ConceptsArguments,
     model: SparcModel,
+    features: FeatureDataset,
     encoders: Mapping[str, StreamEncoder],
     words: Sequence[str] | None,
 ) -> dict[str, Any]:
-    features = FeatureDataset.load(args.features or "")
     codes = encode_features(model, features, encoding="single", batch_size=args.batch_size)
     told: dict[str, Any] = {}
-    # Rows of patch tokens have nothing to name latents by, but show which are strong.
-    if features.label_names is not None or features.text is not None or words is not None or args.output is None:
+    if _names_latents(args, features, words):
         vocabulary = None if words is None else _vocabulary(args, model, encoders, words)
         concepts = name_concepts(codes, features, samples=args.samples, vocabulary=vocabulary)
         path = save_concepts(concepts, args.model, features=Path(args.features or "").name, rows=len(features))
@@ -249,10 +294,8 @@ def _run_on_features(
 def _vocabulary(
     args: ConceptsArguments, model: SparcModel, encoders: Mapping[str, StreamEncoder], words: Sequence[str]
 ) -> dict[int, list[SimilarWord]]:
-    texts = [encoder for encoder in encoders.values() if encoder.modality == "text"]
-    if not texts:
-        raise ValueError(f"a vocabulary needs a text stream, and this model has {list(encoders)}")
-    return vocabulary_evidence(model, texts[0], [word.strip() for word in words if word.strip()], prompt=args.prompt)
+    encoder = next(encoder for encoder in encoders.values() if encoder.modality == "text")
+    return vocabulary_evidence(model, encoder, words, prompt=args.prompt)
 
 
 def _draw(
@@ -267,7 +310,10 @@ def _draw(
     told: dict[str, Any] = {}
     names = {concept.latent: concept.name for concept in concepts if concept.name is not None}
     folder, options = Path(args.output or ""), {"names": names, "method": args.method, "shifts": args.shifts}
-    latents = list(dict.fromkeys([*args.latents, *latents_to_show(concepts, args.top)]))
+    search = ConceptSearch(concepts, model.config.num_latents)
+    named = [match.latent for word in args.concept for match in search.named(word)]
+    surest = [concept.latent for concept in surest_concepts(concepts, args.top)]
+    latents = list(dict.fromkeys([*args.latents, *named, *surest]))
     if latents:
         best = top_samples(codes, SHEET_SAMPLES)
         told["sheets"] = write_latent_sheets(model, encoders, features, best, latents, folder, **options)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from sparc_hf.codes import CodeTable
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.features import FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.plain_files import Count, checked, read_json
 from sparc_hf.top_samples import TopSamples, top_samples
 
 CONCEPTS_FILE = "concepts.json"
@@ -113,10 +114,9 @@ def name_concepts(
         raise ValueError(f"there are codes of {len(codes)} rows but features of {len(features)}")
     if codes.encoding != "single":
         raise ValueError(f"concepts are named from single-stream codes, but these are {codes.encoding}")
+    check_nameable(features, vocabulary is not None)
     has_labels = features.label_names is not None and "labels" in features.column_names
     texts = features.text
-    if not has_labels and texts is None and vocabulary is None:
-        raise ValueError("naming needs features with `labels` and label names, or with `text`, or a vocabulary")
     best = top_samples(codes, samples)
     firing: dict[str, Any] = {stream: codes.csr(stream).astype(bool) for stream in codes.streams}
     labels = _label_evidence(firing, features, kept) if has_labels else {}
@@ -143,6 +143,37 @@ def name_concepts(
     return found
 
 
+def surest_concepts(concepts: Sequence[Concept], count: int) -> list[Concept]:
+    """Return the most surely named concepts, the surest first, one of each name."""
+    surest: dict[str, Concept] = {}
+    for concept in sorted(concepts, key=lambda concept: -concept.score):
+        if concept.name is not None:
+            surest.setdefault(concept.name, concept)
+    return list(surest.values())[:count]
+
+
+def check_nameable(features: FeatureDataset, vocabulary: bool = False) -> None:
+    """Raise ValueError for features that latents cannot be named by, without a vocabulary to do it by."""
+    has_labels = features.label_names is not None and "labels" in features.column_names
+    if not has_labels and features.text is None and not vocabulary:
+        raise ValueError("naming needs features with `labels` and label names, or with `text`, or a vocabulary")
+
+
+def vocabulary_words(text: str, prompt: str = "{}") -> list[str]:
+    """Return the words of a vocabulary, one a line, each once.
+
+    Raises:
+        ValueError: for fewer than two, or a prompt without a place for them.
+    """
+    words = list(dict.fromkeys(word.strip() for word in text.split("\n") if word.strip()))
+    if len(words) < 2 or "{}" not in prompt:
+        raise ValueError(
+            f"a vocabulary needs two words or more and a prompt with {{}}, but there are {len(words)} words, and the "
+            f"prompt is {prompt!r}"
+        )
+    return words
+
+
 @torch.no_grad()
 def vocabulary_evidence(
     model: SparcModel, encoder: StreamEncoder, words: Sequence[str], *, prompt: str = "{}", kept: int = 5
@@ -165,7 +196,7 @@ def vocabulary_evidence(
             f"a vocabulary needs a text stream, two words or more and a prompt with {{}}, but `{encoder.name}` "
             f"encodes {encoder.modality}, there are {len(words)} words, and the prompt is {prompt!r}"
         )
-    rows = torch.from_numpy(encoder.encode([prompt.format(word) for word in words]))
+    rows = torch.from_numpy(encoder.encode([prompt.replace("{}", word) for word in words]))
     every = torch.arange(model.config.num_latents)
     values = model.preactivations(encoder.name, rows, every).cpu().numpy()
     z = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-9)
@@ -251,7 +282,7 @@ def _strongest(names: list[str], lift: np.ndarray, counts: np.ndarray, z: np.nda
 def _sample_names(rows: np.ndarray, features: FeatureDataset) -> list[str]:
     # `row_name` is for messages; here the bare id, or the row's number.
     ids = features.ids
-    return [str(row) if ids is None else ids[row] for row in rows.tolist() if row >= 0]
+    return [str(row if ids is None else ids[row]) for row in rows.tolist() if row >= 0]
 
 
 def save_concepts(concepts: Sequence[Concept], folder: str | os.PathLike, **facts: Any) -> Path:
@@ -284,28 +315,62 @@ def load_concepts(folder: str | os.PathLike) -> list[Concept]:
     if not path.is_file():
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["format_version"]
+        content = read_json(path, dict[str, Any])
+        version = checked(content.get("format_version"), int, "format_version")
         if version > FORMAT_VERSION:
             raise ValueError(f"format version {version}, where this version of sparc_hf reads up to {FORMAT_VERSION}")
-        return [
-            Concept(
-                **entry
-                | {"labels": [Evidence(**one) for one in entry["labels"]]}
-                | {"words": [Evidence(**one) for one in entry["words"]]}
-                | {"vocabulary": [SimilarWord(**one) for one in entry.get("vocabulary", [])]}
-            )
-            for entry in content["concepts"].values()
-        ]
-    except (ValueError, KeyError, TypeError) as error:
+        entries = checked(content.get("concepts"), dict[str, _ConceptEntry], "concepts").values()
+    except ValueError as error:
         raise ValueError(f"`{path}` cannot be read: {error}") from error
+    return [
+        Concept(
+            entry["latent"],
+            entry["name"],
+            entry["score"],
+            entry["fires"],
+            labels=[Evidence(one["name"], one["lift"], one["count"], one["z"]) for one in entry["labels"]],
+            words=[Evidence(one["name"], one["lift"], one["count"], one["z"]) for one in entry["words"]],
+            samples=entry.get("samples", {}),
+            vocabulary=[SimilarWord(one["name"], one["value"], one["z"]) for one in entry.get("vocabulary", [])],
+        )
+        for entry in entries
+    ]
+
+
+class _EvidenceEntry(TypedDict):
+    name: str
+    lift: float
+    count: int
+    z: float
+
+
+class _SimilarWordEntry(TypedDict):
+    name: str
+    value: float
+    z: float
+
+
+class _Named(TypedDict):
+    latent: Count
+    name: str | None
+    score: float
+    fires: dict[str, float]
+    labels: list[_EvidenceEntry]
+    words: list[_EvidenceEntry]
+
+
+class _ConceptEntry(_Named, total=False):
+    """A concept as the file has it."""
+
+    samples: dict[str, list[str | int]]
+    vocabulary: list[_SimilarWordEntry]
 
 
 def concepts_of(model: SparcModel) -> list[Concept]:
     """Return what `concepts.json` beside a loaded model says, in its folder or on the Hub; nothing where it has none.
 
     Raises:
-        ValueError: as `load_concepts`.
+        ValueError: as `load_concepts`, and where it names latents that the model does not have.
     """
     where = str(model.config._name_or_path or "")
     if not where:
@@ -318,7 +383,13 @@ def concepts_of(model: SparcModel) -> list[Concept]:
         if found is None:
             return []
         folder = Path(found).parent
-    return load_concepts(folder)
+    concepts = load_concepts(folder)
+    if wrong := [concept.latent for concept in concepts if concept.latent >= model.config.num_latents]:
+        raise ValueError(
+            f"`{folder / CONCEPTS_FILE}` names latents up to {max(wrong)}, but the model has "
+            f"{model.config.num_latents}; it is of another model, name its latents again with `sparc concepts`"
+        )
+    return concepts
 
 
 def concept_names(model: SparcModel) -> dict[int, str]:

@@ -16,6 +16,7 @@ from sparc_hf.evaluation import EvaluationSettings, evaluate_model
 from sparc_hf.extraction import extract_features
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import write_model_card
+from sparc_hf.output_folder import check_output_folder
 from sparc_hf.report import write_report
 from sparc_hf.sources import parse_streams
 from sparc_hf.training import SparcTrainer
@@ -34,27 +35,16 @@ def run_demo(args: DemoArguments) -> str:
     """
     if not args.num_latents >= args.k >= 1:
         raise ValueError(f"`k` is {args.k} but `num_latents` is {args.num_latents}; choose 1 <= `k` <= `num_latents`")
+    if min(args.train_rows, args.test_rows) < 1:
+        raise ValueError(f"a demo needs scenes, but there are {args.train_rows} to train and {args.test_rows} to test")
     started = time.monotonic()
     output = Path(args.output)
+    check_output_folder(output)
+    settings = _training_settings(args, output)
     output.mkdir(parents=True, exist_ok=True)
     train_rows = world_features(output, "train", args.train_rows, args.seed)
     test_rows = world_features(output, "test", args.test_rows, args.seed)
     extracted = time.monotonic()
-    settings = SparcTrainingArguments(
-        features=str(output / "features" / "train"),
-        output_dir=str(output / "model"),
-        num_latents=args.num_latents,
-        k=args.k,
-        auxk=min(32, args.num_latents),
-        dead_after_steps=200,
-        batch_size=min(256, args.train_rows),
-        epochs=args.epochs,
-        learning_rate=args.learning_rate,
-        center=True,
-        checkpoint_every=0,
-        seed=args.seed,
-        overwrite=True,
-    )
     model = SparcTrainer(settings, train_rows).train()
     trained = time.monotonic()
     evaluation = evaluate_model(
@@ -73,6 +63,25 @@ def run_demo(args: DemoArguments) -> str:
         "evaluation": time.monotonic() - trained,
     }
     return _report(args, output, card, results, seconds)
+
+
+def _training_settings(args: DemoArguments, output: Path) -> SparcTrainingArguments:
+    """Return the settings of the training, which are refused before the scenes are made."""
+    return SparcTrainingArguments(
+        features=str(output / "features" / "train"),
+        output_dir=str(output / "model"),
+        num_latents=args.num_latents,
+        k=args.k,
+        auxk=min(32, args.num_latents),
+        dead_after_steps=200,
+        batch_size=min(256, args.train_rows),
+        epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        center=True,
+        checkpoint_every=0,
+        seed=args.seed,
+        overwrite=True,
+    )
 
 
 def world_features(output: Path, split: str, rows: int, seed: int) -> FeatureDataset:

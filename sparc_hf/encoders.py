@@ -89,12 +89,7 @@ class StreamEncoder:
             ValueError: if the record does not name its encoder and modality, or this encoder gives other rows than
                 the record says.
         """
-        missing = [key for key in ("name", "encoder", "modality") if not record.get(key)]
-        if missing:
-            raise ValueError(
-                f"the record of stream `{record.get('name')}` does not say which encoder made it ({missing} missing); "
-                "pass its features instead of raw images or text"
-            )
+        _check_named(record)
         made = cls(
             record["name"],
             record["encoder"],
@@ -341,6 +336,40 @@ class StreamEncoder:
         return facts
 
 
+def check_encoders(records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError where a stream record does not name an encoder that can be reached; no model is loaded."""
+    for record in records:
+        _check_named(record)
+        commit_of(str(record["encoder"]), record.get("revision"))
+
+
+def _check_named(record: Mapping[str, Any]) -> None:
+    if missing := [key for key in ("name", "encoder", "modality") if not record.get(key)]:
+        raise ValueError(
+            f"the record of stream `{record.get('name')}` does not say which encoder made it ({missing} missing); "
+            "pass its features instead of raw images or text"
+        )
+
+
+def checked_device(name: str | torch.device) -> torch.device:
+    """Return a device.
+
+    Raises:
+        ValueError: for a device that is unknown or not in this machine.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"`device` must be one of this machine, such as cpu or cuda:0, not {name}: {reason}"
+        ) from error
+    if device.type == "meta":
+        raise ValueError("`device` must be one that computes, such as cpu or cuda:0, not meta")
+    return device
+
+
 def load_encoders(
     records: Sequence[Mapping[str, Any]],
     *,
@@ -358,6 +387,7 @@ def load_encoders(
     Raises:
         ValueError: as `StreamEncoder`.
     """
+    check_encoders(records)
     loaded: LoadedModels = {}
     return {
         record["name"]: StreamEncoder.from_record(record, device=device, dtype=dtype, loaded=loaded)

@@ -1,8 +1,9 @@
 """Evaluate a model on a feature dataset: every figure of the papers, under joint and single-stream encoding."""
 
 import itertools
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,22 +11,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from tqdm.auto import tqdm
 
-from sparc_hf.bootstrap import bootstrap_intervals
 from sparc_hf.codes import ENCODINGS, CodeTable, check_streams, code_batches, code_columns, encode_features
+from sparc_hf.count_figures import CountFigures
 from sparc_hf.features import FeatureDataset
+from sparc_hf.intervals import Figure, mean_figure, plain_figure, random_groups, share_figure, unit_sums
 from sparc_hf.metrics.concept_alignment.concept_alignment import (
     concept_alignment,
-    jaccard_of_counts,
-    label_counts,
     taxonomy_buckets,
 )
-from sparc_hf.metrics.concept_universality.concept_universality import concept_universality
 from sparc_hf.metrics.cross_retrieval.cross_retrieval import retrieval_figures
 from sparc_hf.metrics.latent_liveness.latent_liveness import latent_liveness
 from sparc_hf.metrics.reconstruction.reconstruction import FIGURES, figures_of_terms, row_terms
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.plain_files import Taxonomy, checked
 from sparc_hf.probing import (
+    FEWEST_ROWS,
     bridge_figures,
     classifier_figures,
     monosemanticity_figures,
@@ -33,9 +35,11 @@ from sparc_hf.probing import (
     stability_figures,
 )
 from sparc_hf.retrieval import FAMILIES, model_ranks
+from sparc_hf.universality import latent_universality
+
+logger = logging.getLogger(__name__)
 
 HIT_DEPTH = 1
-SHARES = ("dead_share", "jaccard", "jaccard_live", *(f"{family}_r_at_{HIT_DEPTH}" for family in FAMILIES))
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,12 @@ class EvaluationSettings:
 
     Attributes:
         batch_size: rows encoded at a time.
-        replicates: bootstrap draws behind the confidence intervals; 0 leaves them out.
+        replicates: how often figures made from counts are measured again for their intervals, each time without
+            another part of the rows; 0 leaves all intervals out.
         retrieval_rows: samples that retrieval is measured on, spread evenly; all by default.
         probes: whether the slow parts are done too: probes and classifiers, where there are labels, and matching the
             atoms of models.
-        seed: of the draws.
+        seed: of what is drawn: the parts of the rows, and the probes' splits.
         dataset: what cards and reports call the rows.
     """
 
@@ -64,8 +69,8 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, but it is {value}")
-        if self.replicates < 0:
-            raise ValueError(f"`replicates` must not be negative, but it is {self.replicates}")
+        if self.replicates < 0 or self.replicates == 1:
+            raise ValueError(f"`replicates` must be 0, or 2 or more, but it is {self.replicates}")
 
 
 @dataclass
@@ -111,7 +116,7 @@ def evaluate_model(
     Returns:
         An evaluation whose `results` hold "dataset", "rows", "model" (the settings that tell models apart), and for
         each of "joint" and "single":
-        "headline": name -> {"value", "low", "high"} with 95 % bootstrap intervals over rows;
+        "headline": name -> {"value", "low", "high"} with 95 % intervals, see `intervals`;
         "reconstruction": nmse, fvu, r2, cosine -> target -> source -> number;
         "liveness": what `latent_liveness` returns, without the per-latent part;
         "universality": means of `concept_universality` over the latents that fire above the model's dead threshold;
@@ -125,6 +130,7 @@ def evaluate_model(
     """
     settings = settings or EvaluationSettings()
     check_streams(model, features)
+    _check_labels(features, settings)
     config = model.config
     training = model.training
     model.eval()
@@ -172,17 +178,28 @@ class Measurements:
 
     @cached_property
     def labels(self) -> Any:
-        """Sparse 0/1 [rows, classes], or None."""
-        return self.features.labels_csr() if "labels" in self.features.column_names else None
+        """Sparse 0/1 [rows, classes], or None where no row has a label."""
+        return _labels_of(self.features)
+
+    @cached_property
+    def units(self) -> np.ndarray:
+        """Int [rows]: which rows are drawn together, the patch tokens of a sample; else each row alone."""
+        rows = len(self.features)
+        has_samples = "sample" in self.features.column_names
+        return np.array(self.features.column("sample", range(rows))) if has_samples else np.arange(rows)
+
+    @cached_property
+    def searched_rows(self) -> np.ndarray:
+        """The rows that retrieval is measured on, spread evenly."""
+        rows = len(self.features)
+        return np.unique(np.linspace(0, rows - 1, min(self.settings.retrieval_rows or rows, rows), dtype=np.int64))
 
     @cached_property
     def ranks(self) -> dict[str, dict[str, np.ndarray]]:
         """Family -> "source->target" -> int64 [retrieval rows]."""
-        count, rows = self.settings.retrieval_rows, len(self.features)
-        if count is None or count >= rows:
+        if len(self.searched_rows) == len(self.features):
             return model_ranks(self.model, self.features, self.table, batch_size=self.settings.batch_size)
-        chosen = np.unique(np.linspace(0, rows - 1, count, dtype=np.int64))
-        part = self.features.select(chosen)
+        part = self.features.select(self.searched_rows)
         codes = encode_features(self.model, part, encoding=self.encoding, batch_size=self.settings.batch_size)
         return model_ranks(self.model, part, codes, batch_size=self.settings.batch_size)
 
@@ -229,16 +246,14 @@ class Measurements:
         return found
 
     def _universality(self) -> dict[str, Any]:
-        norms = {name: self.model.atoms[name].detach().norm(dim=1).cpu().numpy() for name in self.streams}
-        threshold = float(self.model.config.dead_threshold)
-        found = concept_universality(self.codes, atom_norms=norms, threshold=threshold)
+        found = latent_universality(self.model, self.codes)
         firing = np.sum(list(found["fires"].values()), axis=0) > 0
         self.latents |= {name: found[name] for name in ("entropy", "cofires", "cofire_jaccard", "energy")}
         means = {
             f"mean_{name}": found[name][firing].mean() if firing.any() else math.nan
             for name in ("entropy", "cofire_jaccard", "cofire_iou")
         }
-        return {"threshold": threshold, "firing": int(firing.sum()), **means}
+        return {"threshold": self.model.config.dead_threshold, "firing": int(firing.sum()), **means}
 
     def _alignment(self) -> dict[str, Any]:
         buckets = None
@@ -250,45 +265,46 @@ class Measurements:
         live = int(found["live"].sum())
         return {"depths": depths, "mean": found["mean"], "mean_live": found["mean_live"], "live": live}
 
-    def _headline(self) -> dict[str, Any]:
+    def _headline(self) -> dict[str, Figure]:
         """Figures one would put first, with intervals."""
-        shares = {
-            "nmse_self": _mean_of(_relative_error(self.terms[name, name]) for name in self.streams),
-            "nmse_cross": _mean_of(
-                _relative_error(self.terms[pair]) for pair in itertools.permutations(self.streams, 2)
-            ),
+        errors = {
+            "nmse_self": [_relative_error(self.terms[name, name]) for name in self.streams],
+            "nmse_cross": [_relative_error(self.terms[pair]) for pair in itertools.permutations(self.streams, 2)],
         }
-        drawn: dict[str, Any] = {
-            "replicates": self.settings.replicates,
-            "seed": self.settings.seed,
-            "bounds": {name: (0, 1) for name in SHARES},
-        }
-        rows = len(self.features)
-        found = bootstrap_intervals(lambda weights: _weighted(shares, weights) | self._counts(weights), rows, **drawn)
         hits = {
-            f"{family}_r_at_{HIT_DEPTH}": _mean_of(ranks <= HIT_DEPTH for ranks in self.ranks[family].values())
+            f"{family}_r_at_{HIT_DEPTH}": [ranks <= HIT_DEPTH for ranks in self.ranks[family].values()]
             for family in FAMILIES
         }
-        searched = len(next(iter(self.ranks[FAMILIES[0]].values())))
-        return found | bootstrap_intervals(lambda weights: _weighted(hits, weights), searched, **drawn)
+        seed, replicates = self.settings.seed, self.settings.replicates
+        groups = list(random_groups(self.units, replicates, seed)) if replicates else []
+        found = {
+            name: mean_figure(*unit_sums(np.mean(rows, axis=0), self.units)) for name, rows in errors.items() if rows
+        }
+        found |= CountFigures(self.codes, self.labels).with_intervals(
+            tqdm(groups, desc="confidence intervals", unit="group", leave=False)
+        )
+        units = self.units[self.searched_rows]
+        found |= {name: share_figure(*unit_sums(np.mean(rows, axis=0), units)) for name, rows in hits.items() if rows}
+        return found if replicates else {name: plain_figure(figure["value"]) for name, figure in found.items()}
 
-    def _counts(self, weights: np.ndarray | None) -> dict[str, float]:
-        """Figures made from counts: the dead share, and the label Jaccard at full depth."""
-        counts, alive = {}, {}
-        for stream, codes in self.codes.items():
-            if self.labels is not None:
-                counts[stream], alive[stream] = label_counts(codes, self.labels, weights)
-            else:
-                drawn = np.ones(codes.shape[0], bool) if weights is None else weights > 0
-                kept = np.repeat(drawn, np.diff(codes.indptr))
-                alive[stream] = np.bincount(codes.indices[kept], minlength=codes.shape[1]) > 0
-        found = {"dead_share": float(np.mean([1 - one.mean() for one in alive.values()]))}
-        if self.labels is None:
-            return found
-        scores = jaccard_of_counts(counts, alive)
-        live = np.sum(list(alive.values()), axis=0) >= 2
-        mean_live = float(scores[live].mean()) if live.any() else math.nan
-        return found | {"jaccard": float(scores.mean()), "jaccard_live": mean_live}
+
+def _labels_of(features: FeatureDataset) -> Any:
+    labels = features.labels_csr() if "labels" in features.column_names else None
+    return None if labels is None or not labels.nnz else labels
+
+
+def _check_labels(features: FeatureDataset, settings: EvaluationSettings) -> None:
+    """Say what cannot be measured by the labels, before anything is."""
+    if features.taxonomy is not None and features.label_names is not None:
+        taxonomy_buckets(features.label_names, checked(features.taxonomy, Taxonomy, "taxonomy"))
+    labels = _labels_of(features)
+    if labels is None and "labels" in features.column_names:
+        logger.warning("no row of %s has a label, so that nothing is measured by labels", settings.dataset)
+    if labels is not None and settings.probes and len(features) < FEWEST_ROWS:
+        raise ValueError(
+            f"probes and classifiers need {FEWEST_ROWS} rows or more, but there are {len(features)}; give more rows, "
+            "or leave them out (`probes=False`, `--no_probes`)"
+        )
 
 
 def _encoded(
@@ -320,16 +336,6 @@ def _encoded(
 
 def _relative_error(terms: np.ndarray) -> np.ndarray:
     return terms[:, 0] / terms[:, 1]
-
-
-def _mean_of(parts: Iterator[np.ndarray]) -> np.ndarray | None:
-    arrays = list(parts)
-    return np.mean(arrays, axis=0) if arrays else None
-
-
-def _weighted(shares: Mapping[str, np.ndarray | None], weights: np.ndarray | None) -> dict[str, float]:
-    """Return name -> weighted mean of a figure's rows, leaving out figures that no pair of streams has."""
-    return {name: float(np.average(rows, weights=weights)) for name, rows in shares.items() if rows is not None}
 
 
 def _json_ready(value: Any) -> Any:

@@ -16,18 +16,21 @@ from sparc_hf.attribution import (
     ConceptTarget,
     SimilarityTarget,
     Target,
+    check_map_settings,
     image_maps,
     map_method,
     map_on_image,
     word_scores,
 )
 from sparc_hf.backbone_trace import visible_box
-from sparc_hf.concepts import Concept, concepts_of
-from sparc_hf.encoders import StreamEncoder, load_encoders
+from sparc_hf.concept_search import EXACT_NAME, ConceptSearch, LatentMatch
+from sparc_hf.concepts import concepts_of
+from sparc_hf.encoders import StreamEncoder, check_encoders, load_encoders
 from sparc_hf.features import FeatureDataset
-from sparc_hf.image_files import open_image
+from sparc_hf.image_files import open_image, size_of_file, upright_rgb
 from sparc_hf.map_plots import ExplainedTarget, explanation_panel
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +54,11 @@ class ExplainArguments:
     rows: int | None = field(default=None, metadata={"help": "First rows of the feature dataset (default: all)."})
     latents: list[int] = field(default_factory=list, metadata={"help": "Latents to explain, each by itself."})
     concept: list[str] = field(
-        default_factory=list, metadata={"help": "Concepts to explain, by name: all latents of that name together."}
+        default_factory=list,
+        metadata={
+            "help": "Concepts to explain: all latents of that name together, or else the latent that goes most surely "
+            "with that label or word."
+        },
     )
     top: int = field(
         default=3, metadata={"help": "Without latents or concepts: this many of the sample's most active ones."}
@@ -105,20 +112,6 @@ def active_latents(codes: Mapping[str, torch.Tensor], count: int) -> list[int]:
     return [int(latent) for latent in values.topk(min(count, len(values))).indices if values[latent] > 0]
 
 
-def latents_named(concepts: Sequence[Concept], word: str) -> tuple[int, ...]:
-    """Return the latents of a name, the surest first.
-
-    Raises:
-        ValueError: where there is none, with names that there are.
-    """
-    found = [concept for concept in concepts if concept.name is not None and concept.name.lower() == word.lower()]
-    if not found:
-        names = sorted({concept.name for concept in concepts if concept.name is not None})
-        told = f"it has {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}" if names else "it has no names"
-        raise ValueError(f"this model has no concept named `{word}`; {told} (see `sparc concepts`)")
-    return tuple(concept.latent for concept in sorted(found, key=lambda concept: -concept.score))
-
-
 def explain_sample(
     model: SparcModel,
     encoders: Mapping[str, StreamEncoder],
@@ -147,7 +140,7 @@ def explain_sample(
     """
     if image is None and not caption:
         raise ValueError("give an image, a caption, or both")
-    shown = None if image is None else image.copy()
+    shown = None if image is None else upright_rgb(image)
     if shown is not None:
         shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     texts = [name for name, encoder in encoders.items() if encoder.modality == "text"] if caption else []
@@ -209,7 +202,10 @@ def _row(
     values: Mapping[str, float] | None = None,
 ) -> ExplainedTarget:
     notes = {stream: f"{value:.2f}" if value > 0 else "not active" for stream, value in (values or {}).items()}
-    return ExplainedTarget(title, {stream: maps.get(stream) for stream in streams}, words, notes)
+    inactive = frozenset(stream for stream, value in (values or {}).items() if not value > 0)
+    # A map of what is not there shows where it is least absent, which reads as the opposite.
+    shown = {stream: None if stream in inactive else maps.get(stream) for stream in streams}
+    return ExplainedTarget(title, shown, words, notes, inactive)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -229,15 +225,20 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
     for name in ("rows", "top"):
         if (number := getattr(args, name)) is not None and number < 1:
             raise ValueError(f"`{name}` must be at least 1, but it is {number}")
-    samples = _samples(args)
+    check_map_settings(args.method, args.shifts)
+    check_output_folder(args.output)
+    _check_files(args)
     model = SparcModel.from_pretrained(args.model).eval()
-    encoders = load_encoders(model.config.streams or [])
+    check_latents(model, args.latents)
+    check_encoders(model.config.streams or [])
     concepts = concepts_of(model)
     names = {concept.latent: concept.name for concept in concepts}
+    search = ConceptSearch(concepts, model.config.num_latents)
+    matches = {word: search.named(word) for word in args.concept}
     chosen: dict[str, Sequence[int]] = {_title(latent, names): (latent,) for latent in args.latents}
-    for word in args.concept:
-        latents = latents_named(concepts, word)
-        chosen[f"{word} (latents {', '.join(map(str, latents))})"] = latents
+    chosen |= {_found_title(word, found): [match.latent for match in found] for word, found in matches.items()}
+    samples = _samples(args, {record["modality"] for record in model.config.streams or []})
+    encoders = load_encoders(model.config.streams or [])
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     told, kept = [], 0
@@ -255,12 +256,23 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
         save_figure(found.panel(), path)
         told.append({"panel": str(path), "targets": [_told(target) for target in found.targets]})
     facts: dict[str, Any] = {"output": str(output), "drawn": len(told), "kept": kept}
+    if matches:
+        facts["concepts"] = {
+            word: [{"latent": match.latent, "matched_by": match.reason} for match in found]
+            for word, found in matches.items()
+        }
     return facts | ({} if args.features else {"samples": told})
 
 
 def _title(latent: int, names: Mapping[int, str | None]) -> str:
     name = names.get(latent)
     return f"latent {latent}" + (f": {name}" if name else "")
+
+
+def _found_title(word: str, matches: Sequence[LatentMatch]) -> str:
+    latents = f"latent{'s' if len(matches) > 1 else ''} {', '.join(str(match.latent) for match in matches)}"
+    why = "" if matches[0].rank == EXACT_NAME else f" by its {matches[0].reason}"
+    return f"{word} ({latents}{why})"
 
 
 def _told(target: ExplainedTarget) -> dict[str, Any]:
@@ -270,28 +282,40 @@ def _told(target: ExplainedTarget) -> dict[str, Any]:
     return facts | ({"values": dict(target.notes)} if target.notes else {}) | ({"words": marked} if marked else {})
 
 
-def _samples(args: ExplainArguments) -> list[tuple[str, Any]]:
-    """Return (name of the panel, what reads image and caption) of every sample."""
+def _check_files(args: ExplainArguments) -> None:
+    """Raise ValueError for flags that give no samples, and for image files that are none by their headers."""
+    if args.features is not None and (args.image or args.text):
+        raise ValueError("give a feature dataset or files and captions, not both")
+    if args.features is None and not args.image and not any(text.strip() for text in args.text):
+        raise ValueError("give images, captions, or a feature dataset to explain")
+    if args.image and len(args.text) not in (0, 1, len(args.image)):
+        raise ValueError(
+            f"there are {len(args.image)} images but {len(args.text)} captions; give one for each, or one"
+        )
+    for path in args.image:
+        size_of_file(path)
+
+
+def _samples(args: ExplainArguments, modalities: set[str]) -> list[tuple[str, Any]]:
+    """Return (name of the panel, what reads image and caption) of every sample.
+
+    Raises:
+        ValueError: for a dataset without images and captions, or samples of which no modality is any stream's.
+    """
     if args.features is not None:
-        if args.image or args.text:
-            raise ValueError("give a feature dataset or files and captions, not both")
         features = FeatureDataset.load(args.features)
         texts, has_images = features.text, "image" in features.column_names
         if texts is None and not has_images:
             raise ValueError(f"`{args.features}` has neither images nor captions (columns {features.column_names})")
+        _check_modalities(modalities, image=has_images, text=texts is not None)
         ids = features.ids
         rows = range(min(args.rows or len(features), len(features)))
 
         def of_row(row: int) -> tuple[Image.Image | None, str]:
             return features.image(row), texts[row] if texts is not None else ""
 
-        return [(_file_name(str(row) if ids is None else ids[row]), lambda row=row: of_row(row)) for row in rows]
-    if not args.image and not args.text:
-        raise ValueError("give images, captions, or a feature dataset to explain")
-    if args.image and len(args.text) not in (0, 1, len(args.image)):
-        raise ValueError(
-            f"there are {len(args.image)} images but {len(args.text)} captions; give one for each, or one"
-        )
+        return [(_file_name(str(row if ids is None else ids[row])), lambda row=row: of_row(row)) for row in rows]
+    _check_modalities(modalities, image=bool(args.image), text=bool(args.text))
     if not args.image:
         return [(f"caption-{number}", lambda text=text: (None, text)) for number, text in enumerate(args.text)]
     captions = args.text * len(args.image) if len(args.text) == 1 else args.text or [""] * len(args.image)
@@ -301,6 +325,19 @@ def _samples(args: ExplainArguments) -> list[tuple[str, Any]]:
         (f"{name}-{number}" if name in doubled else name, lambda path=path, text=text: (open_image(path), text))
         for number, (name, path, text) in enumerate(zip(names, args.image, captions, strict=True))
     ]
+
+
+def _check_modalities(modalities: set[str], **given: bool) -> None:
+    if not modalities & {name for name, is_given in given.items() if is_given}:
+        raise ValueError(f"this model's streams encode {sorted(modalities)}, which the samples lack")
+
+
+def check_latents(model: SparcModel, latents: Sequence[int]) -> None:
+    """Raise ValueError for numbers of latents that a model does not have."""
+    if wrong := [latent for latent in latents if not 0 <= latent < model.config.num_latents]:
+        raise ValueError(
+            f"there are no latents {wrong}; this model has latents from 0 to {model.config.num_latents - 1}"
+        )
 
 
 def _file_name(name: str) -> str:

@@ -14,12 +14,14 @@ from tqdm.auto import tqdm
 
 from sparc_hf.coco_source import open_coco
 from sparc_hf.encoded_rows import ShardRows, encoded_columns, tokens_per_sample
-from sparc_hf.encoders import StreamEncoder, load_encoders
+from sparc_hf.encoders import StreamEncoder, checked_device, load_encoders
 from sparc_hf.extraction_arguments import ExtractionArguments
+from sparc_hf.feature_files import MANIFEST_NAME, check_target
 from sparc_hf.feature_statistics import standardization_of
 from sparc_hf.features import FeatureDataset
 from sparc_hf.imagenet_source import open_imagenet
 from sparc_hf.open_images_source import open_open_images
+from sparc_hf.output_folder import check_output_folder
 from sparc_hf.row_format import RowFormat
 from sparc_hf.sample_reader import SampleReader, chosen_columns
 from sparc_hf.shard_folder import ShardFolder
@@ -92,8 +94,7 @@ def extract_features(
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"`on_error` must be stop or skip, but it is {on_error!r}")
-    if min(batch_size, rows_per_shard) < 1 or workers < 0:
-        raise ValueError("`batch_size` and `rows_per_shard` must be at least 1 and `workers` at least 0")
+    _check_sizes(batch_size, rows_per_shard, workers)
     if not encoders or not getattr(dataset, "num_rows", 1):
         raise ValueError(f"nothing to extract: {len(encoders)} streams and {getattr(dataset, 'num_rows', '?')} rows")
     tokens = tokens_per_sample(encoders)
@@ -110,9 +111,10 @@ def extract_features(
     if labels_column and label_names is None:
         feature = features[labels_column]
         label_names = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel
-    for encoder in encoders.values():
-        if device is not None:
-            encoder.to(device)
+    if device is not None:
+        place = checked_device(device)
+        for encoder in encoders.values():
+            encoder.to(place)
     reader = SampleReader(
         dataset,
         columns,
@@ -153,6 +155,14 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     Raises:
         ValueError: for unusable arguments, and as `extract_features`.
     """
+    _check_sizes(args.batch_size, args.rows_per_shard, args.workers)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"`limit` must be at least 1 row, but it is {args.limit}")
+    check_output_folder(args.output)
+    if not (Path(args.output) / MANIFEST_NAME).is_file():  # a finished one is compared with the settings later
+        check_target(Path(args.output))
+    if args.device is not None:
+        checked_device(args.device)
     if args.per_channel and args.normalize != "standardize":
         raise ValueError(f"`per_channel` needs `normalize` standardize with it, but that is {args.normalize!r}")
     records = parse_streams(args.encoders)
@@ -167,22 +177,24 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     source = _source(args)
     dataset = source.dataset
     if args.limit is not None:
-        if args.limit < 1:
-            raise ValueError(f"`limit` must be at least 1 row, but it is {args.limit}")
         rows = getattr(dataset, "num_rows", None)
         dataset = dataset.take(args.limit if rows is None else min(args.limit, rows))
     processes = _processes()
     default = processes.device if processes else "cuda" if torch.cuda.is_available() else "cpu"
     modalities = {record["modality"] for record in records}
+    columns: dict[str, Any] = {
+        "image_column": args.image_column,
+        "text_column": args.text_column or (source.text_column if "text" in modalities else None),
+        "id_column": args.id_column,
+        "labels_column": args.labels_column or source.labels_column,
+        "keep_columns": args.keep_columns or (),
+    }
+    chosen_columns(dataset, modalities, **columns)  # a misspelt one is told before any model is loaded
     return extract_features(
         dataset,
         load_encoders(records, device=args.device or default),
         args.output,
-        image_column=args.image_column,
-        text_column=args.text_column or (source.text_column if "text" in modalities else None),
-        id_column=args.id_column,
-        labels_column=args.labels_column or source.labels_column,
-        keep_columns=args.keep_columns or (),
+        **columns,
         batch_size=args.batch_size,
         dtype=args.dtype,
         rows_per_shard=args.rows_per_shard,
@@ -194,6 +206,11 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
         on_error=args.on_error,
         repair=args.repair,
     )
+
+
+def _check_sizes(batch_size: int, rows_per_shard: int, workers: int) -> None:
+    if min(batch_size, rows_per_shard) < 1 or workers < 0:
+        raise ValueError("`batch_size` and `rows_per_shard` must be at least 1 and `workers` at least 0")
 
 
 def _source(args: ExtractionArguments) -> Source:

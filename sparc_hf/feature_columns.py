@@ -21,8 +21,11 @@ class ColumnRows:
     """
 
     def __init__(self, column: pa.ChunkedArray):
-        if not _is_float_lists(column.type) or column.null_count:
-            raise ValueError(f"expected fixed-size lists without missing rows, but got {column.type}")
+        if not _is_float_lists(column.type) or any(c.null_count or c.flatten().null_count for c in column.chunks):
+            raise ValueError(
+                f"expected fixed-size lists without missing rows or numbers, but got {column.null_count} missing rows "
+                f"of {column.type}"
+            )
         self.width = column.type.list_size
         chunks = [chunk for chunk in column.chunks if len(chunk)] or [pa.array([], type=column.type)]
         self.views = [_aligned(np.asarray(chunk.flatten())).reshape(-1, self.width) for chunk in chunks]
@@ -130,11 +133,25 @@ def class_ids_per_row(labels: Any) -> list[np.ndarray]:
 
 
 def lengths_and_ids(labels: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many class ids each row has, and all ids; a column of single ids counts as one each."""
+    """Return how many class ids each row has, and all ids; a column of single ids counts as one each, a null as none.
+
+    Raises:
+        ValueError: for labels that are not whole numbers, or lists that hold a null.
+    """
     if pa.types.is_integer(labels.type):
-        return np.ones(len(labels), dtype=np.int64), labels.to_numpy()
+        return labels.is_valid().to_numpy().astype(np.int64), labels.drop_null().to_numpy()
+    ids = call_function("list_flatten", [labels]) if pa.types.is_nested(labels.type) else labels
+    if ids.null_count or not pa.types.is_integer(ids.type):
+        held = "a null" if ids.null_count else str(ids.type)
+        raise ValueError(f"`labels` must hold class ids, whole numbers or lists of them, but it holds {held}")
     lengths = call_function("list_value_length", [labels]).fill_null(0).to_numpy()
-    return lengths, call_function("list_flatten", [labels]).to_numpy()
+    return lengths, ids.to_numpy()
+
+
+def check_texts(name: str, kind: pa.DataType) -> None:
+    """Raise ValueError where a column holds no texts, by its Arrow type."""
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise ValueError(f"the column `{name}` must hold one text a row, but it holds {kind}")
 
 
 def _is_float_lists(kind: pa.DataType) -> bool:

@@ -7,28 +7,72 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import pyarrow as pa
 
+from sparc_hf.plain_files import Count, FileName, Limit, Taxonomy, checked, read_json
+
 FORMAT_VERSION = 1
 MANIFEST_NAME = "sparc_features.json"
+# Arrow's lists and numpy's indices of this package end there.
+LARGEST_SIZE = 2**31 - 1
 MEND = "copy it again, or run the command that made the dataset once more with `--repair`"
 
 StreamRecords = Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]]
 
 
+class ShardEntry(TypedDict):
+    """What a manifest says of one file."""
+
+    file: FileName
+    rows: Count
+    bytes: Count
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What the manifests of all kinds of folders have in common."""
+
+    rows: Count
+    shards: Annotated[list[ShardEntry], Limit("a list of at least one shard", bool)]
+
+
+class DatasetFacts(TypedDict, total=False):
+    """What is known of a feature dataset beside its streams."""
+
+    label_names: list[str] | None
+    taxonomy: Taxonomy | None
+    source: Any
+    rows_skipped: Count
+
+
+class FeatureManifest(Manifest, DatasetFacts):
+    """The manifest of a feature dataset."""
+
+    streams: list[dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class FolderKind:
-    """A kind of folder of shards: its manifest file, what messages call it, and how a user gets one."""
+    """A kind of folder of shards.
+
+    Attributes:
+        manifest: name of its manifest file.
+        shape: what that must hold, see `checked`.
+        name: what messages call such a folder.
+        remedy: how a user gets one.
+    """
 
     manifest: str
+    shape: Any
     name: str
     remedy: str
 
 
 FEATURE_FOLDER = FolderKind(
     MANIFEST_NAME,
+    FeatureManifest,
     "feature dataset",
     "make one with `sparc extract`, or wrap a table with `FeatureDataset.from_dataset`",
 )
@@ -51,7 +95,7 @@ def checked_streams(streams: StreamRecords) -> list[dict[str, Any]]:
         name, size = record.get("name"), record.get("hidden_size")
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"a stream name must be a Python identifier such as `clip_img`, but it is {name!r}")
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST_SIZE:
             raise ValueError(f"stream `{name}` needs `hidden_size` as a positive integer, but it is {size!r}")
     names = [record["name"] for record in records]
     if not names or len(set(names)) != len(names):
@@ -90,19 +134,39 @@ def read_manifest(folder: Path, kind: FolderKind = FEATURE_FOLDER) -> dict[str, 
     if not file.is_file():
         raise FileNotFoundError(f"`{folder}` is not a {kind.name}: it has no {kind.manifest}; {kind.remedy}")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        version = int(manifest["format_version"])
-        complete = {"rows", "streams", "shards"} <= set(manifest)
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = read_json(file, dict[str, Any])
+        check_version(manifest, f"{folder}")
+        return checked(manifest, kind.shape, file.name)
+    except NewerFormat:
+        raise
+    except ValueError as error:
         raise ValueError(f"`{file}` is damaged: {error}") from error
+
+
+class NewerFormat(ValueError):
+    """Something was written by a newer version of this package."""
+
+
+def check_version(facts: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError for facts without `format_version`, and `NewerFormat` where it is newer than ours."""
+    version = checked(facts.get("format_version"), int, "format_version")
     if version > FORMAT_VERSION:
-        raise ValueError(
-            f"`{folder}` has format version {version}, but this version of sparc_hf reads up to {FORMAT_VERSION}; "
+        raise NewerFormat(
+            f"`{name}` has format version {version}, but this version of sparc_hf reads up to {FORMAT_VERSION}; "
             "upgrade with `pip install -U sparc-hf`"
         )
-    if not complete or not manifest["shards"]:
-        raise ValueError(f"`{file}` is damaged: it must have `rows`, `streams` and at least one of `shards`")
-    return manifest
+
+
+def joined(tables: Sequence[pa.Table], folder: Path) -> pa.Table:
+    """Return the rows of all shards.
+
+    Raises:
+        ValueError: where they do not have the same columns.
+    """
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise ValueError(f"the shards of `{folder}` do not have the same columns ({error}); {MEND}") from error
 
 
 def open_shard(folder: Path, shard: Mapping[str, Any], verify: bool = True) -> pa.Table:

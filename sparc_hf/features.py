@@ -1,6 +1,5 @@
 """FeatureDataset: what several frozen encoders say about the same samples, on disk and in memory."""
 
-import io
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from sparc_hf.batches import FeatureBatches
 from sparc_hf.feature_columns import (
     ColumnRows,
+    check_texts,
     checked_floats,
     class_ids_per_row,
     completed_records,
@@ -29,6 +29,7 @@ from sparc_hf.feature_files import (
     check_target,
     checked_streams,
     finish_folder,
+    joined,
     open_shard,
     publish,
     read_manifest,
@@ -111,7 +112,7 @@ class FeatureDataset:
             tables = list(
                 tqdm(opened, total=len(manifest["shards"]), desc="check", unit=" shards", delay=2, leave=False)
             )
-        table = pa.concat_tables(tables)
+        table = joined(tables, folder)
         if table.num_rows != manifest["rows"]:
             raise ValueError(
                 f"`{folder}` should have {manifest['rows']} rows, but its shards have {table.num_rows}; make it again"
@@ -233,8 +234,15 @@ class FeatureDataset:
 
     @property
     def text(self) -> list[str] | None:
-        """The `text` column, or None."""
-        return self.column("text") if "text" in self.column_names else None
+        """The `text` column, "" where a row has none; or None without such a column.
+
+        Raises:
+            ValueError: for a column of that name that holds no texts.
+        """
+        if "text" not in self.column_names:
+            return None
+        check_texts("text", self.table.schema.field("text").type)
+        return [text or "" for text in self.column("text")]
 
     def array(self, stream: str, rows: Rows | None = None) -> np.ndarray:
         """Return new float32 memory [rows, hidden_size] of one stream; all rows by default."""
@@ -255,14 +263,14 @@ class FeatureDataset:
         return (column if table_rows is None else column.take(pa.array(table_rows))).to_pylist()
 
     def image(self, row: int) -> "PIL.Image.Image | None":
-        """Return the image of one sample as RGB; None where it has none."""
-        from PIL import Image
+        """Return the image of one sample, upright and in RGB as its encoders saw it; None where it has none.
 
-        stored = self.column("image", [row])[0] if "image" in self.column_names else None
-        if not stored or not (stored.get("bytes") or stored.get("path")):
-            return None
-        with Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]) as opened:
-            return opened.convert("RGB")
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        from sparc_hf.image_files import stored_image
+
+        return stored_image(self.column("image", [row])[0]) if "image" in self.column_names else None
 
     def select(self, rows: Rows) -> "FeatureDataset":
         """Return the dataset of these rows, in this order, without copying features."""
@@ -279,6 +287,9 @@ class FeatureDataset:
     def labels_csr(self) -> "scipy.sparse.csr_array":
         """Return the labels as a 0/1 float32 matrix [rows, classes].
 
+        Without label names, ids that are larger than there are labels, such as hashes and numbers of a catalogue, are
+        numbered anew in their order, because what is measured of labels is as wide as there are classes.
+
         Raises:
             ValueError: if there is no `labels` column, or a class id without a name.
         """
@@ -290,6 +301,8 @@ class FeatureDataset:
         column = self.table.column("labels")
         column = column if rows is None else column.take(pa.array(rows))
         lengths, indices = lengths_and_ids(column)
+        if self.label_names is None and indices.max(initial=-1) >= len(indices) and indices.min(initial=0) >= 0:
+            indices = np.unique(indices, return_inverse=True)[1]
         classes = len(self.label_names) if self.label_names is not None else int(indices.max(initial=-1)) + 1
         if len(indices) and not 0 <= indices.min() <= indices.max() < classes:
             raise ValueError(

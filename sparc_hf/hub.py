@@ -1,13 +1,14 @@
 """Cards: what a model or a feature dataset says about itself on the Hub."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from sparc_hf.configuration_sparc import SparcConfig
+from sparc_hf.plain_files import read_json
+from sparc_hf.results import check_results, results_of_model
 from sparc_hf.run_folder import RESULTS_FILE, write_json
 from sparc_hf.version import __version__
 
@@ -55,17 +56,18 @@ def write_model_card(
         The card's path.
 
     Raises:
-        ValueError: where the folder holds no SparcModel.
+        ValueError: where the folder holds no SparcModel, or the results are of another model.
     """
     from huggingface_hub import ModelCardData
 
     folder = Path(folder)
     config = _config_of(folder)
-    results = _kept_results(folder, results)
+    name = repo.rsplit("/", 1)[-1] if repo else folder.resolve().name
+    title = title or name
+    results = _kept_results(folder, config, results, name)
     unknown = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
     streams: list[dict[str, Any]] = [unknown | record for record in config.streams or []]
     encoders = sorted({record["encoder"] for record in streams if _is_hub_id(record["encoder"])})
-    title = title or (repo.rsplit("/", 1)[-1] if repo else folder.resolve().name)
     card_data = ModelCardData(
         library_name="sparc-hf",
         license="apache-2.0",
@@ -109,13 +111,17 @@ def write_model_card(
 PICTURE_FILE = "reconstruction.png"
 
 
-def _kept_results(folder: Path, results: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Keep results in the folder, or return those it has; new weights remove them."""
+def _kept_results(
+    folder: Path, config: SparcConfig, results: Mapping[str, Any] | None, name: str
+) -> Mapping[str, Any] | None:
+    """Keep results in the folder under a name, or return those it has; new weights remove them."""
     path = folder / RESULTS_FILE
-    if results is None:
-        return next(iter(json.loads(path.read_text(encoding="utf-8"))["models"].values())) if path.exists() else None
-    write_json(path, {"models": {folder.resolve().name: results}})
-    return results
+    shown = results_of_model(path, folder) if results is None and path.exists() else results
+    if shown is not None:
+        check_results(shown, config, folder)
+    if results is not None:
+        write_json(path, {"models": {name: results}})
+    return shown
 
 
 def _write_picture(path: Path, results: Mapping[str, Any]) -> None:
@@ -131,13 +137,10 @@ def _write_picture(path: Path, results: Mapping[str, Any]) -> None:
 
 def example_concepts(folder: Path, count: int = 8) -> list[Any]:
     """Return the surest named concepts of a model that fire in every stream, at most one of a name."""
-    from sparc_hf.concepts import load_concepts
+    from sparc_hf.concepts import load_concepts, surest_concepts
 
-    chosen: dict[str, Any] = {}
-    for concept in sorted(load_concepts(folder), key=lambda one: -one.score):
-        if concept.name is not None and min(concept.fires.values()) > 0:
-            chosen.setdefault(concept.name, concept)
-    return list(chosen.values())[:count]
+    everywhere = [concept for concept in load_concepts(folder) if concept.fires and min(concept.fires.values()) > 0]
+    return surest_concepts(everywhere, count)
 
 
 def write_dataset_card(
@@ -242,10 +245,20 @@ def eval_results(results: Mapping[str, Any]) -> list[Any]:
 def _config_of(folder: Path) -> SparcConfig:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (no config.json); save one there with `save_pretrained` first")
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "config.json", dict[str, Any])
     if content.get("model_type") != SparcConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {content.get('model_type')!r}, not a SparcModel")
     return SparcConfig.from_dict(content)
+
+
+class _Origin(TypedDict):
+    """Where an imported model came from."""
+
+    project: str
+    checkpoint: str
+    sha256: str
+    run: Any
+    data: Any
 
 
 def _origin_of(folder: Path) -> dict[str, Any] | None:
@@ -253,7 +266,7 @@ def _origin_of(folder: Path) -> dict[str, Any] | None:
     from sparc_hf.legacy_checkpoints import ORIGIN_FILE
 
     file = folder / ORIGIN_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file, _Origin) if file.is_file() else None
 
 
 def _is_hub_id(encoder: Any) -> bool:
@@ -302,14 +315,14 @@ def figure_text(figure: Mapping[str, Any] | None, percent: bool = False) -> str:
         return "not measured"
     form = ".1%" if percent else ".3f"
     text = format(figure["value"], form)
-    if figure["low"] is None:
+    if figure["low"] is None or figure["high"] is None:
         return text
     return f"{text} ({format(figure['low'], form)} to {format(figure['high'], form)})"
 
 
-def _error_row(nmse: Mapping[str, Mapping[str, float]], target: str) -> list[str]:
+def _error_row(nmse: Mapping[str, Mapping[str, float | None]], target: str) -> list[str]:
     """Return the error of one target from every source, as text."""
-    return [f"{value:.3f}" for value in nmse[target].values()]
+    return ["undefined" if value is None else f"{value:.3f}" for value in nmse[target].values()]
 
 
 def _encoder_link(record: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sparc_hf.label_hierarchy import hierarchy_of_codes, hierarchy_of_paths
-from sparc_hf.sources import Source, read_json, rows_with_images
+from sparc_hf.plain_files import read_json, read_text
+from sparc_hf.sources import Source, rows_with_images
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 
@@ -81,10 +82,7 @@ def open_imagenet(
 
 
 def _names(file: Path) -> dict[str, str]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read the class names `{file}`: {error}") from error
+    lines = read_text(file).splitlines()
     pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"every line of `{file}` must hold a folder name and the names of its class")

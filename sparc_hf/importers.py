@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm.auto import tqdm
 
+from sparc_hf.feature_files import check_target
 from sparc_hf.feature_writer import FeatureWriter
 from sparc_hf.features import FeatureDataset
 from sparc_hf.legacy_hdf5 import AnalysisCache, FeatureFiles, configured_files, is_analysis_cache
 from sparc_hf.legacy_npz import ActivationTree, has_activations
+from sparc_hf.output_folder import check_output_folder
 from sparc_hf.sources import parse_streams
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def run_import(args: ImportArguments) -> "FeatureDataset | SparcModel":
         ValueError: for sources of no known kind, and as the importers of each kind.
     """
     records = parse_streams(args.encoders)
+    check_output_folder(args.output)
     if args.grid is not None and (len(args.grid) != 2 or min(args.grid) < 1):
         raise ValueError(f"`grid` must be rows and columns, such as `14 14`, but it is {args.grid}")
     paths = _stream_files(args.source)
@@ -87,6 +90,7 @@ def run_import(args: ImportArguments) -> "FeatureDataset | SparcModel":
             records=records,
             overwrite=args.overwrite,
         )
+    check_target(Path(args.output))
     if paths is not None:
         found: LegacyFeatures = FeatureFiles(paths)
     elif only.suffix == ".json":

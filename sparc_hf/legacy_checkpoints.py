@@ -1,20 +1,20 @@
 """Checkpoints of the earlier SPARC project: a `.pth` state dict and its `run_config.json` into a SparcModel."""
 
-import json
 import os
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.feature_files import sha256_of
-from sparc_hf.legacy_hdf5 import stream_order
+from sparc_hf.legacy_hdf5 import RunConfig, stream_order
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.plain_files import checked, read_json
 from sparc_hf.run_folder import SETTINGS_FILE, write_json
 
 CHECKPOINT_NAME = "msae_checkpoint.pth"
@@ -75,7 +75,7 @@ def import_checkpoint(
         "checkpoint": checkpoint.name,
         "sha256": sha256_of(checkpoint),
         "run": arguments.get("exp_name"),
-        "data": content.get("config_file_content", {}).get("dataset"),
+        "data": (content.get("config_file_content") or {}).get("dataset"),
     }
     save_imported(
         model, output, origin, {ours: arguments[theirs] for theirs, ours in SETTINGS.items() if theirs in arguments}
@@ -98,7 +98,7 @@ def read_checkpoint(path: Path) -> Any:
             f"`{path}` cannot be read as plain tensors, and files that need code to be read are refused: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # damaged files fail in many ways
         raise ValueError(
             f"`{path}` is no readable checkpoint: {(str(error).splitlines() or [repr(error)])[0]}"
         ) from error
@@ -116,24 +116,60 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"`{path}` is one model of a run of Universal Sparse Autoencoders; import the run's folder, which has the "
             "checkpoints of all its models"
         )
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"`{path}` holds {type(found).__name__} and not a state dict of tensors")
-    return found
+    return checked_state(found, f"`{path}`")
+
+
+def checked_state(state: Any, name: str) -> dict[str, Tensor]:
+    """Return a state dict of ordinary tensors with finite numbers.
+
+    Raises:
+        ValueError: for anything else, naming the tensor.
+    """
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ValueError(f"{name} holds {type(state).__name__} and not a state dict of tensors")
+    for key, value in state.items():
+        plain = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
+        if not plain or not torch.isfinite(value).all():
+            kind = "a NaN or infinite number" if plain else f"{value.dtype} numbers in the layout {value.layout}"
+            raise ValueError(f"{name} has {kind} in `{key}`")
+    return state
 
 
 def _read_run_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        missing = sorted({"n_latents", *SIZES} - set(content["args"]))
-    except FileNotFoundError as error:
+    if not path.exists():
         raise ValueError(
             f"there is no `{path}`, which says how the checkpoint selects and trains; name it with `run_config`"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"`{path}` is no run_config.json of the earlier SPARC project: {error!r}") from error
-    if missing:
-        raise ValueError(f"`{path}` lacks the settings {missing} under `args`")
-    return content
+        )
+    try:
+        content = read_json(path, _AnyRun)
+        if missing := sorted({"n_latents", *SIZES} - set(content["args"])):
+            raise ValueError(f"it lacks the settings {missing} under `args`")
+        return checked(content, _Run, path.name)
+    except ValueError as error:
+        raise ValueError(f"`{path}` is no run_config.json of the earlier SPARC project: {error}") from error
+
+
+class _AnyRun(RunConfig):
+    args: dict[str, Any]
+
+
+class _RunArguments(TypedDict):
+    n_latents: int
+    k: int
+    auxk: int
+    auxk_coef: float
+    cross_loss_coef: float
+    dead_steps_threshold: int
+    auxk_threshold: float
+    topk_type: Literal["global", "local"]
+
+
+class _Run(RunConfig):
+    """What a run says of itself."""
+
+    args: _RunArguments
 
 
 def _config(

@@ -1,12 +1,16 @@
 """HDF5 files of the earlier SPARC project, block by block: feature files of the streams, and the analysis cache."""
 
-import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
+
+from sparc_hf.declared_sizes import check_declared
+from sparc_hf.plain_files import checked, read_json
 
 ROWS_AT_ONCE = 1024
 
@@ -69,14 +73,14 @@ class FeatureFiles:
             yield block | {"id": [str(number) for number in numbers]}
 
     def _matrix(self, name: str) -> Any:
-        matrix = self._files[name].get("features")
-        if getattr(matrix, "ndim", None) != 2 or matrix.dtype.kind != "f":
+        try:
+            return _dataset(self._files[name], "features", "f", 2)
+        except ValueError as error:
             found = sorted(self._files[name])
             raise ValueError(
-                f"`{self._paths[name]}` has no `features` [rows, width] of floats; it holds {found}. A feature file "
-                "of that project has `features` and `indices`"
-            )
-        return matrix
+                f"`{self._paths[name]}` has no `features` [rows, width] of floats ({error}); it holds {found}. A "
+                "feature file of that project has `features` and `indices`"
+            ) from error
 
     def _index_columns(self) -> dict[str, Any]:
         names = list(self._matrices)
@@ -90,13 +94,13 @@ class FeatureFiles:
         columns = {name: self._files[name].get("indices") for name in names}
         for name, column in columns.items():
             rows = self._matrices[name].shape[0]
-            if column is None or column.shape != (rows,):
-                found = "none" if column is None else f"an array {list(column.shape)}"
+            if getattr(column, "shape", None) != (rows,):
+                found = "none" if column is None else f"an array {list(getattr(column, 'shape', ()))}"
                 raise ValueError(
                     f"`{self._paths[name]}` needs `indices` with one number for each of its {rows} rows, so that the "
                     f"order can be compared between files, but it has {found}"
                 )
-        return columns
+        return {name: _dataset(self._files[name], "indices", "iu", 1) for name in names}
 
     def _checked_indices(self, rows: slice) -> np.ndarray:
         first, *others = self._indices
@@ -164,8 +168,8 @@ class AnalysisCache:
             yield block | {"id": [str(number) for number in numbers]}
 
     def _ordered_streams(self) -> list[str]:
-        found = [name for name, group in self._file.items() if "raw" in group]
-        if "dataset_indices" not in self._file or not found:
+        found = [name for name, group in self._file.items() if _is_group(group) and _is_group(group.get("raw"))]
+        if not _is_group(self._file.get("dataset_indices")) or not found:
             raise ValueError(
                 f"`{self.path}` is no analysis cache: that has `dataset_indices` and groups with `raw`, but this "
                 f"holds {sorted(self._file)}"
@@ -173,16 +177,22 @@ class AnalysisCache:
         beside = self.path.with_name("run_config.json")
         if not beside.is_file():
             return found
-        trained = stream_order(json.loads(beside.read_text(encoding="utf-8")).get("config_file_content", {}))
+        trained = stream_order(read_json(beside, RunConfig).get("config_file_content"))
         return trained if sorted(trained) == sorted(found) else found
 
     def _batch_names(self) -> list[tuple[str, int]]:
         numbered = self._file["dataset_indices"]
+        if odd := [name for name in numbered if not re.fullmatch(r"\D*_\d{1,9}", name)] or not len(numbered):
+            raise ValueError(f"`{self.path}` needs `dataset_indices/batch_<number>`, but it has {odd or 'none'}")
         names = sorted(numbered, key=lambda name: int(name.rpartition("_")[2]))
-        batches = [(name, numbered[name].shape[0]) for name in names]
+        batches = [(name, _dataset(numbered, name, "iu", 1).shape[0]) for name in names]
         for stream in self._streams:
+            raw = self._file[stream]["raw"]
+            width = {_dataset(raw, name, "f", 2).shape[1] for name in names if name in raw}
+            if len(width) > 1:
+                raise ValueError(f"`{self.path}`: the batches of `{stream}` have several widths, {sorted(width)}")
             for name, rows in batches:
-                rows_here = self._file[stream]["raw"][name].shape[0] if name in self._file[stream]["raw"] else 0
+                rows_here = raw[name].shape[0] if name in raw else 0
                 if rows_here != rows:
                     raise ValueError(
                         f"`{self.path}`: `dataset_indices/{name}` has {rows} rows but `{stream}/raw/{name}` has "
@@ -201,9 +211,20 @@ def is_analysis_cache(path: Path) -> bool:
         return "dataset_indices" in file and "features" not in file
 
 
-def stream_order(config: Mapping[str, Any]) -> list[str]:
+class _FileContent(TypedDict, total=False):
+    train_stream_feature_files: dict[str, Any] | None
+    dataset: Any
+
+
+class RunConfig(TypedDict, total=False):
+    """A run_config.json of that project."""
+
+    config_file_content: _FileContent | None
+
+
+def stream_order(config: Mapping[str, Any] | None) -> list[str]:
     """Return the stream names of that project's configuration file, in order."""
-    return list(config.get("train_stream_feature_files") or {})
+    return list((config or {}).get("train_stream_feature_files") or {})
 
 
 def configured_files(path: Path, split: str) -> dict[str, Path]:
@@ -215,15 +236,13 @@ def configured_files(path: Path, split: str) -> dict[str, Path]:
     Raises:
         ValueError: for a file that is no such configuration, or feature files that are not there.
     """
+    key = f"{split}_stream_feature_files"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config = config.get("config_file_content", config)
-        listed = config[f"{split}_stream_feature_files"]
-        files = {name: Path(file) for name, file in listed.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"`{path}` is no configuration of the earlier SPARC project with `{split}_stream_feature_files`: {error!r}"
-        ) from error
+        config = read_json(path, dict[str, Any])
+        config = checked(config.get("config_file_content", config), dict[str, Any], "config_file_content")
+        files = {name: Path(file) for name, file in checked(config.get(key), dict[str, str], key).items()}
+    except ValueError as error:
+        raise ValueError(f"`{path}` is no configuration of the earlier SPARC project with `{key}`: {error}") from error
     for folder in (Path(), path.parent, path.parent.parent):
         found = {name: folder / file for name, file in files.items()}
         if found and all(file.is_file() for file in found.values()):
@@ -249,6 +268,41 @@ def open_hdf5(path: Path) -> Any:
         return h5py.File(path, "r")
     except OSError as error:
         raise ValueError(f"cannot read `{path}` as HDF5: {error}") from error
+
+
+def _is_group(found: Any) -> bool:
+    import h5py
+
+    return isinstance(found, h5py.Group)
+
+
+def _dataset(group: Any, name: str, kinds: str, dimensions: int) -> Any:
+    """Return an array of a file that was written in full.
+
+    Raises:
+        ValueError: for another kind of thing or of numbers, or an array that claims more than the file holds: without
+            a byte of them, HDF5 gives out zeros for all rows that it declares.
+    """
+    import h5py
+
+    found = group.get(name)
+    where = f"`{group.name.rstrip('/')}/{name}` of `{Path(group.file.filename).name}`"
+    if not isinstance(found, h5py.Dataset) or found.ndim != dimensions or found.dtype.kind not in kinds:
+        kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, h5py.Dataset) else "no array"
+        raise ValueError(f"{where} is {kind}")
+    if found.is_virtual or found.external:
+        raise ValueError(f"{where} only points to other files")
+    stored, of_file = found.id.get_storage_size(), Path(group.file.filename).stat().st_size
+    whole = True
+    if found.chunks is not None:
+        needed = math.prod(-(-size // chunk) for size, chunk in zip(found.shape, found.chunks, strict=True))
+        whole = found.id.get_num_chunks() == needed
+    elif found.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS:
+        whole = stored == found.nbytes
+    if not whole or stored > of_file:
+        raise ValueError(f"{where} declares {list(found.shape)} numbers, but {stored:,} bytes of them were written")
+    check_declared(found.nbytes, stored, where)
+    return found
 
 
 def _floats(values: np.ndarray) -> np.ndarray:

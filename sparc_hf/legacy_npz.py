@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparc_hf.declared_sizes import check_declared
 from sparc_hf.token_grid import resample_tokens
 
 COMBINED = "_combined"
@@ -233,7 +234,7 @@ def _read(image: _Image) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         elif "activation" in arrays:
             activations[model] = arrays["activation"]
             if "label" in arrays:
-                labels[model] = int(arrays["label"])
+                labels[model] = _label_of(arrays["label"], file)
         else:
             raise ValueError(f"`{file}` has no `activation`; it holds {sorted(arrays)}")
     for model, values in activations.items():
@@ -248,11 +249,28 @@ def _read(image: _Image) -> tuple[dict[str, np.ndarray], dict[str, int]]:
 
 
 def _arrays(file: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a file.
+
+    Raises:
+        ValueError: if it is no file of arrays, is damaged, or unpacks to far more than activations would.
+    """
+    if not file.is_file():
+        raise ValueError(f"`{file}` is no regular file")
     try:
+        with zipfile.ZipFile(file) as packed:
+            declared = sum(entry.file_size for entry in packed.infolist())
+        check_declared(declared, file.stat().st_size, f"`{file}`")
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # Damaged files fail in many ways, a header that claims too much in a MemoryError.
+    except Exception as error:
         raise ValueError(f"cannot read `{file}`: {error}") from error
+
+
+def _label_of(label: np.ndarray, file: Path) -> int:
+    if label.size != 1 or label.dtype.kind not in "iu":
+        raise ValueError(f"`{file}` needs a whole number as `label`, but has {label.dtype} {list(label.shape)}")
+    return int(label.item())
 
 
 def _file_of(files: dict[str, Path], model: str) -> Path:

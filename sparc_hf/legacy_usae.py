@@ -4,15 +4,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.feature_files import sha256_of
-from sparc_hf.legacy_checkpoints import check_output, read_checkpoint, save_imported
+from sparc_hf.legacy_checkpoints import check_output, checked_state, read_checkpoint, save_imported
 from sparc_hf.modeling_sparc import SparcModel
+from sparc_hf.plain_files import Limit, checked, read_yaml
 
 AUXK_COEF = 0.1
 SETTINGS = {"lr": "learning_rate", "nb_epochs": "epochs", "batch_size": "batch_size"}
@@ -80,7 +81,7 @@ def import_usae_checkpoints(
         "checkpoint": ", ".join(file.name for _, file in files.values()),
         "sha256": ", ".join(sha256_of(file) for _, file in files.values()),
         "run": source.name,
-        "data": settings.get("viz", {}).get("dataset"),
+        "data": (settings.get("viz") or {}).get("dataset"),
     }
     save_imported(
         model, output, origin, {ours: general[theirs] for theirs, ours in SETTINGS.items() if theirs in general}
@@ -88,9 +89,28 @@ def import_usae_checkpoints(
     return SparcModel.from_pretrained(output)
 
 
-def _read_settings(source: Path, run_config: str | os.PathLike | None) -> dict[str, Any]:
-    import yaml
+class _SaeParams(TypedDict):
+    top_k: int
 
+
+# One of its names is a word of Python.
+_UsaeRun = TypedDict(
+    "_UsaeRun",
+    {
+        "sae_params": _SaeParams,
+        "global": dict[str, Any],
+        "model_zoo": Annotated[dict[str, dict[str, Any]], Limit("an object of at least one model", bool)],
+    },
+)
+
+
+class UsaeRun(_UsaeRun, total=False):
+    """The configuration of a run."""
+
+    viz: dict[str, Any] | None
+
+
+def _read_settings(source: Path, run_config: str | os.PathLike | None) -> dict[str, Any]:
     found = [Path(run_config)] if run_config is not None else sorted(source.glob("*.yaml"))
     if len(found) != 1 or not found[0].is_file():
         raise ValueError(
@@ -98,13 +118,9 @@ def _read_settings(source: Path, run_config: str | os.PathLike | None) -> dict[s
             f"{[file.name for file in found]}; name it with `run_config`"
         )
     try:
-        content = yaml.safe_load(found[0].read_text(encoding="utf-8"))
-        missing = [f"sae_params.{key}" for key in ("top_k",) if key not in content["sae_params"]]
-        missing += [key for key in ("global", "model_zoo") if not isinstance(content.get(key), dict)]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"`{found[0]}` is no configuration of Universal Sparse Autoencoders: {error!r}") from error
-    if missing:
-        raise ValueError(f"`{found[0]}` lacks {missing}")
+        content = checked(read_yaml(found[0]), UsaeRun, found[0].name)
+    except ValueError as error:
+        raise ValueError(f"`{found[0]}` is no configuration of Universal Sparse Autoencoders: {error}") from error
     if unfit := [name for name in content["model_zoo"] if not str(name).isidentifier()]:
         raise ValueError(f"`{found[0]}` names the models {unfit}, which cannot be names of streams; rename them there")
     return content
@@ -124,9 +140,17 @@ def _newest(source: Path, name: str) -> tuple[int, Path]:
 def _state(file: Path) -> dict[str, Tensor]:
     content = read_checkpoint(file)
     state = content.get("model_state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if state is None:
         raise ValueError(f"`{file}` has no `model_state_dict` of tensors")
-    return state
+    return checked_state(state, f"`{file}`")
+
+
+def _number(value: Any, name: str) -> float:
+    """Return a number, which YAML takes for a text where it is written as 1e-3."""
+    try:
+        return checked(float(value) if isinstance(value, str) else value, float, name)
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be a finite number, but it is {value!r}") from error
 
 
 def _config(
@@ -139,6 +163,8 @@ def _config(
     streams, latents = [], set()
     for name, found in tensors.items():
         atoms = found.get("dictionary._weights", torch.empty(0, 0))
+        if atoms.ndim != 2:
+            raise ValueError(f"`dictionary._weights` of `{name}` is {list(atoms.shape)} instead of [latents, width]")
         latents.add(atoms.shape[0])
         record: dict[str, Any] = {**known.get(name, {}), "name": name, "hidden_size": atoms.shape[1]}
         if general.get("standardize"):
@@ -146,8 +172,8 @@ def _config(
                 raise ValueError(f"rows of `{name}` were standardised, but `model_zoo.{name}` lacks {missing}")
             record |= {
                 "normalize": "standardize",
-                "mean": float(zoo[name]["model_mean"]),
-                "std": float(zoo[name]["model_std"]),
+                "mean": _number(zoo[name]["model_mean"], f"model_zoo.{name}.model_mean"),
+                "std": _number(zoo[name]["model_std"], f"model_zoo.{name}.model_std"),
             }
         else:
             record["normalize"] = "l2" if general.get("divide_norm") else "none"

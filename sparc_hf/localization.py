@@ -20,10 +20,10 @@ from sparc_hf.attribution import (
     map_on_image,
 )
 from sparc_hf.backbone_trace import visible_box
-from sparc_hf.bootstrap import bootstrap_intervals
 from sparc_hf.codes import CodeTable
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.features import FeatureDataset
+from sparc_hf.intervals import plain_figure, share_figure, unit_sums
 from sparc_hf.masked_images import MaskedImages
 from sparc_hf.modeling_sparc import SparcModel
 
@@ -41,8 +41,7 @@ class LocalizationSettings:
         start_layer: likewise.
         prompt: the text for a class, whose name stands in place of {}.
         batch_size: images at a time.
-        replicates: bootstrap draws of the images behind the intervals.
-        seed: of the draws.
+        intervals: whether miou and pointing have intervals.
 
     Raises:
         ValueError: for a kind of map there is not, fewer than one shift, or a prompt without a place for the class.
@@ -53,8 +52,7 @@ class LocalizationSettings:
     start_layer: int = 0
     prompt: str = "a {}"
     batch_size: int = 16
-    replicates: int = 200
-    seed: int = 0
+    intervals: bool = True
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -105,8 +103,8 @@ def latents_of_classes(
     """
     from sklearn.metrics import average_precision_score
 
-    if features.label_names is None:
-        raise ValueError("choosing a latent for each class needs features with `labels` and label names")
+    check_labelled(features)
+    names = features.label_names or []
     if len(codes) != len(features) or codes.encoding != "single":
         raise ValueError(
             f"choosing latents needs single-stream codes of the same {len(features)} rows, but there are "
@@ -114,12 +112,12 @@ def latents_of_classes(
         )
     labels: Any = features.labels_csr().astype(bool)
     found: dict[str, dict[str, ConceptTarget]] = {}
-    known = [name for name in classes if name in features.label_names]
+    known = [name for name in classes if name in names]
     for stream in codes.streams:
         values: Any = codes.csr(stream).tocsc()
         found[stream] = {}
         for name in known:
-            has = labels[:, [features.label_names.index(name)]].toarray().ravel()
+            has = labels[:, [names.index(name)]].toarray().ravel()
             if not 0 < has.sum() < len(has):
                 continue
             inside = np.asarray(values.T @ has) / has.sum()
@@ -128,6 +126,12 @@ def latents_of_classes(
             scores = [average_precision_score(has, values[:, [latent]].toarray().ravel()) for latent in candidates]
             found[stream][name] = ConceptTarget((int(candidates[int(np.argmax(scores))]),))
     return found
+
+
+def check_labelled(features: FeatureDataset) -> None:
+    """Raise ValueError for features by which no latents of classes can be chosen."""
+    if features.label_names is None or "labels" not in features.column_names:
+        raise ValueError("choosing a latent for each class needs features with `labels` and label names")
 
 
 def localize(
@@ -154,7 +158,7 @@ def localize(
     Returns:
         "images", "pairs", "settings", and "maps", a list of {"target", "stream", "method", "miou", "pointing",
         "ap"}: "latent", "codes of <text stream>" (similarity of codes) or "embeddings of <text stream>" (the
-        baseline), with 95 % bootstrap intervals over images for miou and pointing.
+        baseline), with 95 % intervals over images for miou and pointing.
 
     Raises:
         ValueError: as `image_maps`.
@@ -165,7 +169,9 @@ def localize(
     targets: dict[str, dict[str, Target]] = {}
     for text in texts:
         for kind, embeddings in ((f"codes of {text}", False), (f"embeddings of {text}", True)):
-            targets[kind] = {name: SimilarityTarget(text, settings.prompt.format(name), embeddings) for name in names}
+            targets[kind] = {
+                name: SimilarityTarget(text, settings.prompt.replace("{}", name), embeddings) for name in names
+            }
     found: dict[tuple[str, str, str], _Pairs] = defaultdict(_Pairs)
     truth: list[dict[str, Any]] = []
     streams = [name for name, encoder in encoders.items() if encoder.modality == "image"]
@@ -258,19 +264,10 @@ class _Truth:
     def figures(self, pairs: _Pairs, settings: LocalizationSettings) -> dict[str, Any]:
         """Return miou and pointing with intervals, and ap."""
         measured = {"miou": np.array(pairs.iou), "pointing": np.array(pairs.hits)}
-
-        def means(weights: np.ndarray | None) -> dict[str, float]:
-            counted = None if weights is None else weights[self.image_of_pair]
-            return {name: float(np.average(values, weights=counted)) for name, values in measured.items()}
-
-        intervals = bootstrap_intervals(
-            means,
-            self.images,
-            replicates=settings.replicates,
-            seed=settings.seed,
-            bounds=dict.fromkeys(measured, (0.0, 1.0)),
-        )
-        return {**intervals, "ap": self._average_precision(pairs.detections)}
+        found = {name: share_figure(*unit_sums(values, self.image_of_pair)) for name, values in measured.items()}
+        if not settings.intervals:
+            found = {name: plain_figure(figure["value"]) for name, figure in found.items()}
+        return {**found, "ap": self._average_precision(pairs.detections)}
 
     def _average_precision(self, detections: Sequence[Mapping[str, Any]]) -> float | None:
         found: Any = _with_codes(detections)

@@ -1,17 +1,31 @@
 """Figures of maps and words: what an image and its caption show of a concept; arrays in, matplotlib Figures out."""
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from sparc_hf.image_files import upright_rgb
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Inches.
 CELL = 1.75
+TEXT_CELL = 0.9
+GAP = 0.12
+LINE = 0.17
+WORDS = 0.4
+SCALE_WIDTH, SCALE_HEIGHT = 2.0, 0.5
+NARROWEST = 7.0
+LETTERS_PER_INCH = 14
+TEXT_SIZE = 7
+# How much white is over an image in which a concept is not active.
+PALE = 0.55
 MARK = "#f4a259"
 LONGEST_SIDE = 320
 
@@ -25,12 +39,14 @@ class ExplainedTarget:
         maps: column title -> float [height, width] over the image, or None where there is no such map.
         words: stream -> (word, score, first character, last character + 1), in the order of the caption.
         notes: stream -> what is told beside its name, such as the value of a latent there.
+        inactive: streams in which the target is not active at all, which have neither map nor marked words.
     """
 
     title: str
     maps: Mapping[str, np.ndarray | None]
     words: Mapping[str, Sequence[tuple[str, float, int, int]]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    inactive: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -43,17 +59,49 @@ class SheetCell:
     note: str = ""
 
 
+class _Page:
+    """A figure whose axes are placed in inches from its upper left corner."""
+
+    def __init__(self, width: float, height: float):
+        from matplotlib.figure import Figure
+
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height))
+
+    def axes(self, left: float, top: float, width: float, height: float) -> "Axes":
+        """Return axes without ticks or frame."""
+        place = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
+        axis = self.figure.add_axes(place)
+        axis.set_axis_off()
+        return axis
+
+    def write(self, left: float, top: float, words: str, **style: Any) -> None:
+        """Write text, its upper left corner at a place."""
+        place = left / self.width, 1 - top / self.height
+        self.figure.text(*place, words, **{"va": "top", "fontsize": TEXT_SIZE, "parse_math": False} | style)
+
+    def scale(self, left: float, top: float, remark: str = "") -> None:
+        """Draw what the colours of maps mean, and beside it a remark."""
+        axis = self.axes(left, top + 0.03, SCALE_WIDTH, 0.11)
+        ramp = np.linspace(0, 1, 128, dtype=np.float32)[None]
+        axis.imshow(overlay(Image.new("RGB", ramp.shape[::-1], (200, 200, 200)), ramp), aspect="auto")
+        grey = {"color": "dimgrey"}
+        self.write(left, top + 0.17, "0", **grey)
+        self.write(left + SCALE_WIDTH, top + 0.17, "largest value of each map", ha="right", **grey)
+        self.write(left + SCALE_WIDTH + 2 * GAP, top, remark, **grey)
+
+
 def overlay(image: Image.Image, heat: np.ndarray, opacity: float = 0.75) -> np.ndarray:
     """Return an image with a map over it, uint8 [height, width, 3]; where the map is low the image shows through.
 
     Args:
         image: of any mode.
-        heat: float [height, width], 0 or more; its largest value is drawn strongest.
+        heat: float [height, width] over the upright image, 0 or more; its largest value is drawn strongest.
         opacity: of the strongest places.
     """
     import matplotlib
 
-    pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+    pixels = np.asarray(upright_rgb(image), np.float32) / 255
     strength = heat / max(float(heat.max()), 1e-12)
     colours = matplotlib.colormaps["inferno"](0.15 + 0.85 * strength)[..., :3]
     share = opacity * np.sqrt(strength)[..., None]
@@ -64,109 +112,140 @@ def overlay(image: Image.Image, heat: np.ndarray, opacity: float = 0.75) -> np.n
 
 
 def explanation_panel(image: Image.Image | None, caption: str, targets: Sequence[ExplainedTarget]) -> "Figure":
-    """Return a row per target: the image, its maps, and beneath them the caption with its words marked."""
-    from matplotlib.figure import Figure
-
+    """Return a row per target: its title, the image, its maps, and beneath them the caption with its words marked."""
     columns = list(dict.fromkeys(name for target in targets for name in target.maps)) if image is not None else []
-    pictures = CELL * 1.05 if columns else 0.3
-    heights = [[pictures, *([0.36] * len(target.words))] for target in targets]
-    gap = 0.35
-    whole = sum(map(sum, heights)) + gap * len(targets)
-    figure = Figure(figsize=(max(CELL * (len(columns) + 1), 7.0), whole))
-    done = 0.0
-    for target, of_target in zip(targets, heights, strict=True):
-        inner = figure.add_gridspec(
-            len(of_target),
-            1,
-            height_ratios=of_target,
-            left=0.01,
-            right=0.99,
-            top=1 - (done + 0.8 * gap) / whole,
-            bottom=1 - (done + 0.8 * gap + sum(of_target)) / whole,
-            hspace=0.02,
-        )
-        done += gap + sum(of_target)
-        top = inner[0].subgridspec(1, max(len(columns), 1) + 1, wspace=0.06)
-        first = figure.add_subplot(top[0])
-        first.set_title(target.title, fontsize=8, loc="left", pad=3, fontweight="bold")
-        _show(first, None if image is None or not columns else _small(image))
-        for at, name in enumerate(columns):
-            axis = figure.add_subplot(top[at + 1])
-            heat = target.maps.get(name)
-            _show(axis, None if heat is None or image is None else overlay(*_small_pair(image, heat)))
-            axis.set_title(_with_note(target, name) if name in target.maps else "", fontsize=7, pad=3)
-            if heat is None and name in target.maps:
-                axis.text(0.5, 0.5, "no such map", ha="center", va="center", fontsize=7, color="grey")
+    width = max((CELL + GAP) * (len(columns) + 1) + GAP, NARROWEST)
+    titles = [textwrap.wrap(target.title, int(width * LETTERS_PER_INCH)) or [""] for target in targets]
+    pictures = [LINE * _title_lines(target) + CELL if columns else 0.0 for target in targets]
+    heights = [
+        LINE * len(lines) + picture + WORDS * len(target.words) + 2 * GAP
+        for lines, picture, target in zip(titles, pictures, targets, strict=True)
+    ]
+    has_maps = any(heat is not None for target in targets for heat in target.maps.values())
+    page = _Page(width, sum(heights) + GAP + (SCALE_HEIGHT if has_maps else 0))
+    top = GAP
+    for lines, picture, target, height in zip(titles, pictures, targets, heights, strict=True):
+        page.write(GAP, top, "\n".join(lines), fontsize=TEXT_SIZE + 1, fontweight="bold")
+        below = top + LINE * len(lines)
+        if columns and image is not None:
+            _draw_maps(page, below, image, target, columns)
         for at, (stream, words) in enumerate(target.words.items()):
-            axis = figure.add_subplot(inner[at + 1])
-            axis.set_axis_off()
-            _write_marked(axis, _with_note(target, stream), caption, words)
-    return figure
+            axis = page.axes(GAP, below + picture + GAP + WORDS * at, width - 2 * GAP, WORDS)
+            _write_marked(axis, _with_note(target, stream), caption, [] if stream in target.inactive else words)
+        top += height
+    if has_maps:
+        marks = "words: the stronger the mark, the higher the score in its line\n" if caption else ""
+        pale = "pale or grey: not active there" if any(target.inactive for target in targets) else ""
+        page.scale(GAP, top, marks + pale)
+    return page.figure
+
+
+def _column_title(target: ExplainedTarget, name: str) -> list[str]:
+    return textwrap.wrap(_with_note(target, name), int(CELL * LETTERS_PER_INCH))[:2]
+
+
+def _title_lines(target: ExplainedTarget) -> int:
+    return max((len(_column_title(target, name)) for name in target.maps), default=1)
+
+
+def _draw_maps(page: _Page, top: float, image: Image.Image, target: ExplainedTarget, columns: Sequence[str]) -> None:
+    """Draw the image and, under their titles, a target's maps over it; pale where it is not active."""
+    small, titles = _small(image), LINE * _title_lines(target)
+    _show(page.axes(GAP, top + titles, CELL, CELL), small)
+    for at, name in enumerate(columns, start=1):
+        if name not in target.maps:
+            continue
+        left, heat, title = GAP + at * (CELL + GAP), target.maps[name], _column_title(target, name)
+        page.write(left, top + titles - LINE * (len(title) - 0.1), "\n".join(title))
+        axis = page.axes(left, top + titles, CELL, CELL)
+        if heat is not None:
+            _show(axis, overlay(*_small_pair(image, heat)))
+        elif name in target.inactive:
+            _show(axis, _pale(small))
+        else:
+            axis.text(0.5, 0.5, "no such map", ha="center", va="center", fontsize=TEXT_SIZE, color="dimgrey")
 
 
 def contact_sheet(title: str, rows: Mapping[str, Sequence[SheetCell]]) -> "Figure":
     """Return a row of samples per stream, the strongest first."""
-    from matplotlib.figure import Figure
-
     columns = max((len(cells) for cells in rows.values()), default=1) or 1
-    figure = Figure(figsize=(CELL * columns + 0.35, CELL * 1.15 * len(rows) + 0.4))
-    height, width = figure.get_figheight(), figure.get_figwidth()
-    sides = {"left": 0.35 / width, "right": 0.995, "top": 1 - 0.35 / height, "bottom": 0.22 / height}
-    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=sides | {"hspace": 0.16, "wspace": 0.06})
-    figure.suptitle(title, fontsize=10, x=0.01, y=1 - 0.06 / height, ha="left", va="top")
-    for of_row, (stream, cells) in zip(axes, rows.items(), strict=True):
-        for axis in of_row:
-            _show(axis, None)
-        of_row[0].text(
-            -0.06, 0.5, stream, rotation=90, ha="right", va="center", fontsize=8, transform=of_row[0].transAxes
+    heights = {
+        stream: (CELL if any(cell.image for cell in cells) else TEXT_CELL) + 2 * LINE for stream, cells in rows.items()
+    }
+    has_maps = any(cell.heat is not None for cells in rows.values() for cell in cells)
+    width = max(columns * (CELL + GAP) + LINE * 2, NARROWEST if has_maps else 0)
+    page = _Page(width, LINE * 2 + sum(heights.values()) + (SCALE_HEIGHT if has_maps else 0))
+    page.write(GAP, GAP / 2, title, fontsize=TEXT_SIZE + 3, fontweight="bold")
+    top = LINE * 2
+    for stream, cells in rows.items():
+        height = heights[stream] - 2 * LINE
+        page.figure.text(
+            LINE / page.width,
+            1 - (top + height / 2) / page.height,
+            stream,
+            rotation=90,
+            ha="center",
+            va="center",
+            fontsize=8,
         )
-        for axis, cell in zip(of_row, cells, strict=False):
-            _show_cell(axis, cell)
+        for at, cell in enumerate(cells):
+            _show_cell(page.axes(LINE * 2 + at * (CELL + GAP), top, CELL, height), cell)
         if not cells:
-            of_row[0].text(0.5, 0.5, "never fires", ha="center", va="center", fontsize=7, color="grey")
-    return figure
+            page.write(LINE * 2, top + height / 2, "never fires", color="dimgrey")
+        top += heights[stream]
+    if has_maps:
+        page.scale(LINE * 2, top)
+    return page.figure
 
 
-def heatmap_grid(images: Sequence[Image.Image], rows: Mapping[tuple[str, str], np.ndarray]) -> "Figure":
+def heatmap_grid(
+    images: Sequence[Image.Image],
+    rows: Mapping[tuple[str, str], np.ndarray],
+    values: Mapping[tuple[str, str], Sequence[float]] | None = None,
+) -> "Figure":
     """Return maps of several concepts and streams over the same images.
 
     Args:
         images: the columns.
         rows: (concept, stream) -> float [images, height, width], one map an image; a concept's rows stand together.
+        values: (concept, stream) -> how active the concept is in each image; where it is not, the image is pale and
+            has no map.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(CELL * 0.75 * len(images) + 1.6, CELL * 0.75 * (len(rows) + 1)), layout="constrained")
-    axes = figure.subplots(len(rows) + 1, len(images), squeeze=False)
-    for axis, image in zip(axes[0], images, strict=True):
-        _show(axis, _small(image))
+    cell, left = CELL * 0.75, 1.5
+    page = _Page(left + (cell + GAP / 2) * len(images), (cell + LINE) * (len(rows) + 1) + SCALE_HEIGHT + GAP)
+    small = [_small(image) for image in images]
+    for at, image in enumerate(small):
+        _show(page.axes(left + at * (cell + GAP / 2), GAP, cell, cell), image)
     previous = None
-    for of_row, ((concept, stream), maps) in zip(axes[1:], rows.items(), strict=True):
-        words = stream if concept == previous else f"{concept}\n{stream}"
+    for number, ((concept, stream), maps) in enumerate(rows.items(), start=1):
+        top = GAP + number * (cell + LINE)
+        lines = (
+            [] if concept == previous else [part for line in concept.split("\n") for part in textwrap.wrap(line, 20)]
+        )
+        page.write(GAP, top, "\n".join(lines), fontweight="bold")
+        page.write(GAP, top + LINE * 0.8 * len(lines), stream)
         previous = concept
-        for axis, image, heat in zip(of_row, images, maps, strict=True):
-            _show(axis, overlay(*_small_pair(image, heat)))
-        of_row[0].set_ylabel(words, fontsize=7, rotation=0, ha="right", va="center")
-        of_row[0].set_axis_on()
-        of_row[0].set_xticks([])
-        of_row[0].set_yticks([])
-        for spine in of_row[0].spines.values():
-            spine.set_visible(False)
-    return figure
+        for at, (image, heat) in enumerate(zip(images, maps, strict=True)):
+            axis = page.axes(left + at * (cell + GAP / 2), top, cell, cell)
+            value = None if values is None else values[concept, stream][at]
+            if value is not None and value <= 0:
+                _show(axis, _pale(small[at]))
+            else:
+                _show(axis, overlay(*_small_pair(image, heat)))
+            note = "" if value is None else f"{value:.2f}" if value > 0 else "not active"
+            page.write(left + at * (cell + GAP / 2), top + cell + 0.02, note, color="dimgrey", fontsize=TEXT_SIZE - 1)
+    pale = "" if values is None else "pale: not active there"
+    page.scale(left, GAP + (len(rows) + 1) * (cell + LINE), pale)
+    return page.figure
 
 
 def _show(axis: "Axes", picture: Any) -> None:
-    axis.set_axis_off()
-    if picture is not None:
-        axis.imshow(picture)
+    axis.imshow(picture)
 
 
 def _show_cell(axis: "Axes", cell: SheetCell) -> None:
-    import textwrap
-
     if cell.image is not None:
-        picture = _small(cell.image) if cell.heat is None else overlay(*_small_pair(cell.image, cell.heat))
-        axis.imshow(picture)
+        _show(axis, _small(cell.image) if cell.heat is None else overlay(*_small_pair(cell.image, cell.heat)))
     elif cell.text:
         words = "\n".join(textwrap.wrap(cell.text, 26)[:6])
         axis.text(0.5, 0.5, words, ha="center", va="center", fontsize=6.5, parse_math=False, transform=axis.transAxes)
@@ -177,9 +256,13 @@ def _with_note(target: ExplainedTarget, stream: str) -> str:
     return f"{stream} ({target.notes[stream]})" if stream in target.notes else stream
 
 
+def _pale(image: Image.Image) -> Image.Image:
+    return Image.blend(image, Image.new("RGB", image.size, "white"), PALE)
+
+
 def _small(image: Image.Image) -> Image.Image:
     """Return a copy no larger than a figure shows."""
-    image = image.convert("RGB")
+    image = upright_rgb(image)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return image
 

@@ -1,16 +1,17 @@
 """Images with a mask per class: COCO's instances JSON, a Dataset with masks, or scenes of the embedded world."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
 
-from sparc_hf.coco_source import LISTS
+from sparc_hf.coco_masks import MOST_PIXELS, Side, check_proportions, fitted, image_and_masks, same_proportions
+from sparc_hf.coco_source import Category, CocoImage, Instance, read_coco
 from sparc_hf.demo.scenes import make_scenes_dataset
-from sparc_hf.sources import read_json
+from sparc_hf.image_files import size_of_file, stored_image
 
 DEMO_PREFIX = "demo:"
 
@@ -21,7 +22,7 @@ class MaskedImages:
 
     Attributes:
         classes: image -> names of the classes that have a mask there.
-        read: image number -> PIL image, and class name -> bool [height, width], the pixels of all its objects.
+        read: image number -> upright RGB image, and class name -> bool [height, width], the pixels of all its objects.
     """
 
     classes: Sequence[Sequence[str]]
@@ -60,70 +61,89 @@ def open_masked_images(source: str, images: str | None = None, rows: int | None 
 
 
 def _of_dataset(table: Any) -> MaskedImages:
+    """Open a Dataset, whose masks lie on its images as datasets shows them, which are turned by their tags."""
+    import datasets
+
     if missing := {"image", "masks", "mask_labels"} - set(table.column_names):
         raise ValueError(f"the dataset lacks the columns {sorted(missing)}; it has {table.column_names}")
-    labels = table.features["mask_labels"].feature
-    names: list[str] | None = getattr(labels, "names", None)
+    kinds = {name: getattr(table.features[name], "feature", None) for name in ("masks", "mask_labels")}
+    if None in kinds.values():
+        raise ValueError(f"the columns `masks` and `mask_labels` must hold lists, but they are {table.features}")
+    names: list[str] | None = getattr(kinds["mask_labels"], "names", None)
 
     def name_of(label: Any) -> str:
+        if names is not None and label not in range(len(names)):
+            raise ValueError(f"`mask_labels` has the class {label}, but there are {len(names)} names")
         return str(label) if names is None else names[label]
 
-    per_image = [sorted({name_of(one) for one in of_image}) for of_image in table["mask_labels"]]
-    kept = [number for number, found in enumerate(per_image) if found]
+    per_image = [sorted({name_of(label) for label in labels or ()}) for labels in table["mask_labels"]]
+    kept = [number for number, labels in enumerate(per_image) if labels]
+    stored_images = table.cast_column("image", datasets.Image(decode=False))
 
     def read(number: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
-        row = table[kept[number]]
+        row, name = stored_images[kept[number]], f"row {kept[number]} of the dataset"
+        image = stored_image(row["image"])
+        if image is None or len(row["masks"] or ()) != len(row["mask_labels"]):
+            raise ValueError(f"{name} needs an image, and a mask for each of its {len(row['mask_labels'])} labels")
         masks: dict[str, np.ndarray] = {}
-        for label, mask in zip(row["mask_labels"], row["masks"], strict=True):
-            name = name_of(label)
-            pixels = np.asarray(mask).astype(bool)
-            masks[name] = masks.get(name, np.zeros_like(pixels)) | pixels
-        return row["image"], masks
+        for label, stored in zip(row["mask_labels"], row["masks"], strict=True):
+            mask = np.asarray(stored).astype(bool)
+            if mask.ndim != 2 or not same_proportions(mask.shape[::-1], image.size):
+                raise ValueError(f"{name} has a mask {list(mask.shape)} for an image of {image.size} pixels")
+            mask, label = fitted(mask, image.size), name_of(label)
+            masks[label] = masks.get(label, np.zeros_like(mask)) | mask
+        return image, masks
 
     return MaskedImages([per_image[number] for number in kept], read)
 
 
-def _of_coco(file: Path, folder: Path, rows: int | None) -> MaskedImages:
-    from pycocotools import mask as coco_mask
+class _Sized(CocoImage, total=False):
+    width: Side | None
+    height: Side | None
 
-    content = read_json(file)
-    if not isinstance(content, dict) or any(
-        not isinstance(content.get(key), list) or not all(LISTS[key] <= set(one) for one in content[key])
-        for key in LISTS
-    ):
-        raise ValueError(f"`{file}` is not in COCO's format: it must be an object with lists {list(LISTS)}")
-    names = {one["id"]: one["name"] for one in content["categories"]}
-    of_image: dict[Any, list[dict[str, Any]]] = {one["id"]: [] for one in content["images"]}
+
+class _Segmented(Instance, total=False):
+    segmentation: list[Any] | dict[str, Any] | None
+
+
+class _Masks(TypedDict):
+    images: list[_Sized]
+    annotations: list[_Segmented]
+    categories: list[Category]
+
+
+def _of_coco(file: Path, folder: Path, rows: int | None) -> MaskedImages:
+    import pycocotools.mask  # noqa: F401 before anything is read
+
+    content = read_coco(file, _Masks)
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    objects: dict[Any, list[tuple[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
-        if annotation["image_id"] not in of_image or annotation.get("category_id") not in names:
+        if annotation["image_id"] not in objects or annotation.get("category_id") not in names:
             raise ValueError(
                 f"`{file}` has an annotation of image {annotation['image_id']} and category "
                 f"{annotation.get('category_id')}, one of which it does not list"
             )
         if annotation.get("segmentation"):
-            of_image[annotation["image_id"]].append(annotation)
-    listed = [one for one in content["images"] if of_image[one["id"]]][:rows]
-    if absent := [one["file_name"] for one in listed if not (folder / one["file_name"]).is_file()]:
+            objects[annotation["image_id"]].append((names[annotation["category_id"]], annotation["segmentation"]))
+    listed = [image for image in content["images"] if objects[image["id"]]][:rows]
+    if absent := [image["file_name"] for image in listed if not (folder / image["file_name"]).is_file()]:
         raise ValueError(f"`{folder}` lacks {len(absent)} images of `{file}`, {absent[0]} among them")
-
-    def pixels(segmentation: Any, height: int, width: int) -> np.ndarray:
-        if isinstance(segmentation, list):
-            found = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            found = coco_mask.frPyObjects(segmentation, height, width)
-        else:
-            found = segmentation
-        return coco_mask.decode(found).astype(bool)
+    sizes = [_listed_size(image, folder / image["file_name"], file) for image in listed]
 
     def read(number: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
-        record = listed[number]
-        with Image.open(folder / record["file_name"]) as opened:
-            image = opened.convert("RGB")
-        masks: dict[str, np.ndarray] = {}
-        for annotation in of_image[record["id"]]:
-            name = names[annotation["category_id"]]
-            one = pixels(annotation["segmentation"], image.height, image.width)
-            masks[name] = masks.get(name, np.zeros_like(one)) | one
-        return image, masks
+        image = listed[number]
+        return image_and_masks(str(folder / image["file_name"]), sizes[number], objects[image["id"]], file.name)
 
-    return MaskedImages([sorted({names[a["category_id"]] for a in of_image[one["id"]]}) for one in listed], read)
+    return MaskedImages([sorted({label for label, _ in objects[image["id"]]}) for image in listed], read)
+
+
+def _listed_size(image: Mapping[str, Any], path: Path, file: Path) -> tuple[int, int] | None:
+    """Return the width and height a JSON lists, after comparison with the file's header, before any work is done."""
+    width, height = image.get("width"), image.get("height")
+    if not width or not height:
+        return None
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"`{file}` lists {image['file_name']} with {width} x {height} pixels, which no image has")
+    check_proportions(str(path), size_of_file(path), (width, height), file.name)
+    return width, height

@@ -228,8 +228,11 @@ class SparcModel(PreTrainedModel):
         if codes.num_latents != self.config.num_latents:
             raise ValueError(f"the codes have {codes.num_latents} latents but the model has {self.config.num_latents}")
         selection = Selection(codes.indices.to(self.device), codes.num_latents)
-        atoms = unit_norm(self.atoms[to]) if self._is_usae else self.atoms[to]
-        return sparse_decode(codes.values.to(self.device), atoms, selection) + self.pre_bias[to]
+        return sparse_decode(codes.values.to(self.device), self.decoding_atoms(to), selection) + self.pre_bias[to]
+
+    def decoding_atoms(self, stream: str) -> Tensor:
+        """Return a stream's atoms as `decode` uses them, [N, hidden_size]: of unit norm with `objective="usae"`."""
+        return unit_norm(self.atoms[stream]) if self._is_usae else self.atoms[stream]
 
     def normalize(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the rows the losses are measured on: raw features normalised as the stream records say."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparc_hf.label_hierarchy import hierarchy_of_codes
-from sparc_hf.sources import Source, read_json, rows_with_images
+from sparc_hf.plain_files import read_json
+from sparc_hf.sources import Source, rows_with_images
 
 SPLITS = ("train", "validation", "test")
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparc_hf.feature_files import FORMAT_VERSION, checked_streams
+from sparc_hf.feature_files import FORMAT_VERSION, DatasetFacts, NewerFormat, check_version, checked_streams
+from sparc_hf.plain_files import Count, checked
 
 if TYPE_CHECKING:
     import datasets
@@ -22,6 +23,11 @@ DATA_FOLDER = "data"
 ROWS_PER_GROUP = 1024
 FILE_BYTES = 256 * 2**20
 FACTS = ("streams", "label_names", "taxonomy", "source")
+
+
+class _Facts(DatasetFacts):
+    rows: Count
+    streams: list[dict[str, Any]]
 
 
 class SavableFeatures(Protocol):
@@ -97,8 +103,7 @@ def write_parquet_split(features: SavableFeatures, folder: Path, split: str, fil
     Raises:
         ValueError: for an unusable name of a split, or no rows.
     """
-    if not re.fullmatch(r"\w+", split):
-        raise ValueError(f"a split must be named by letters, digits and underscores, but it is {split!r}")
+    check_split_name(split)
     rows = len(features)
     if not rows:
         raise ValueError(f"the split `{split}` has no rows")
@@ -120,6 +125,12 @@ def write_parquet_split(features: SavableFeatures, folder: Path, split: str, fil
             for start in groups[number * groups_per_file : (number + 1) * groups_per_file]:
                 batch = features.record_batch(slice(start, start + ROWS_PER_GROUP))
                 writer.write_batch(pa.record_batch(batch.columns, schema=schema))
+
+
+def check_split_name(split: str) -> None:
+    """Raise ValueError for a name that Parquet files of a split cannot have."""
+    if not re.fullmatch(r"\w+", split):
+        raise ValueError(f"a split must be named by letters, digits and underscores, but it is {split!r}")
 
 
 def is_parquet_address(address: str | os.PathLike) -> bool:
@@ -150,7 +161,19 @@ def open_parquet(address: str | os.PathLike, streaming: bool = False) -> Parquet
     if not _local_files(folder):
         folder, split = folder.parent, folder.name
     files = _files_of_split([str(path) for path in _local_files(folder)], split, str(address))
-    return ParquetSplit(files, _facts(pq.read_schema(files[0]), files[0]))
+    return ParquetSplit(files, _facts(_schema_of(files[0]), files[0]))
+
+
+def _schema_of(file: str, opened: Any = None) -> pa.Schema:
+    """Return the schema of a Parquet file, from its path or from the opened file.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return pq.read_schema(opened or file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"`{file}` cannot be read as Parquet: {str(error).splitlines()[0]}") from error
 
 
 def _open_remote(address: str, streaming: bool) -> ParquetSplit:
@@ -171,7 +194,7 @@ def _open_remote(address: str, streaming: bool) -> ParquetSplit:
             found = system.glob(f"datasets/{repo}@{commit}/{DATA_FOLDER}/*.parquet")
             files = _files_of_split([f"hf://{path}" for path in found], split, address)
             with system.open(files[0].removeprefix("hf://")) as file:
-                return ParquetSplit(files, _facts(pq.read_schema(file), files[0]))
+                return ParquetSplit(files, _facts(_schema_of(files[0], file), files[0]))
         pattern = f"{DATA_FOLDER}/{split or '*'}-*.parquet"
         folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=pattern)
     except RepositoryNotFoundError as error:
@@ -184,7 +207,7 @@ def _open_remote(address: str, streaming: bool) -> ParquetSplit:
             f"cannot reach `{address}`: {(str(error).strip().splitlines() or [repr(error)])[0]}"
         ) from error
     files = _files_of_split([str(path) for path in _local_files(Path(folder))], split, address)
-    return ParquetSplit(files, _facts(pq.read_schema(files[0]), files[0]))
+    return ParquetSplit(files, _facts(_schema_of(files[0]), files[0]))
 
 
 def _local_files(folder: Path) -> list[Path]:
@@ -211,10 +234,12 @@ def _facts(schema: pa.Schema, file: str) -> dict[str, Any]:
             f"`{file}` does not say which streams it holds (no {METADATA_KEY.decode()} in its metadata); open it with "
             "`FeatureDataset.from_dataset(load_dataset(...), streams=...)`"
         )
-    facts: Mapping[str, Any] = json.loads(told)
-    if facts["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"`{file}` has format version {facts['format_version']}, but this version of sparc_hf reads up to "
-            f"{FORMAT_VERSION}; upgrade with `pip install -U sparc-hf`"
-        )
-    return {name: facts[name] for name in (*FACTS, "rows")} | {"streams": checked_streams(facts["streams"])}
+    try:
+        facts = checked(json.loads(told), dict[str, Any], METADATA_KEY.decode())
+        check_version(facts, file)
+        checked(facts, _Facts, METADATA_KEY.decode())
+    except NewerFormat:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{file}` has damaged metadata: {error}") from error
+    return {name: facts.get(name) for name in (*FACTS, "rows")} | {"streams": checked_streams(facts["streams"])}

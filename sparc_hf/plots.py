@@ -1,7 +1,7 @@
 """Figures of an evaluation: arrays in, matplotlib Figures out; nothing is shown and no global state is touched."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -10,18 +10,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL_WIDTH = 3.5
-COLOURS = ("#2a6f97", "#e07a5f", "#6a994e", "#9d4edd", "#bc8034", "#577590", "#c9184a", "#3d5a40")
+# Of the colours' parts, as the eye weighs them.
+LUMINANCE = (0.299, 0.587, 0.114)
+# Told apart by every kind of colour vision, on white: each two differ by 27 or more in CIE Lab, for dichromats too.
+COLOURS = ("#0072b2", "#de7812", "#3d1f0f", "#8c1aff", "#062647", "#b48c64", "#804000", "#767676")
+DASHES = ("-", (0, (4, 1.6)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
+# Lines that lie on each other show as a thin one inside a thick one.
+THICKEST, THINNEST = 4.2, 1.3
 
 
-def reconstruction_matrix(panels: Mapping[str, Mapping[str, Mapping[str, float | None]]], name: str) -> "Figure":
-    """Return one matrix a panel: rows are targets, columns sources, cells numbers.
+def reconstruction_matrix(
+    panels: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+    name: str,
+    *,
+    better: Literal["low", "high"] = "low",
+    stacked: bool = False,
+) -> "Figure":
+    """Return one matrix a panel: rows are targets, columns sources, cells numbers; the darker, the better.
 
     Args:
         panels: panel title -> target -> source -> number, or None where it is not defined.
         name: what the numbers are, for the colour bar.
+        better: which numbers are good: low ones, as errors, or high ones, as similarities.
+        stacked: one panel below the other, for narrow pages.
     """
+    from matplotlib import colormaps
+
     streams = list(next(iter(panels.values())))
-    figure, axes = _panels(panels, height=0.65 * len(streams) + 1.7)
+    figure, axes = _panels(panels, height=0.65 * len(streams) + 1.7, stacked=stacked)
+    colours = colormaps["Blues_r" if better == "low" else "Blues"]
     grids = {
         title: np.array([[_number(found[target][source]) for source in streams] for target in streams])
         for title, found in panels.items()
@@ -30,45 +47,51 @@ def reconstruction_matrix(panels: Mapping[str, Mapping[str, Mapping[str, float |
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
     images = []
     for axis, grid in zip(axes, grids.values(), strict=True):
-        images.append(axis.imshow(grid, cmap="Blues", vmin=low, vmax=high, aspect="auto"))
+        images.append(axis.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto"))
         axis.set_xticks(range(len(streams)), streams, rotation=20, ha="right")
         axis.set_yticks(range(len(streams)), streams)
         axis.set_xlabel("source")
         for row, column in np.ndindex(grid.shape):
-            dark = grid[row, column] > (low + high) / 2
-            text = f"{grid[row, column]:.3f}" if np.isfinite(grid[row, column]) else "undefined"
+            defined = np.isfinite(grid[row, column])
+            text = f"{grid[row, column]:.3f}" if defined else "undefined"
+            dark = defined and np.dot(images[-1].to_rgba(grid[row, column])[:3], LUMINANCE) < 0.5
             axis.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
-    axes[0].set_ylabel("target")
-    figure.colorbar(images[0], ax=axes, label=name, shrink=0.85)
+    _label_rows(axes, "target", stacked)
+    figure.colorbar(images[0], ax=list(axes), label=f"{name}, dark is better", shrink=0.85)
     return figure
 
 
-def jaccard_by_depth(panels: Mapping[str, Mapping[int, np.ndarray]]) -> "Figure":
+def jaccard_by_depth(panels: Mapping[str, Mapping[int, np.ndarray]], *, stacked: bool = False) -> "Figure":
     """Return histograms of latents over their label Jaccard, one line per depth of the label hierarchy.
 
     Args:
         panels: panel title -> depth -> scores from 0 to 1, [latents].
+        stacked: one panel below the other, for narrow pages.
     """
-    figure, axes = _panels(panels)
+    figure, axes = _panels(panels, stacked=stacked)
     edges = np.linspace(0, 1, 21)
     for axis, found in zip(axes, panels.values(), strict=True):
-        for colour, (depth, scores) in zip(_cycled(found), found.items(), strict=True):
-            counts = np.histogram(scores, edges)[0]
-            axis.stairs(counts, edges, color=colour, label=f"depth {depth}, mean {scores.mean():.3f}", linewidth=1.6)
+        lines = {
+            f"depth {depth}, mean {scores.mean():.3f}": np.histogram(scores, edges)[0]
+            for depth, scores in found.items()
+        }
+        _draw_steps(axis, edges, lines)
+        axis.set_yscale("symlog", linthresh=1)  # most latents lie in the first bin
+        axis.set_ylim(bottom=0)
         axis.set_xlabel("label Jaccard between streams")
-        axis.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel("latents")
+    _label_rows(axes, "latents", stacked)
     return figure
 
 
-def liveness_bars(panels: Mapping[str, Mapping[str, int]]) -> "Figure":
+def liveness_bars(panels: Mapping[str, Mapping[str, int]], *, stacked: bool = False) -> "Figure":
     """Return bars of latents by where they are alive.
 
     Args:
         panels: panel title -> pattern ("dead", "all streams", "a+b", ...) -> number of latents.
+        stacked: one panel below the other, for narrow pages.
     """
     patterns = list(dict.fromkeys(pattern for found in panels.values() for pattern in found))
-    figure, axes = _panels(panels, height=0.32 * len(patterns) + 1.4)
+    figure, axes = _panels(panels, height=0.32 * len(patterns) + 1.4, stacked=stacked)
     for axis, found in zip(axes, panels.values(), strict=True):
         numbers = [found.get(pattern, 0) for pattern in patterns]
         bars = axis.barh(range(len(patterns)), numbers, color=COLOURS[0])
@@ -80,42 +103,44 @@ def liveness_bars(panels: Mapping[str, Mapping[str, int]]) -> "Figure":
     return figure
 
 
-def frequency_histogram(panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]]) -> "Figure":
+def frequency_histogram(
+    panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]], *, stacked: bool = False
+) -> "Figure":
     """Return how often live latents fire, one line per stream.
 
     Args:
         panels: panel title -> (edges [bins + 1], shares of rows; stream -> number of latents [bins]).
+        stacked: one panel below the other, for narrow pages.
     """
-    figure, axes = _panels(panels)
+    figure, axes = _panels(panels, stacked=stacked)
     for axis, (edges, streams) in zip(axes, panels.values(), strict=True):
-        for colour, (stream, counts) in zip(_cycled(streams), streams.items(), strict=True):
-            axis.stairs(counts, edges, color=colour, label=stream, linewidth=1.6)
+        _draw_steps(axis, edges, streams)
         filled = np.flatnonzero(np.sum(list(streams.values()), axis=0))
         if len(filled):
             axis.set_xlim(float(edges[filled[0]]), float(edges[filled[-1] + 1]))
         axis.set_xscale("log")
         axis.set_xlabel("share of rows a latent fires on")
-        axis.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel("latents")
+    _label_rows(axes, "latents", stacked)
     return figure
 
 
-def entropy_histogram(panels: Mapping[str, np.ndarray]) -> "Figure":
+def entropy_histogram(panels: Mapping[str, np.ndarray], *, stacked: bool = False) -> "Figure":
     """Return latents over their firing entropy across streams: 0 fires in one stream only, 1 equally in all.
 
     Args:
         panels: panel title -> entropies from 0 to 1, [latents that fire].
+        stacked: one panel below the other, for narrow pages.
     """
-    figure, axes = _panels(panels)
+    figure, axes = _panels(panels, stacked=stacked)
     for axis, entropies in zip(axes, panels.values(), strict=True):
         axis.hist(entropies, bins=np.linspace(0, 1, 26).tolist(), color=COLOURS[0])
         axis.set_xlabel("firing entropy across streams")
-    axes[0].set_ylabel("latents that fire")
+    _label_rows(axes, "latents that fire", stacked)
     return figure
 
 
 def cofires_against_energy(
-    panels: Mapping[str, tuple[np.ndarray, np.ndarray]], links: Sequence[str] | None = None
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray]], links: Sequence[str] | None = None, *, stacked: bool = False
 ) -> "Figure":
     """Return a point per latent: how often it fires in all streams at once, against its energy.
 
@@ -123,8 +148,9 @@ def cofires_against_energy(
         panels: panel title -> (energies [latents], rows on which all streams fire [latents]); latents without
             energy are left out.
         links: address behind each latent's point, for SVG.
+        stacked: one panel below the other, for narrow pages.
     """
-    figure, axes = _panels(panels)
+    figure, axes = _panels(panels, stacked=stacked)
     for axis, (energies, cofires) in zip(axes, panels.values(), strict=True):
         active = np.asarray(energies) > 0
         points = axis.scatter(energies[active], cofires[active], s=8, alpha=0.5, color=COLOURS[0], linewidths=0)
@@ -134,7 +160,7 @@ def cofires_against_energy(
         axis.set_yscale("symlog", linthresh=1)
         axis.set_ylim(bottom=-0.2)
         axis.set_xlabel("energy, summed over streams")
-    axes[0].set_ylabel("rows on which all streams fire")
+    _label_rows(axes, "rows on which all streams fire", stacked)
     return figure
 
 
@@ -148,19 +174,35 @@ def svg_text(figure: "Figure") -> str:
     return text[text.index("<svg") :].replace("#000000", "currentColor")
 
 
-def _panels(panels: Mapping[str, Any], height: float = 3.2) -> tuple["Figure", Sequence["Axes"]]:
+def _panels(
+    panels: Mapping[str, Any], height: float = 3.2, *, stacked: bool = False
+) -> tuple["Figure", Sequence["Axes"]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(PANEL_WIDTH * len(panels), height), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    columns, rows = (1, len(panels)) if stacked else (len(panels), 1)
+    figure = Figure(figsize=(PANEL_WIDTH * columns, height * rows), layout="constrained")
+    if stacked:
+        figure.set_layout_engine("constrained", h_pad=0.12)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axis, title in zip(axes, panels, strict=True):
         axis.set_title(title)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _cycled(found: Mapping[Any, Any]) -> list[str]:
-    return [COLOURS[number % len(COLOURS)] for number in range(len(found))]
+def _draw_steps(axis: "Axes", edges: np.ndarray, lines: Mapping[str, np.ndarray]) -> None:
+    """Draw histograms of latents, counts [bins] by what the legend calls them."""
+    widths = np.linspace(THICKEST, THINNEST, len(lines)) if len(lines) > 1 else [THINNEST]
+    for number, ((name, counts), width) in enumerate(zip(lines.items(), widths, strict=True)):
+        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+        axis.stairs(counts, edges, label=name, linewidth=float(width), **style)
+    axis.legend(fontsize=7, frameon=False, handlelength=3.2)
+
+
+def _label_rows(axes: Sequence["Axes"], words: str, stacked: bool) -> None:
+    """Write what the vertical axis is, once for panels side by side."""
+    for axis in axes if stacked else axes[:1]:
+        axis.set_ylabel(words)
 
 
 def _number(value: float | None) -> float:

@@ -12,8 +12,12 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
+from sparc_hf.image_files import upright_rgb
+
 DEMO_PREFIX = "demo:"
 IMAGE_BACKENDS = ("pil", "torchvision")
+# Longer images are cut to this ratio of their sides before they are resized, which would make millions of pixels.
+LONGEST_RATIO = 100
 LoadedModels = dict[tuple[Any, ...], nn.Module]
 
 
@@ -39,17 +43,21 @@ class ImageInputs:
         self.processor = load_part(AutoImageProcessor, encoder, "image processor", revision=revision, backend=backend)
 
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        rgb = [self._without_far_ends(image).convert("RGB") for image in images]
+        rgb = [self._without_far_ends(upright_rgb(image)) for image in images]
         return {"pixel_values": self.processor(images=rgb, return_tensors="pt")["pixel_values"]}
 
     def _without_far_ends(self, image: Image.Image) -> Image.Image:
-        """Cut off of very long images what the centre crop would, before they are resized to millions of pixels."""
+        """Cut off of a line of pixels what the centre crop would drop.
+
+        The processor rounds the length it resizes to, so that a cut moves its sampling points a little; of pictures
+        up to `LONGEST_RATIO` it gets the whole.
+        """
         size = dict(self.processor.size or {}).get("shortest_edge") if self.processor.do_resize else None
         if not size or not getattr(self.processor, "do_center_crop", False):
             return image
         short, (width, height) = min(image.size), image.size
-        # Twice the crop on either side is farther than any filter reaches; an even margin keeps the centre.
-        longest = short * 5 * max(dict(self.processor.crop_size).values()) // size + 2
+        longest = short * LONGEST_RATIO
+        # An even margin keeps the centre.
         margins = [max(0, side - longest) // 2 for side in (width, height)]
         if not any(margins):
             return image

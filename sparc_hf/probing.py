@@ -16,6 +16,9 @@ from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.top_samples import top_samples
 
 TOP_SAMPLES = 16
+# Shares of the rows to fit on and to choose by; the rest is measured. Fewer rows leave one of the three without any.
+FITTED, CHOSEN_BY = 0.7, 0.15
+FEWEST_ROWS = 4
 
 
 def probe_figures(codes: Mapping[str, Any], labels: Any, *, seed: int = 0) -> dict[str, dict[str, float]]:
@@ -38,7 +41,8 @@ def classifier_figures(
     target stream decoded from a source's codes.
     """
     rows = len(features)
-    parts = np.split(np.random.default_rng(seed).permutation(rows), [int(0.7 * rows), int(0.85 * rows)])
+    ends = [int(FITTED * rows), int((FITTED + CHOSEN_BY) * rows)]
+    parts = np.split(np.random.default_rng(seed).permutation(rows), ends)
     found: dict[str, dict[str, float]] = {
         name: {} for name in ("raw", "codes", "reconstructions", "cross_reconstructions")
     }

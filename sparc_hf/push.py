@@ -14,8 +14,11 @@ from typing import Any
 from sparc_hf.concepts import CONCEPTS_FILE
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import space_folder, write_dataset_card, write_model_card
-from sparc_hf.parquet_features import DATA_FOLDER, write_parquet_split
+from sparc_hf.output_folder import check_output_folder
+from sparc_hf.parquet_features import DATA_FOLDER, check_split_name, write_parquet_split
+from sparc_hf.plain_files import read_json
 from sparc_hf.run_folder import RESULTS_FILE, SETTINGS_FILE
+from sparc_hf.space_publishing import PACKAGE_FOLDER, PACKAGE_WAYS, SHIPPED_FOLDER, prepare_space
 from sparc_hf.version import __version__
 
 METRICS = Path(__file__).parent / "metrics"
@@ -32,6 +35,8 @@ MODEL_FILES = (
 # Answers of a Hub that is busy, and seconds to wait before each further attempt.
 BUSY = (408, 429, 500, 502, 503, 504)
 PAUSES = (1, 4, 10)
+# Files of a former push that go with the next where they are not in it.
+REPLACED = {"dataset": [f"{DATA_FOLDER}/*.parquet"], "space": [f"{PACKAGE_FOLDER}/*", f"{SHIPPED_FOLDER}/*"]}
 KINDS = ("model", "features", "metric", "space")
 
 
@@ -50,6 +55,21 @@ class PushArguments:
     metric: str | None = field(default=None, metadata={"help": "Name of a metric to push as an evaluate module."})
     space: str | None = field(
         default=None, metadata={"help": "Folder of a Gradio Space to push; spaces_app is the package's own."}
+    )
+    package: str = field(
+        default=PACKAGE_WAYS[0],
+        metadata={
+            "help": "How a Space gets this package: source, a copy beside app.py; index, this version from the "
+            "package index, once it is released there.",
+            "choices": list(PACKAGE_WAYS),
+        },
+    )
+    demo: bool = field(
+        default=True,
+        metadata={
+            "help": "Put the prepared demo into a Space that shows it (about 11 MB), so that its first start is "
+            "quick; prepared now, in a few minutes, where `sparc space` has not yet done so."
+        },
     )
     results: str | None = field(
         default=None, metadata={"help": "results.json of `sparc evaluate`, for a model's card."}
@@ -76,6 +96,10 @@ def run_push(args: PushArguments) -> dict[str, Any]:
     _check_name(args.repo)
     if args.dry_run is not None and Path(args.dry_run).exists():
         raise ValueError(f"`dry_run` must be a new folder, but {args.dry_run} exists")
+    if args.dry_run is None:
+        _check_login(args.repo)
+    else:
+        check_output_folder(args.dry_run, "dry_run")
     with _folder_for(args.dry_run) as folder:
         if args.model:
             prepare_model(Path(args.model), folder, repo=args.repo, results=args.results)
@@ -86,7 +110,7 @@ def run_push(args: PushArguments) -> dict[str, Any]:
         else:
             space = Path(args.space or "")
             own = args.space == "spaces_app" and not space.exists()
-            prepare_space(space_folder() if own else space, folder)
+            prepare_space(space_folder() if own else space, folder, package=args.package, with_demo=args.demo)
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         kind = {"model": "model", "features": "dataset"}.get(given[0], "space")
         if args.dry_run is not None:
@@ -96,21 +120,25 @@ def run_push(args: PushArguments) -> dict[str, Any]:
 
 def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None = None) -> None:
     """Copy a model's files into a folder and write its card for `repo`; the weights keep their bytes."""
-    from sparc_hf.report import results_of_model
+    from sparc_hf.results import results_of_model
 
-    shown = results_of_model(results, str(model)) if results else None
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} holds no model (no config.json); save one there with `save_pretrained` first")
+    if not list(model.glob("*.safetensors")):
+        raise ValueError(f"{model} holds no weights (no *.safetensors)")
+    own = model / RESULTS_FILE
+    file = results or (own if own.is_file() else None)
+    shown = None if file is None else results_of_model(file, model)
     for pattern in MODEL_FILES:
         for file in model.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     settings = folder / SETTINGS_FILE
-    told = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
+    told = read_json(settings, dict[str, Any]) if settings.exists() else None
     if told is not None:
         # Where things lay on the trainer's machine is nobody's business.
         private = ("features", "eval_features", "output_dir")
         settings.write_text(json.dumps({k: v for k, v in told.items() if k not in private}, indent=2) + "\n")
     write_model_card(folder, results=shown, settings=told, repo=repo)
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{model} holds no weights (no *.safetensors)")
     _add_code(folder)
 
 
@@ -135,11 +163,14 @@ def prepare_features(
     Raises:
         ValueError: where the splits do not have the same streams, or as `FeatureDataset.load`.
     """
+    for split in splits:
+        check_split_name(split)
     loaded = {split: FeatureDataset.load(path) for split, path in splits.items()}
     first = next(iter(loaded.values()))
     for split, features in loaded.items():
         if features.streams != first.streams:
             raise ValueError(f"the splits of one dataset have the same streams, but those of `{split}` are others")
+    for split, features in loaded.items():
         write_parquet_split(features, folder, split)
     write_dataset_card(folder, loaded, repo=repo, license=license)
 
@@ -172,31 +203,11 @@ def _description_of(metric: str) -> str:
     return module._DESCRIPTION.strip()
 
 
-def prepare_space(space: Path, folder: Path) -> None:
-    """Copy a Space, with the package in its requirements pinned to this version."""
-    missing = [name for name in ("app.py", "README.md", "requirements.txt") if not (space / name).is_file()]
-    if missing:
-        raise ValueError(f"{space} is no Space: it lacks {missing}")
-    left_out = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
-    shutil.copytree(space, folder, ignore=left_out, dirs_exist_ok=True)
-    lines = (space / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    pinned = [_pinned(line) for line in lines]
-    (folder / "requirements.txt").write_text("\n".join(pinned) + "\n", encoding="utf-8")
-
-
-def _pinned(requirement: str) -> str:
-    name = requirement.split("[")[0].split("=")[0].split(">")[0].strip()
-    if name != "sparc-hf":
-        return requirement
-    extras = requirement[requirement.index("[") : requirement.index("]") + 1] if "[" in requirement else ""
-    return f"sparc-hf{extras}=={__version__}"
-
-
 def push_folder(folder: Path, repo: str, kind: str, *, private: bool = False) -> str:
     """Upload a folder as one commit and return the commit's address.
 
     The Hub takes a commit whole or not at all: after an interruption the repository is as it was, and a second call
-    completes it. Parquet files of a former push that are not in the folder go with the same commit.
+    completes it. Files of a former push that this one replaces (`REPLACED`) go with the same commit.
 
     Args:
         folder: what to upload.
@@ -211,8 +222,8 @@ def push_folder(folder: Path, repo: str, kind: str, *, private: bool = False) ->
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
+    _check_login(repo)
     with _refusals(repo):
-        api.whoami()
         api.create_repo(
             repo, repo_type=kind, private=private, exist_ok=True, space_sdk="gradio" if kind == "space" else None
         )
@@ -223,7 +234,7 @@ def push_folder(folder: Path, repo: str, kind: str, *, private: bool = False) ->
                     repo_id=repo,
                     repo_type=kind,
                     commit_message=f"Push with sparc_hf {__version__}",
-                    delete_patterns=f"{DATA_FOLDER}/*.parquet" if kind == "dataset" else None,
+                    delete_patterns=REPLACED.get(kind),
                 )
             except HfHubHTTPError as error:
                 # The client tries uploads again by itself, but not the commit.
@@ -233,6 +244,14 @@ def push_folder(folder: Path, repo: str, kind: str, *, private: bool = False) ->
             else:
                 return str(commit.commit_url)
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _check_login(repo: str) -> None:
+    """Ask the Hub who is there, before anything is prepared for it."""
+    from huggingface_hub import HfApi
+
+    with _refusals(repo):
+        HfApi().whoami()
 
 
 @contextmanager

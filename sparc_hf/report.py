@@ -3,9 +3,8 @@
 import base64
 import csv
 import io
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from sparc_hf import plots
 from sparc_hf.codes import ENCODINGS
 from sparc_hf.evaluation import Evaluation
 from sparc_hf.hub import METRIC_NAMES, eval_results, figure_text, templates_folder
+from sparc_hf.output_folder import check_output_folder
 from sparc_hf.run_folder import RESULTS_FILE, write_json
 from sparc_hf.version import __version__
 
@@ -41,8 +41,7 @@ def model_names(paths: Sequence[str]) -> dict[str, str]:
 
 def check_report_folder(folder: Path) -> None:
     """Raise ValueError where `folder` cannot take a report, before any work is done."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`output` must be a folder, but {folder} is a file")
+    check_output_folder(folder)
 
 
 def write_report(
@@ -71,25 +70,6 @@ def write_report(
         _write_text(folder / f"latents-{name.replace('/', '-')}.csv", told)
     _write_text(folder / REPORT_FILE, report_html(evaluations))
     return folder / REPORT_FILE
-
-
-def results_of_model(path: str | Path, model: str | Path) -> dict[str, Any]:
-    """Return one model's results from a results.json.
-
-    Raises:
-        ValueError: where the file is not one, or which of its models is meant cannot be told from the folder's name.
-    """
-    try:
-        models = json.loads(Path(path).read_text(encoding="utf-8"))["models"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a results.json of `sparc evaluate`") from error
-    if len(models) == 1:
-        return next(iter(models.values()))
-    whole = Path(model).resolve().parts
-    fitting = [name for name in models if whole[-len(Path(name).parts) :] == Path(name).parts]
-    if len(fitting) != 1:
-        raise ValueError(f"{path} holds the models {list(models)}, none or several of which are {model}")
-    return models[fitting[0]]
 
 
 def model_index(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -135,22 +115,24 @@ def _figures(evaluation: Evaluation) -> Iterator[dict[str, str]]:
     both = {encoding: evaluation.results[encoding] for encoding in ENCODINGS}
     latents = evaluation.latents
 
-    def shown(title: str, caption: str, figure: Any) -> dict[str, str]:
-        return {"title": title, "caption": caption, "address": _embedded(figure)}
+    def shown(title: str, caption: str, plot: Callable[..., Any], *args: Any, **options: Any) -> dict[str, str]:
+        wide, narrow = (_embedded(plot(*args, **options, stacked=stacked)) for stacked in (False, True))
+        return {"title": title, "caption": caption, "address": wide, "narrow": narrow}
 
-    for name, words in (("nmse", "Normalised squared error, 0 is perfect"), ("cosine", "Cosine similarity")):
+    ways = (("nmse", "low", "Normalised squared error, 0 is perfect"), ("cosine", "high", "Cosine similarity"))
+    for name, better, words in ways:
         panels = {encoding: found["reconstruction"][name] for encoding, found in both.items()}
         caption = f"{words}, of every target stream decoded from every source stream's code."
-        yield shown(f"reconstruction, {name}", caption, plots.reconstruction_matrix(panels, name))
+        yield shown(f"reconstruction, {name}", caption, plots.reconstruction_matrix, panels, name, better=better)
     if "alignment" in both["joint"]:
         scores = {
             encoding: {depth: latents[encoding][f"jaccard/depth{depth}"] for depth in found["alignment"]["depths"]}
             for encoding, found in both.items()
         }
         caption = "How alike the labels are of the rows on which a latent fires in different streams."
-        yield shown("label Jaccard", caption, plots.jaccard_by_depth(scores))
+        yield shown("label Jaccard", caption, plots.jaccard_by_depth, scores)
     patterns = {encoding: _patterns(found["liveness"]) for encoding, found in both.items()}
-    yield shown("liveness", "In which streams latents fire at all on these rows.", plots.liveness_bars(patterns))
+    yield shown("liveness", "In which streams latents fire at all on these rows.", plots.liveness_bars, patterns)
     histograms = {
         encoding: (
             np.array(found["liveness"]["histogram"]["edges"]),
@@ -158,14 +140,14 @@ def _figures(evaluation: Evaluation) -> Iterator[dict[str, str]]:
         )
         for encoding, found in both.items()
     }
-    yield shown("firing frequency", "How often live latents fire.", plots.frequency_histogram(histograms))
+    yield shown("firing frequency", "How often live latents fire.", plots.frequency_histogram, histograms)
     firing = {encoding: np.sum(_frequencies(found), axis=0) > 0 for encoding, found in latents.items()}
     entropies = {encoding: found["entropy"][firing[encoding]] for encoding, found in latents.items()}
     caption = "Firing entropy of the latents that fire: 1 fires equally often in all streams, 0 in one only."
-    yield shown("firing entropy", caption, plots.entropy_histogram(entropies))
+    yield shown("firing entropy", caption, plots.entropy_histogram, entropies)
     cofires = {encoding: (found["energy"], found["cofires"]) for encoding, found in latents.items()}
-    caption = "Rows on which a latent fires in all streams at once, against its energy (mean value times atom norm)."
-    yield shown("co-fires against energy", caption, plots.cofires_against_energy(cofires))
+    caption = "Rows on which a latent fires in all streams at once, against its energy, the length of what it adds."
+    yield shown("co-fires against energy", caption, plots.cofires_against_energy, cofires)
 
 
 def _patterns(liveness: Mapping[str, Any]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparc_hf.encoders import StreamEncoder
-from sparc_hf.sources import features_of, find_column
+from sparc_hf.feature_files import LARGEST_SIZE
+from sparc_hf.image_files import open_image, upright_rgb
+from sparc_hf.sources import features_of, find_column, is_image
 
 if TYPE_CHECKING:
     import datasets
@@ -102,10 +105,32 @@ def chosen_columns(
         raise ValueError(f"the dataset has no columns {missing}; it has {known}")
     image = (image_column or find_column(dataset, "image")) if "image" in modalities else None
     text = text_column or (find_column(dataset, "text") if "text" in modalities else None)
+    _check_kinds(features_of(dataset), image, text, labels_column)
     made = {"id": id_column or ("id" if "id" in known else None), "text": text, "labels": labels_column}
     if taken := [name for name in keep_columns if made.get(name) not in (None, name)]:
         raise ValueError(f"columns {taken} cannot be kept, because {made} take their names; rename them first")
     return Columns(image=image, keep=tuple(name for name in keep_columns if made.get(name) is None), **made)
+
+
+def _check_kinds(features: Any, image: str | None, text: str | None, labels: str | None) -> None:
+    """Raise ValueError where a column cannot be what it is to be, by its type."""
+    from datasets import List, Value
+
+    def scalar(name: str) -> str:
+        feature = features[name]
+        inner = feature.feature if isinstance(feature, List) else feature
+        # A ClassLabel is a number; an image stored as a plain record has the parts of one.
+        kind = getattr(inner, "dtype", "") if isinstance(inner, Value) or hasattr(inner, "names") else ""
+        return "record" if isinstance(inner, dict) and {"bytes", "path"} <= set(inner) else kind.removeprefix("large_")
+
+    wanted = (
+        (image, "images, or paths of images", lambda kind: kind in ("string", "binary", "record")),
+        (text, "texts, or lists of texts", lambda kind: kind == "string"),
+        (labels, "class ids or names, or lists of them", lambda kind: kind == "string" or "int" in kind),
+    )
+    for name, words, fits in wanted:
+        if name is not None and not is_image(features[name]) and not fits(scalar(name)):
+            raise ValueError(f"the column `{name}` must hold {words}, but it holds {features[name]}")
 
 
 class SampleReader:
@@ -188,13 +213,20 @@ class SampleReader:
                 yield _Block(shard, start, rows)
 
     def _streamed_blocks(self, wanted: Callable[[int], bool]) -> Iterator["_Block"]:
+        from datasets.exceptions import DatasetsError
+
         rows = iter(self.dataset)
         shard = self._streamed = 0
         while True:
             end = (shard + 1) * self.samples_per_shard
             keep = wanted(shard)
             while self._streamed < end:
-                block = list(islice(rows, min(self.batch_size, end - self._streamed)))
+                try:
+                    block = list(islice(rows, min(self.batch_size, end - self._streamed)))
+                except (ValueError, TypeError, DatasetsError) as error:  # of files that are read as they come
+                    raise ValueError(
+                        f"the source cannot be read behind row {self._streamed - 1}: {error.__cause__ or error}"
+                    ) from error
                 if not block:
                     return
                 if keep:
@@ -279,25 +311,32 @@ class _Preparation(Dataset):
             values["labels"] = self._labels(row[self.columns.labels])
         if self.columns.text:
             value = row[self.columns.text]
-            text = " ".join(part for part in value if part) if isinstance(value, list) else (value or "")
+            parts = value if isinstance(value, list) else [value]
+            if odd := [part for part in parts if not (part is None or isinstance(part, str))]:
+                raise _BadRow(f"its text holds {reprlib.repr(odd[0])}, which is no text")
+            text = " ".join(filter(None, parts))
             if not text.strip():
                 raise _BadRow("its text is empty; add one or remove the row")
             values["text"] = text
         return values
 
     def _decoded(self, value: Any) -> Any:
-        if value is None:
+        if not _has_image(value):
             raise _BadRow("it has no image; remove it from the dataset")
         try:
-            return self._image.decode_example(value).convert("RGB")
+            if value["bytes"] is None and "://" in (value["path"] or ""):  # which datasets knows how to fetch
+                return upright_rgb(self._image.decode_example(value))
+            return open_image(value["bytes"] or value["path"])
         except Exception as error:  # a damaged file can raise anything, from OSError to struct.error
-            raise _BadRow(f"its image cannot be read ({error}); repair or remove it") from error
+            raise _BadRow(f"its image cannot be read ({error.__cause__ or error}); repair or remove it") from error
 
     def _embedded(self, column: str, value: Any) -> Any:
         """Return a kept image with its bytes, so that it travels with the features; other values as they are."""
-        if column not in self.images or value is None or value["bytes"] is not None:
+        if column not in self.images or not _has_image(value) or value["bytes"] is not None:
             return value
         try:
+            if not Path(value["path"]).is_file():
+                raise FileNotFoundError(f"{value['path']} is no file")  # a pipe would be waited for
             return {"bytes": Path(value["path"]).read_bytes(), "path": Path(value["path"]).name}
         except OSError as error:
             raise _BadRow(f"its image cannot be read ({error}); repair or remove it") from error
@@ -305,9 +344,12 @@ class _Preparation(Dataset):
     def _labels(self, value: Any) -> list[int]:
         values = [] if value is None else value if isinstance(value, list) else [value]
         try:
-            return [self._class_ids[label] if isinstance(label, str) else int(label) for label in values]
+            ids = [self._class_ids[label] if isinstance(label, str) else label for label in values]
         except KeyError as error:
             raise _BadRow(f"its label {error} is not among `label_names`") from error
+        if odd := [label for label in ids if not isinstance(label, int) or not 0 <= label <= LARGEST_SIZE]:
+            raise _BadRow(f"its label {reprlib.repr(odd[0])} is no class id, a whole number from 0 to {LARGEST_SIZE}")
+        return ids
 
     def _name_of(self, row: Mapping[str, Any]) -> str | None:
         """Return the id of a row, or the file of its image."""
@@ -324,6 +366,10 @@ class _BadRow(ValueError):
 def failure(row: int, name: str | None, reason: str) -> dict[str, Any]:
     """Return what `skipped.jsonl` says of a row that was left out."""
     return {"row": row, "id": name, "reason": reason}
+
+
+def _has_image(value: Any) -> bool:
+    return value is not None and (value["bytes"] is not None or value["path"] is not None)
 
 
 def _file_of(image: Any) -> str | None:

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from sparc_hf.code_search import CodeSearch, Match
-from sparc_hf.codes import encode_features
+from sparc_hf.codes import check_streams, encode_features
 from sparc_hf.concepts import concept_names
 from sparc_hf.encoders import load_encoders
 from sparc_hf.features import FeatureDataset
-from sparc_hf.image_files import open_image
+from sparc_hf.image_files import open_image, size_of_file
 from sparc_hf.modeling_sparc import SparcModel
 
 
@@ -43,22 +43,32 @@ def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
     Raises:
         ValueError: for none or several queries, unknown streams or rows, or a query no stream can encode.
     """
+    if args.shared < 0 or args.batch_size < 1:
+        raise ValueError(
+            f"`shared` must not be negative and `batch_size` at least 1, but they are {args.shared} and "
+            f"{args.batch_size}"
+        )
     given = {name: value for name in ("text", "image", "row") if (value := getattr(args, name)) is not None}
     if len(given) != 1 or args.count < 1:
         raise ValueError(
             f"give one of `text`, `image` and `row`, and a `count` of 1 or more, but got {given or 'none'}"
         )
+    if args.image is not None:
+        size_of_file(args.image)
     model = SparcModel.from_pretrained(args.model).eval()
-    features = FeatureDataset.load(args.features)
     streams = model.config.stream_names
     if unknown := [name for name in [*args.target, *filter(None, [args.source])] if name not in streams]:
         raise ValueError(f"there are no streams {unknown}; this model has {streams}")
+    record = None if args.row is not None else _encoding_stream(args, model)
+    features = FeatureDataset.load(args.features)
+    check_streams(model, features)
+    if args.row is not None and not 0 <= args.row < len(features):
+        raise ValueError(f"the samples are numbered from 0 to {len(features) - 1}, and {args.row} is none of them")
+    # The query first: encoding the dataset takes longest.
+    encoded = None if record is None else _encoded(args, model, record)
     index = CodeSearch(encode_features(model, features, encoding="single", batch_size=args.batch_size))
-    if args.row is not None:
-        source = args.source or streams[0]
-        query = index.query(source, args.row)
-    else:
-        source, query = _encoded(args, model)
+    source = args.source or streams[0] if record is None else record["name"]
+    query = index.query(source, args.row or 0) if encoded is None else encoded
     names = concept_names(model)
     ids, texts = features.ids, features.text
 
@@ -84,9 +94,8 @@ def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def _encoded(args: RetrieveArguments, model: SparcModel) -> tuple[str, np.ndarray]:
-    """Return the stream and the code [N] of an image or a text; of patch tokens the largest values."""
+def _encoding_stream(args: RetrieveArguments, model: SparcModel) -> dict[str, Any]:
+    """Return the record of the stream that encodes the query."""
     modality = "text" if args.text is not None else "image"
     able = [record for record in model.config.streams or [] if record.get("modality") == modality]
     chosen = [record for record in able if args.source in (None, record["name"])]
@@ -95,7 +104,13 @@ def _encoded(args: RetrieveArguments, model: SparcModel) -> tuple[str, np.ndarra
             f"no stream {args.source or ''} of this model encodes {modality}; those that do are "
             f"{[record['name'] for record in able]}"
         )
-    encoder = load_encoders(chosen[:1])[chosen[0]["name"]]
+    return chosen[0]
+
+
+@torch.no_grad()
+def _encoded(args: RetrieveArguments, model: SparcModel, record: dict[str, Any]) -> np.ndarray:
+    """Return the code [N] of an image or a text; of patch tokens the largest values."""
+    encoder = load_encoders([record])[record["name"]]
     sample: Any = args.text if args.image is None else open_image(args.image)
     code = model.encode({encoder.name: encoder.rows(encoder.prepare([sample]))})[encoder.name]
-    return encoder.name, code.to_dense().amax(dim=0).float().cpu().numpy()
+    return code.to_dense().amax(dim=0).float().cpu().numpy()

@@ -5,27 +5,42 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import pyarrow as pa
 
 from sparc_hf.feature_files import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    ShardEntry,
     check_target,
     finish_folder,
+    joined,
     open_shard,
     publish,
     read_manifest,
     write_json,
     write_shard,
 )
+from sparc_hf.plain_files import Limit, read_json
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "sparc_partial.json"
 PROGRESS_FOLDER = "progress"
 SKIPPED_NAME = "skipped.jsonl"
+
+
+class _Skipped(TypedDict, total=False):
+    skipped: list[dict[str, Any]]
+
+
+class _FullShard(ShardEntry, _Skipped):
+    pass
+
+
+class _EmptyShard(_Skipped):
+    rows: Annotated[int, Limit("0 rows", lambda rows: rows == 0)]
 
 
 class ShardFolder:
@@ -107,7 +122,7 @@ class ShardFolder:
         Raises:
             ValueError: if one is missing or damaged.
         """
-        return pa.concat_tables([open_shard(self.folder, entry) for entry in self._all(count) if entry["rows"]])
+        return joined([open_shard(self.folder, entry) for entry in self._all(count) if entry["rows"]], self.folder)
 
     def finish(self, schema: pa.Schema, facts: Mapping[str, Any], count: int) -> None:
         """Write the manifest over shards 0 to `count` - 1, and give the folder its final name.
@@ -139,7 +154,7 @@ class ShardFolder:
         if [found.name for found in self.partial.iterdir()] == [file.name + ".tmp"]:  # killed while writing just that
             write_json(file, {"settings": self.settings})
         try:
-            begun = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            begun = read_json(file, dict[str, dict[str, Any]])["settings"]
             self._refuse_other_settings(begun, f"`{self.partial}`")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if "other settings" in str(error):
@@ -163,8 +178,8 @@ class ShardFolder:
 
     def _entry(self, number: int) -> dict[str, Any] | None:
         try:
-            return json.loads(self._progress_file(number).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json(self._progress_file(number), _FullShard | _EmptyShard)
+        except ValueError:
             known = [entry for entry in self._manifest.get("shards", ()) if entry.get("number") == number]
             return known[0] if known else None
 

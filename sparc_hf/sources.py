@@ -1,17 +1,17 @@
 """Where samples come from: datasets of any stored form, their image and text columns, and streams as strings."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from sparc_hf.encoder_families import MODALITIES, POOLINGS
 
 if TYPE_CHECKING:
     import datasets
 
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 PREFERRED_NAMES = {"image": ("image",), "text": ("text", "caption", "captions")}
-MODALITIES = ("image", "text")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,10 @@ def open_source(
             found = datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), **options)
         else:
             found = datasets.load_dataset(str(path) if path.is_dir() else source, **options)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # The files fail in as many ways as datasets has readers.
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ValueError(f"cannot open `{source}` as a dataset: {reason}") from error
     if not isinstance(found, dict):
         return found
@@ -99,25 +101,13 @@ def rows_with_images(columns: Mapping[str, Sequence[Any]], types: Mapping[str, A
     return made.cast_column("image", datasets.Image(decode=False))
 
 
-def read_json(file: Path) -> Any:
-    """Read a JSON file of a source.
-
-    Raises:
-        ValueError: if it is missing or no JSON.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read `{file}` as JSON: {error}") from error
-
-
 def find_column(dataset: "datasets.Dataset | datasets.IterableDataset", modality: Literal["image", "text"]) -> str:
     """Return the column of images, or of texts or lists of texts, by type, and by name where several have the type.
 
     Raises:
         ValueError: if there is none, or several without a usual name.
     """
-    fits = _is_image if modality == "image" else _is_text
+    fits = is_image if modality == "image" else _is_text
     features = features_of(dataset)
     found = [name for name, feature in features.items() if fits(feature)]
     for name in PREFERRED_NAMES[modality]:
@@ -146,6 +136,8 @@ def parse_streams(specifications: Sequence[str]) -> list[dict[str, Any]]:
                 f"cannot read the stream {text!r}; write name=encoder[@revision]:modality[:pooling], for example "
                 "dino=facebook/dinov2-base:image"
             )
+        if pooling not in (None, *POOLINGS):
+            raise ValueError(f"the stream {text!r} has the pooling {pooling!r}; it must be one of {list(POOLINGS)}")
         record: dict[str, Any] = {"name": name, "encoder": encoder, "modality": modality}
         if "@" in encoder and not Path(encoder).is_dir():
             record["encoder"], _, record["revision"] = encoder.rpartition("@")
@@ -156,7 +148,8 @@ def parse_streams(specifications: Sequence[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _is_image(feature: Any) -> bool:
+def is_image(feature: Any) -> bool:
+    """Return whether a column's type is that of images."""
     from datasets import Image
 
     return isinstance(feature, Image)

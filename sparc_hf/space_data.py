@@ -1,14 +1,17 @@
 """What the Space shows: a model, its encoders and an indexed dataset, asked for latents, explanations and matches."""
 
 import base64
+import copy
 import logging
 import os
 import re
+import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from PIL import Image
 
 from sparc_hf.code_search import Match
 from sparc_hf.command_arguments import DemoArguments
+from sparc_hf.concept_search import NUMBER, ConceptSearch, LatentMatch
 from sparc_hf.concepts import Evidence, load_concepts
 from sparc_hf.demo_run import run_demo
 from sparc_hf.encoders import StreamEncoder, load_encoders
@@ -36,6 +40,9 @@ ORDERS = {
     "entropy": "entropy/single",
     "co-firing": "cofire_jaccard/single",
 }
+# Where a pushed Space has its prepared demo, beside app.py.
+SHIPPED_FOLDER = "demo"
+INDEXES_FOLDER = "indexes"
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "concepts.json", "README.md", "*.png")
 
 
@@ -87,8 +94,10 @@ class SpaceData:
         self.streams: list[str] = model.config.stream_names
         self.num_latents: int = model.config.num_latents
         self.atoms = {name: model.atoms[name].detach().float().cpu().numpy() for name in self.streams}
-        # An encoder changes its way of attending while it is explained, and its streams may share it.
-        self.encoding = threading.Lock()
+        # Explaining changes a model's way of attending and watches its inside, so it is done on modules of their own,
+        # one explanation at a time; whoever only encodes waits for nobody.
+        self.watched_encoders = with_own_modules(self.encoders)
+        self.explaining = threading.Lock()
 
     def modality(self, stream: str) -> str:
         """Return "image" or "text", what a stream's encoder takes; "features" where the record does not say."""
@@ -109,29 +118,33 @@ class SpaceData:
         return f"{latent} · {name}" if name else f"{latent}"
 
     def find_latents(self, search: str = "", order: str = "alignment, single-stream") -> list[int]:
-        """Return the latents whose number, name, labels or words match, the largest in `order` first.
+        """Return the latents that match, see `match_latents`."""
+        return [match.latent for match in self.match_latents(search, order)]
 
-        Every word of the search must occur; a number alone means the latent of that number. Latents that never fire
-        are left out unless they are asked for by number.
+    def match_latents(self, search: str = "", order: str = "alignment, single-stream") -> list[LatentMatch]:
+        """Return the latents whose number, name, labels or words match, the most directly meant first.
+
+        Of those of the same name the largest in `order` comes first; of those with the same label or word the one that
+        goes most surely with it; without a search `order` alone counts. Every word of the search must occur; a number
+        means the latent of that number. Latents that never fire are left out unless they are asked for by number.
 
         Raises:
             ValueError: for an unknown order.
         """
         if order not in ORDERS:
             raise ValueError(f"latents are ordered by one of {list(ORDERS)}, not by {order[:40]!r}")
-        wanted = search.lower().split()
-        if len(wanted) == 1 and wanted[0].isascii() and wanted[0].isdigit() and len(wanted[0]) < 12:
-            number = int(wanted[0])
-            return [number] if number < self.num_latents else []
-        fires = np.flatnonzero(self.index.statistics["live/single"] + self.index.statistics["live/joint"])
-        found = [latent for latent in fires.tolist() if all(word in self._told.get(latent, "") for word in wanted)]
+        live = self.index.statistics["live/single"] + self.index.statistics["live/joint"] > 0
+        if search.strip():
+            found = [match for match in self._concepts.search(search) if live[match.latent] or match.reason == NUMBER]
+        else:
+            found = [LatentMatch(latent) for latent in np.flatnonzero(live).tolist()]
         column = ORDERS[order]
-        if column is None:
-            return found
-        values = np.nan_to_num(self.index.statistics[column], nan=-1)
+        values = (
+            -np.arange(self.num_latents) if column is None else np.nan_to_num(self.index.statistics[column], nan=-1)
+        )
         if order == "liveness":  # first in how many streams, then how often
             values = values + self.index.statistics["live/single"]
-        return sorted(found, key=lambda latent: -values[latent])
+        return sorted(found, key=lambda match: (match.rank, -(values[match.latent] if match.is_by_name else match.z)))
 
     def latent(self, number: int, samples: int = 9, neighbours: int = 6) -> LatentFacts:
         """Return what is known of one latent."""
@@ -175,12 +188,18 @@ class SpaceData:
         if stream not in self.encoders:
             raise ValueError(f"the model does not say which encoder makes the stream `{stream}`")
         encoder = self.encoders[stream]
-        with self.encoding, torch.no_grad():
+        with torch.no_grad():
             rows = encoder.rows(encoder.prepare([sample]))  # pyright: ignore[reportArgumentType]
             codes = self.model.encode({stream: rows})[stream]
         dense = np.zeros(self.num_latents, np.float32)
         np.maximum.at(dense, codes.indices.flatten().numpy(), codes.values.flatten().float().numpy())
         return dense
+
+    def unread(self, stream: str, text: str) -> str:
+        """Return the end of a text that a stream's encoder does not read, because it is too long; mostly ""."""
+        inputs = self.encoders[stream].inputs_of
+        read = inputs.tokenizer([text], return_offsets_mapping=True, **inputs.settings)["offset_mapping"][0]
+        return text[max((end for _, end in read), default=0) :].strip()
 
     def strongest(self, code: np.ndarray, count: int = 10) -> list[tuple[int, float]]:
         """Return (latent, value) of the largest values of a code [N], the largest first."""
@@ -188,33 +207,50 @@ class SpaceData:
         order = active[np.argsort(-code[active], kind="stable")][:count]
         return [(int(latent), float(code[latent])) for latent in order]
 
+    def query_code(self, source: str, sample: Image.Image | str | int) -> np.ndarray:
+        """Return the code of a query in a stream, float32 [N].
+
+        Args:
+            source: stream of the query.
+            sample: an image, a text, or the row of an indexed sample.
+
+        Raises:
+            ValueError: for an unknown stream or row, or a stream without an encoder.
+        """
+        self._check_stream(source)
+        return self.index.search.query(source, sample) if isinstance(sample, int) else self.code(source, sample)
+
+    def nearest(self, target: str, code: np.ndarray, count: int = 12, *, without: int | None = None) -> list[Match]:
+        """Return the indexed samples whose code in a stream is most like a code [N], but for the row `without`.
+
+        Raises:
+            ValueError: for an unknown stream.
+        """
+        self._check_stream(target)
+        return self.index.search.search(target, code, count, without=without)
+
     def retrieve(self, source: str, target: str, sample: Image.Image | str | int, count: int = 12) -> list[Match]:
         """Return the indexed samples whose code in the target stream is most like a query's in the source stream.
 
         Args:
             source: stream of the query.
             target: stream that is searched.
-            sample: an image, a text, or the row of an indexed sample, which is then left out of its own stream.
+            sample: as in `query_code`; an indexed sample is left out of its own stream.
             count: most samples to return.
 
         Raises:
-            ValueError: for unknown streams or rows, or a source without an encoder.
+            ValueError: as `query_code`.
         """
-        for stream in (source, target):
-            if stream not in self.streams:
-                raise ValueError(f"there is no stream {stream[:40]!r}; the streams are {self.streams}")
-        if isinstance(sample, int):
-            query = self.index.search.query(source, sample)
-            return self.index.search.search(target, query, count, without=sample if source == target else None)
-        return self.index.search.search(target, self.code(source, sample), count)
+        own = sample if isinstance(sample, int) and source == target else None
+        return self.nearest(target, self.query_code(source, sample), count, without=own)
+
+    def _check_stream(self, stream: str) -> None:
+        if stream not in self.streams:
+            raise ValueError(f"there is no stream {stream[:40]!r}; the streams are {self.streams}")
 
     @cached_property
-    def _told(self) -> dict[int, str]:
-        """Latent -> all words it may be searched by."""
-        return {
-            latent: " ".join([one.name or "", *(found.name for found in [*one.labels, *one.words])]).lower()
-            for latent, one in self.index.concepts.items()
-        }
+    def _concepts(self) -> ConceptSearch:
+        return ConceptSearch(list(self.index.concepts.values()), self.num_latents)
 
     def _nearest(self, stream: str, latent: int, count: int) -> list[tuple[int, float]]:
         atoms = self.atoms[stream]
@@ -225,19 +261,25 @@ class SpaceData:
         return [(int(other), float(cosines[other])) for other in order if np.isfinite(cosines[other])]
 
 
-def open_space(model: str | None = None, dataset: str | None = None, cache: str | None = None) -> SpaceData:
+def open_space(
+    model: str | None = None,
+    dataset: str | None = None,
+    cache: str | None = None,
+    *,
+    shipped: Path | None = None,
+) -> SpaceData:
     """Load what a Space shows; without a model it is the embedded demo, which the first call prepares.
 
     Args:
         model: folder or Hub id of a model.
         dataset: folder or Hub id of the feature dataset that is indexed: samples with their images, texts and labels.
         cache: folder for the demo and the indexes (default: `SPARC_CACHE`, or ~/.cache/sparc_hf).
+        shipped: folder that `ship_demo` wrote, whose demo is shown as it is; nothing is written there.
 
     Raises:
         ValueError: for a model without a dataset, and as `SparcModel.from_pretrained` and `open_index`.
     """
-    folder = Path(cache or os.environ.get("SPARC_CACHE") or Path.home() / ".cache" / "sparc_hf").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _cache_folder(cache)
     if model is None and dataset is not None:
         raise ValueError("a dataset is given but no model; give both, or none for the embedded demo")
     if model is not None and dataset is None:
@@ -247,15 +289,45 @@ def open_space(model: str | None = None, dataset: str | None = None, cache: str 
         )
     # Of several processes one prepares, and the others wait.
     with WeakFileLock(folder / "space.lock"):
-        model_folder, address = (
-            (_downloaded(model), _address(dataset)) if model is not None and dataset is not None else _demo(folder)
-        )
+        if model is not None and dataset is not None:
+            model_folder, address = _downloaded(model), _address(dataset)
+        elif shipped is not None:
+            model_folder, address = str(shipped / "model"), str(shipped / "features")
+        else:
+            model_folder, address = _demo(folder)
         loaded = SparcModel.from_pretrained(model_folder).eval()
         features = FeatureDataset.load(address)
-        index = open_index(loaded, features, folder / "indexes", names=load_concepts(model_folder))
+        index = open_index(
+            loaded,
+            features,
+            folder / INDEXES_FOLDER,
+            names=load_concepts(model_folder),
+            shipped=None if shipped is None else shipped / INDEXES_FOLDER,
+        )
     return SpaceData(
         loaded, features, index, encoders=_encoders(loaded), card=card_text(Path(model_folder) / "README.md")
     )
+
+
+def ship_demo(target: Path, cache: str | None = None) -> None:
+    """Write the embedded demo with its index into a new folder, for `open_space` on another machine.
+
+    Args:
+        target: the folder.
+        cache: as in `open_space`; the demo is prepared there where it is missing.
+    """
+    data = open_space(cache=cache)
+    model_folder, features_folder = _demo(_cache_folder(cache))
+    (target / "model").mkdir(parents=True)
+    for pattern in MODEL_FILES:
+        for file in Path(model_folder).glob(pattern):
+            shutil.copyfile(file, target / "model" / file.name)
+    card = target / "model" / "README.md"
+    # It says where the model lies, which is somewhere else now.
+    text = card.read_text(encoding="utf-8").replace(model_folder, f"{SHIPPED_FOLDER}/model")
+    card.write_text(text, encoding="utf-8")
+    shutil.copytree(features_folder, target / "features")
+    shutil.copytree(data.index.folder, target / INDEXES_FOLDER / data.index.folder.name)
 
 
 def card_text(path: Path) -> str:
@@ -272,6 +344,12 @@ def card_text(path: Path) -> str:
         return f"![{found.group(1)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
 
     return re.sub(r"!\[([^\]]*)\]\(([^)\s]+)\)", embedded, text.strip())
+
+
+def _cache_folder(cache: str | None) -> Path:
+    folder = Path(cache or os.environ.get("SPARC_CACHE") or Path.home() / ".cache" / "sparc_hf").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _demo(cache: Path) -> tuple[str, str]:
@@ -304,6 +382,18 @@ def _address(dataset: str) -> str:
     """Return a Hub id, with or without a split, as `FeatureDataset.load` takes it; folders stay."""
     is_id = dataset.count("/") in (1, 2) and not Path(dataset).exists() and not dataset.startswith((".", "~", "/"))
     return f"hf://datasets/{dataset}" if is_id else dataset
+
+
+def with_own_modules(encoders: Mapping[str, StreamEncoder]) -> dict[str, StreamEncoder]:
+    """Return the encoders on modules of their own over the same weights; those that share a model still do."""
+    memo: dict[int, Any] = {}
+    for encoder in encoders.values():
+        # What deepcopy takes for copied already is shared.
+        memo |= {id(weight): weight for weight in (*encoder.model.parameters(), *encoder.model.buffers())}
+    copies = {name: copy.copy(encoder) for name, encoder in encoders.items()}
+    for encoder in copies.values():
+        encoder.model = copy.deepcopy(encoder.model, memo)
+    return copies
 
 
 def _encoders(model: SparcModel) -> dict[str, StreamEncoder]:

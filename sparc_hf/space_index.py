@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from tqdm.auto import tqdm
 from sparc_hf.code_search import CodeSearch
 from sparc_hf.codes import CodeTable, encode_features
 from sparc_hf.concepts import Concept, load_concepts, name_concepts, save_concepts
+from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
 from sparc_hf.features import FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.run_folder import write_json
 from sparc_hf.top_samples import TopSamples, top_samples
+from sparc_hf.version import __version__
 
 FORMAT_VERSION = 1
 FACTS_FILE = "index.json"
@@ -33,6 +36,7 @@ CODES_FOLDER = "codes"
 TOP_SAMPLES = 24
 THUMBNAIL_SIDE = 192
 RETRIEVAL_ROWS = 1000
+ROWS_AT_ONCE = 256
 # Columns of the statistics, each [N]; those of an encoding are called column/encoding.
 COLUMNS = ("alignment", "energy", "entropy", "cofires", "cofire_jaccard", "live", "fires")
 
@@ -75,7 +79,12 @@ class SpaceIndex:
 
 
 def open_index(
-    model: SparcModel, features: FeatureDataset, cache: str | Path, *, names: list[Concept] | None = None
+    model: SparcModel,
+    features: FeatureDataset,
+    cache: str | Path,
+    *,
+    names: list[Concept] | None = None,
+    shipped: Path | None = None,
 ) -> SpaceIndex:
     """Return the index of a model and a dataset, made now where `cache` does not have it.
 
@@ -84,11 +93,15 @@ def open_index(
         features: the samples; with `image`, `text` and `labels` where they have them.
         cache: folder of indexes, each in a folder called by a digest of model and dataset.
         names: names of latents that come with the model; they win over those the dataset suggests.
+        shipped: another folder of indexes, looked into first and never written to.
 
     Raises:
         ValueError: as `evaluate_model`.
     """
-    folder = Path(cache) / index_name(model, features, names)
+    name = index_name(model, features, names)
+    if shipped is not None and (shipped / name / FACTS_FILE).is_file():
+        return SpaceIndex(shipped / name)
+    folder = Path(cache) / name
     if not (folder / FACTS_FILE).is_file():
         shutil.rmtree(folder, ignore_errors=True)
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.making")
@@ -106,21 +119,21 @@ def open_index(
 
 
 def index_name(model: SparcModel, features: FeatureDataset, names: list[Concept] | None = None) -> str:
-    """Return a name that differs where the index would: by weights, settings, names, and the dataset's rows."""
-    told = hashlib.sha256()
-    config = model.config
-    shown = {"format": FORMAT_VERSION, "streams": config.streams, "k": config.k, "selection": config.selection}
-    told.update(json.dumps([shown, features.streams, features.label_names, len(features)]).encode())
-    told.update(json.dumps([[one.latent, one.name] for one in names or []]).encode())
+    """Return a name that differs wherever the index would: by weights, settings, names, and every row of the dataset.
+
+    The whole dataset is read for it.
+    """
+    digest = hashlib.sha256()
+    # Every setting counts, those of later versions too.
+    settings = {name: getattr(model.config, name) for name in SparcConfig.__annotations__}
+    facts = [features.streams, features.label_names, features.taxonomy, len(features)]
+    concepts = [asdict(concept) for concept in names or []]
+    digest.update(json.dumps([FORMAT_VERSION, __version__, settings, facts, concepts], sort_keys=True).encode())
     for name, weights in sorted(model.state_dict().items()):
-        told.update(name.encode() + _bytes_of(weights))
-    # Rows spread over the dataset stand for all of it, which may be large.
-    rows = np.unique(np.linspace(0, len(features) - 1, 256, dtype=np.int64))
-    for stream in features.stream_names:
-        told.update(features.array(stream, rows).tobytes())
-    for column in sorted({"id", "text", "labels"} & set(features.column_names)):
-        told.update(json.dumps([column, features.column(column, rows)]).encode())
-    return told.hexdigest()[:20]
+        digest.update(name.encode() + _bytes_of(weights))
+    for start in range(0, len(features), ROWS_AT_ONCE):
+        digest.update(features.record_batch(slice(start, start + ROWS_AT_ONCE)).serialize())
+    return digest.hexdigest()[:20]
 
 
 def _bytes_of(weights: torch.Tensor) -> bytes:

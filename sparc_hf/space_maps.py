@@ -90,6 +90,8 @@ def explain(
         raise ValueError(f"The encoders of this model take {' and '.join(kinds) or 'nothing'}; give one of these.")
     found = Explanation(caption=caption)
     for stream, sample in samples.items():
+        if isinstance(sample, str):
+            found.remarks += unread_remark(data, stream, sample)
         found.active[stream] = data.strongest(data.code(stream, sample))  # pyright: ignore[reportArgumentType]
     kinds = {encoder.modality for stream, encoder in data.encoders.items() if stream in samples}
     if latent is None and kinds != {"image", "text"}:
@@ -104,12 +106,18 @@ def explain(
         found.title = f"Where {data.title(latent)} is"
     else:
         found.title = "Where image and caption are alike"
-    with data.encoding:
+    with data.explaining:
         if "image" in kinds and image is not None:
             _add_maps(data, found, image, caption)
         if "text" in kinds:
             _add_words(data, found, image, caption)
     return found
+
+
+def unread_remark(data: SpaceData, stream: str, text: str) -> list[str]:
+    """Return one remark where a stream's encoder reads only the beginning of a text, and none where it reads all."""
+    unread = data.unread(stream, text)
+    return [f"{stream} reads only the beginning of a text this long, and not: {unread}"] if unread else []
 
 
 def latent_maps(data: SpaceData, latent: int, rows: Mapping[str, Sequence[int]]) -> dict[str, list[SeenImage | None]]:
@@ -125,13 +133,13 @@ def latent_maps(data: SpaceData, latent: int, rows: Mapping[str, Sequence[int]])
     """
     found: dict[str, list[SeenImage | None]] = {}
     for stream, of_stream in rows.items():
-        encoder = data.encoders.get(stream)
+        encoder = data.watched_encoders.get(stream)
         if encoder is None or encoder.modality != "image":
             continue
         images = {row: image for row in of_stream if (image := data.image(row)) is not None}
         if images:
             try:
-                with data.encoding:
+                with data.explaining:
                     target = [ConceptTarget((latent,))]
                     kind = map_method(encoder)
                     maps = image_maps(data.model, {stream: encoder}, list(images.values()), target, kind)
@@ -146,9 +154,9 @@ def latent_maps(data: SpaceData, latent: int, rows: Mapping[str, Sequence[int]])
 
 def _add_maps(data: SpaceData, found: Explanation, image: Image.Image, caption: str) -> None:
     """Add what each image stream sees with the target's map, and the similarity by embeddings where there is one."""
-    texts = [stream for stream, encoder in data.encoders.items() if encoder.modality == "text"]
+    texts = [stream for stream, encoder in data.watched_encoders.items() if encoder.modality == "text"]
     for stream in data.streams_of("image"):
-        encoder = data.encoders.get(stream)
+        encoder = data.watched_encoders.get(stream)
         if encoder is None:
             continue
         targets: list[Target] = []
@@ -159,10 +167,10 @@ def _add_maps(data: SpaceData, found: Explanation, image: Image.Image, caption: 
         baseline = [
             SimilarityTarget(text, caption, embeddings=True)
             for text in texts
-            if caption and data.encoders[text].encoder == encoder.encoder and encoder.pooling != "tokens"
+            if caption and data.watched_encoders[text].encoder == encoder.encoder and encoder.pooling != "tokens"
         ]
         targets += baseline[:1]
-        involved = {name: data.encoders[name] for name in [stream, *texts]}
+        involved = {name: data.watched_encoders[name] for name in [stream, *texts]}
         view = seen_images(encoder, [image])[0]
         maps = []
         if targets:
@@ -180,7 +188,7 @@ def _add_maps(data: SpaceData, found: Explanation, image: Image.Image, caption: 
 
 
 def _add_words(data: SpaceData, found: Explanation, image: Image.Image | None, caption: str) -> None:
-    images = [stream for stream, encoder in data.encoders.items() if encoder.modality == "image"]
+    images = [stream for stream, encoder in data.watched_encoders.items() if encoder.modality == "image"]
     target: Target
     if found.latent is not None:
         target = ConceptTarget((found.latent,))
@@ -188,10 +196,10 @@ def _add_words(data: SpaceData, found: Explanation, image: Image.Image | None, c
         target = SimilarityTarget(images[0], image)
     else:
         return
-    texts = {stream: encoder for stream, encoder in data.encoders.items() if encoder.modality == "text"}
+    texts = {stream: encoder for stream, encoder in data.watched_encoders.items() if encoder.modality == "text"}
     if not texts:
         return
-    involved = texts | {name: data.encoders[name] for name in images}
+    involved = texts | {name: data.watched_encoders[name] for name in images}
     for stream, scores in word_scores(data.model, involved, [caption], [target]).items():
         found.words[stream] = scores[0][0]
 

@@ -11,11 +11,12 @@ from PIL import Image
 
 from sparc_hf.attribution import WordScore
 from sparc_hf.code_search import Match
+from sparc_hf.concept_search import LatentMatch
 from sparc_hf.concepts import Evidence
 from sparc_hf.plots import cofires_against_energy, entropy_histogram, svg_text
 from sparc_hf.space_data import LatentFacts, SpaceData
 from sparc_hf.space_index import encoded_image
-from sparc_hf.space_maps import Explanation, SeenImage
+from sparc_hf.space_maps import Explanation, SeenImage, unread_remark
 
 LATENTS_PER_PAGE = 20
 HEAT_COLOURS = ((255, 225, 60), (255, 130, 0), (255, 15, 40))
@@ -27,18 +28,18 @@ def latent_link(data: SpaceData, latent: int, note: str = "", kind: str = "chip"
     return f'<a class="{kind}" href="?latent={latent}" data-latent="{latent}">{escape(data.title(latent))}{told}</a>'
 
 
-def latents_table(data: SpaceData, latents: Sequence[int], page: int = 0) -> str:
-    """Return one page of a list of latents, with links to the pages before and after."""
-    pages = max(1, -(-len(latents) // LATENTS_PER_PAGE))
+def latents_table(data: SpaceData, matches: Sequence[LatentMatch], page: int = 0) -> str:
+    """Return one page of found latents, each with why it was found, and links to the pages before and after."""
+    pages = max(1, -(-len(matches) // LATENTS_PER_PAGE))
     page = min(max(page, 0), pages - 1)
-    shown = latents[page * LATENTS_PER_PAGE : (page + 1) * LATENTS_PER_PAGE]
+    shown = matches[page * LATENTS_PER_PAGE : (page + 1) * LATENTS_PER_PAGE]
     if not shown:
         return '<p class="empty">No latent has such a name, label or word. Try fewer letters, or a number.</p>'
     columns = data.index.statistics
     lines = "".join(
-        f"<tr><th scope=row>{latent_link(data, latent, kind='plain')}</th>"
+        f"<tr><th scope=row>{latent_link(data, match.latent, kind='plain')}{_reason(match)}</th>"
         + "".join(
-            f"<td>{_number(columns[name][latent], form)}</td>"
+            f"<td>{_number(columns[name][match.latent], form)}</td>"
             for name, form in (
                 ("alignment/single", ".2f"),
                 ("alignment/joint", ".2f"),
@@ -48,7 +49,7 @@ def latents_table(data: SpaceData, latents: Sequence[int], page: int = 0) -> str
             )
         )
         + "</tr>"
-        for latent in shown
+        for match in shown
     )
     head = "".join(
         f'<th scope=col title="{escape(words)}">{name}</th>'
@@ -64,7 +65,7 @@ def latents_table(data: SpaceData, latents: Sequence[int], page: int = 0) -> str
     return (
         f"<table class=latents><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
         f"<nav class=pages>{_page_button('previous', page - 1, page > 0)}"
-        f"<span>{len(latents):,} latents, page {page + 1} of {pages}</span>"
+        f"<span>{len(matches):,} latents, page {page + 1} of {pages}</span>"
         f"{_page_button('next', page + 1, page + 1 < pages)}</nav>"
     )
 
@@ -99,6 +100,13 @@ def latent_page(data: SpaceData, facts: LatentFacts) -> str:
         f"<div class=columns>{_evidence('Labels', facts.labels)}{_evidence('Words of captions', facts.words)}</div>"
         f"<h3>Nearest atoms <small>cosine</small></h3>{near}</div>"
     )
+
+
+def latent_with_samples(data: SpaceData, facts: LatentFacts, samples: str, *, with_maps: bool) -> str:
+    """Return the page of a latent and below it its samples, marked with its number and whether these have maps."""
+    maps = "yes" if with_maps else "no"
+    marks = f'data-shown="{facts.latent}" data-maps="{maps}"'
+    return f'<div {marks}><div id="facts">{latent_page(data, facts)}</div><div id="samples">{samples}</div></div>'
 
 
 def latent_samples(
@@ -139,13 +147,13 @@ def sample_strip(data: SpaceData, rows: Iterable[int]) -> str:
 
 def retrieval_page(data: SpaceData, source: str, target: str, query: Image.Image | str | int) -> str:
     """Return a query with its strongest latents, and what it finds; see `SpaceData.retrieve`."""
-    matches = data.retrieve(source, target, query)
-    active = data.strongest(
-        data.index.search.query(source, query) if isinstance(query, int) else data.code(source, query), 6
-    )
+    code = data.query_code(source, query)
+    matches = data.nearest(target, code, without=query if isinstance(query, int) and source == target else None)
     picture = data.image(query) if isinstance(query, int) else query if isinstance(query, Image.Image) else None
     caption = (data.caption(query) or "") if isinstance(query, int) else query if isinstance(query, str) else ""
-    return matches_page(data, target, matches, query_card(data, picture, caption, active))
+    remarks = unread_remark(data, source, query) if isinstance(query, str) else []
+    card = query_card(data, picture, caption, data.strongest(code, 6))
+    return _remarks(remarks) + matches_page(data, target, matches, card)
 
 
 def matches_page(data: SpaceData, target: str, matches: Sequence[Match], query: str = "") -> str:
@@ -192,7 +200,6 @@ def explanation_page(data: SpaceData, found: Explanation) -> str:
         f"<p class=caption>{marked_words(found.caption, scores)}</p></section>"
         for stream, scores in found.words.items()
     )
-    remarks = "".join(f"<p class=remark>{escape(remark)}</p>" for remark in found.remarks)
     bars = "".join(
         f"<section><h4><code>{escape(stream)}</code></h4>{latent_bars(data, active, found.latent)}</section>"
         for stream, active in found.active.items()
@@ -204,7 +211,7 @@ def explanation_page(data: SpaceData, found: Explanation) -> str:
     )
     title = f"<h3>{escape(found.title)}{opened}</h3>" if panels or words else ""
     return (
-        f"{remarks}{title}<div class=panels>{''.join(panels)}</div><div class=streams>{words}</div>"
+        f"{_remarks(found.remarks)}{title}<div class=panels>{''.join(panels)}</div><div class=streams>{words}</div>"
         "<h3>Strongest latents <small>of each stream alone; choose one to see its map</small></h3>"
         f"<div class=streams>{bars}</div>"
     )
@@ -273,6 +280,14 @@ def heat_image(heat: np.ndarray) -> Image.Image:
     part = (place - below)[..., None]
     mixed = colours[below] * (1 - part) + colours[below + 1] * part
     return Image.fromarray(np.concatenate([mixed, share[..., None] * 255], axis=-1).round().astype(np.uint8), "RGBA")
+
+
+def _reason(match: LatentMatch) -> str:
+    return f"<small class=why>{escape(match.reason)}</small>" if match.reason else ""
+
+
+def _remarks(remarks: Sequence[str]) -> str:
+    return "".join(f"<p class=remark>{escape(remark)}</p>" for remark in remarks)
 
 
 def _panel(title: str, view: SeenImage) -> str:

@@ -1,12 +1,14 @@
 """What a visitor of the Space sends, checked before anything is done with it: images, texts, latent numbers."""
 
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from sparc_hf.image_files import upright_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 10 * 1024 * 1024
@@ -20,6 +22,33 @@ MAX_CHARACTERS = 1000
 
 class InputRefused(ValueError):
     """Something a visitor sent cannot be used; the message tells the visitor why, and what can be."""
+
+
+def checked_upload(sent: Any, folder: str | Path) -> Path | None:
+    """Return where an upload lies, from what a request says of it; None for no upload.
+
+    Of files elsewhere than in `folder` nothing is said, and nothing looked at, not even whether they are there.
+
+    Args:
+        sent: what a request holds in the place of a file: {"path": ...}, or None.
+        folder: where the server keeps what visitors send.
+
+    Raises:
+        InputRefused: for anything but a file in that folder, always in the same words.
+    """
+    if sent is None:
+        return None
+    refused = InputRefused("There is no such upload; choose the image again.")
+    path = sent.get("path") if isinstance(sent, dict) else None
+    if not isinstance(path, str) or "\0" in path or not os.path.isabs(path):
+        raise refused
+    folders = (os.path.abspath(folder), os.path.realpath(folder))
+    if not any(Path(os.path.normpath(path)).is_relative_to(one) for one in folders):
+        raise refused
+    found = Path(os.path.realpath(path))  # a link may lead out again
+    if not found.is_relative_to(folders[1]) or not found.is_file():
+        raise refused
+    return found
 
 
 def checked_image(path: str | Path) -> tuple[Image.Image, list[str]]:
@@ -56,7 +85,7 @@ def checked_image(path: str | Path) -> tuple[Image.Image, list[str]]:
                 remarks = _remarks(opened)
                 opened.draft("RGB", (MAX_SIDE, MAX_SIDE))
                 opened.load()
-                image = _as_rgb(ImageOps.exif_transpose(opened))
+                image = upright_rgb(opened)
     except Image.DecompressionBombError as error:
         raise InputRefused(
             f"The image has far too many pixels; at most {MAX_PIXELS // 1_000_000} million can be used."
@@ -115,16 +144,3 @@ def _remarks(image: Image.Image) -> list[str]:
     if image.mode == "CMYK":
         remarks.append("The image has print colours (CMYK), which were turned into screen colours.")
     return remarks
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Return RGB; what is transparent becomes white, and 16 bits a pixel become 8."""
-    if image.mode.startswith(("I", "F")):
-        numbers = np.nan_to_num(np.asarray(image, np.float32))
-        span = float(np.ptp(numbers)) or 1.0
-        image = Image.fromarray(((numbers - numbers.min()) / span * 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", coloured.size, "white")
-        return Image.alpha_composite(white, coloured).convert("RGB")
-    return image.convert("RGB")

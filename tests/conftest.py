@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -100,6 +101,66 @@ def small_space(space_cache):
     from space_demo import small_demo
 
     return small_demo(space_cache)
+
+
+BROWSERS = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+BROWSER_OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"]
+BROWSER_OPTIONS += [
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def lacking(what: str) -> None:
+    """Skip a test for something that is missing on this machine, but fail where everything is to be tested."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what}, and CI=true asks for every test")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        lacking("the browser is driven by playwright, which is not installed")
+    if CHROMIUM is None:
+        lacking("there is no Chromium here; install it, or name it with CHROMIUM")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=BROWSER_OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, url):
+    """Return what opens an address of the Space; afterwards nothing may have failed or left the machine."""
+    contexts, failures = [], []
+
+    def opened(address: str = "", **options):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.on("dialog", lambda dialog: failures.append(dialog.message))
+        page.on("response", lambda answer: failures.append(answer.url) if answer.status >= 400 else None)
+        page.on(
+            "request",
+            lambda sent: failures.append(sent.url) if not sent.url.startswith((url, "data:", "blob:")) else None,
+        )
+        page.goto(url + address)
+        page.wait_for_selector("#latents a")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert failures == []
 
 
 @contextlib.contextmanager

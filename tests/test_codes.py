@@ -163,3 +163,11 @@ def test_the_manifest_says_what_the_table_is(tmp_path):
     small_table().save(tmp_path / "codes")
     facts = json.loads((tmp_path / "codes" / "sparc_codes.json").read_text())
     assert (facts["rows"], facts["streams"], facts["num_latents"], facts["encoding"]) == (2, ["a"], 4, "joint")
+
+
+def test_codes_that_name_no_latent_of_the_model_are_refused():
+    """Written past the end of an array, they would end the process."""
+    for latents, values, words in (([0, 9], [1, 1], "indices must be < 5"), ([0, 1], [1, np.nan], "NaN .* in row 0")):
+        arrays = {"a": np.array([latents], np.int32)}, {"a": np.array([values], np.float32)}
+        with pytest.raises(ValueError, match=rf"the codes of `a` .*{words}"):
+            CodeTable.from_arrays(*arrays, num_latents=5, encoding="single").csr("a")

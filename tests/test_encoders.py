@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_encoders import SAVERS, TEXTS, save_clip, save_dinov2
 
 from sparc_hf.encoders import StreamEncoder, load_encoders
+from sparc_hf.pretrained import LONGEST_RATIO
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (50, 40)) -> Image.Image:
@@ -240,14 +241,22 @@ def test_the_image_backend_is_recorded_and_torchvision_must_be_there(folders, mo
         StreamEncoder("x", str(folders["clip"]), "image", image_backend="opencv")
 
 
-def test_a_very_long_image_costs_no_more_than_a_square_one(folders):
-    """Resized whole, 12,000 x 1 pixels would become 384,000 x 32; what is cut off first is never seen."""
+@pytest.mark.parametrize("name", ["clip", "dinov2"])
+@pytest.mark.parametrize("size", [(4, 80), (7, 141), (3, 299)])
+def test_long_pictures_are_prepared_as_by_their_processor(folders, name, size):
+    encoder = StreamEncoder("img", str(folders[name]), "image")
+    strip = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+    for picture in (strip, strip.rotate(90, expand=True)):
+        expected = encoder.inputs_of.processor(images=[picture], return_tensors="pt")["pixel_values"]
+        assert torch.equal(encoder.prepare([picture])["pixel_values"], expected)
+
+
+def test_a_line_of_pixels_is_cut_before_it_is_resized(folders):
+    """Resized whole, 12,000 x 1 pixels would become 432,000 x 36; the ends that are cut off are never seen."""
     encoder = StreamEncoder("img", str(folders["clip"]), "image")
-    rng = np.random.default_rng(0)
-    strip = Image.fromarray(rng.integers(0, 255, (4, 300, 3), dtype=np.uint8))
-    whole = encoder.inputs_of.processor(images=[strip], return_tensors="pt")["pixel_values"]
-    for picture, expected in ((strip, whole), (strip.rotate(90, expand=True), whole.rot90(1, (2, 3)))):
-        torch.testing.assert_close(encoder.prepare([picture])["pixel_values"], expected, rtol=0, atol=0.02)
+    line = Image.fromarray(np.random.default_rng(0).integers(0, 255, (2, 900, 3), dtype=np.uint8))
+    expected = encoder.inputs_of.processor(images=[line], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(encoder.prepare([line])["pixel_values"], expected, rtol=0, atol=0.02)
     seen = []
     resized = Image.Image.resize
     with pytest.MonkeyPatch.context() as patch:
@@ -256,4 +265,4 @@ def test_a_very_long_image_costs_no_more_than_a_square_one(folders):
         )
         encoder.prepare([Image.new("RGB", (12000, 1)), Image.new("L", (1, 12000))])
     assert len(seen) == 2
-    assert max(max(size) for size in seen) < 400
+    assert max(max(size) for size in seen) <= LONGEST_RATIO * 36

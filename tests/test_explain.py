@@ -1,20 +1,24 @@
 """Panels, contact sheets, heatmaps and maximisation, on the shipped encoders."""
 
+import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 from tiny_encoders import save_vit
 
 from sparc_hf import SparcConfig, SparcModel, map_plots
 from sparc_hf.attribution import SimilarityTarget, image_maps
 from sparc_hf.cli import main
-from sparc_hf.concepts import Concept, load_concepts, save_concepts, vocabulary_evidence
+from sparc_hf.concepts import Concept, Evidence, load_concepts, save_concepts, vocabulary_evidence
 from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
 from sparc_hf.encoders import StreamEncoder, load_encoders
-from sparc_hf.explain import active_latents, explain_sample, latents_named, sample_codes
+from sparc_hf.explain import active_latents, explain_sample, sample_codes
 from sparc_hf.extraction import extract_features
 from sparc_hf.features import FeatureDataset
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
@@ -33,7 +37,10 @@ def world(tmp_path_factory):
     streams = [one.record for one in encoders.values()]
     model = SparcModel(SparcConfig(streams=streams, num_latents=32, k=6, auxk=8)).eval()
     model.save_pretrained(folder / "model")
-    save_concepts([Concept(3, "circle", 5.0, {}), Concept(9, "circle", 8.0, {})], folder / "model")
+    save_concepts(
+        [Concept(3, "circle", 5.0, {}), Concept(9, "circle", 8.0, {}, [Evidence("dot", 2.0, 3, 4.0)])],
+        folder / "model",
+    )
     columns = {"image_column": "image", "text_column": "text", "labels_column": "labels", "label_names": CLASS_NAMES}
     extract_features(
         make_scenes_dataset("test", 24, 0), encoders, folder / "features", keep_columns=("image",), **columns
@@ -50,9 +57,13 @@ def test_an_explanation_holds_concepts_and_the_agreement(world):
     model, encoders, _ = world
     found = explain_sample(model, encoders, SCENE.image, SCENE.captions[0], {"one": [3], "two": [3, 9]})
     assert [target.title for target in found.targets] == ["one", "two", "agreement of image and clip_txt"]
-    for target in found.targets[:2]:
+    codes = sample_codes(model, encoders, SCENE.image, SCENE.captions[0])
+    for target, latents in zip(found.targets, ([3], [3, 9]), strict=False):
         assert list(target.maps) == ["dino", "clip_img"]
-        assert all(heat.shape == (64, 64) for heat in target.maps.values())
+        for name, heat in target.maps.items():
+            active = float(codes[name][latents].sum()) > 0
+            assert (heat is not None and heat.shape == (64, 64)) if active else heat is None
+            assert (name in target.inactive) == (not active)
         assert list(target.words) == ["clip_txt"]
     agreement = found.targets[2]
     assert list(agreement.maps) == ["dino", "clip_img", "clip_img, embeddings (baseline)"]
@@ -60,7 +71,7 @@ def test_an_explanation_holds_concepts_and_the_agreement(world):
     assert [word.word for word in agreement.words["clip_txt for dino"]] == SCENE.captions[0].split()
     figure = found.panel()
     drawn = [axis for axis in figure.axes if axis.images]
-    assert len(drawn) == 3 + 3 + 4
+    assert len(drawn) == 3 + 3 + 4 + 1  # and the scale
 
 
 def test_images_or_captions_alone_are_explained(world):
@@ -79,7 +90,7 @@ def test_a_huge_image_is_explained_on_a_small_copy(world):
     model, encoders, _ = world
     found = explain_sample(model, encoders, Image.new("RGB", (6000, 30), "red"), "red", {"one": [3]})
     assert found.image.size == (640, 3)
-    assert found.targets[0].maps["dino"].shape == (3, 640)
+    assert found.targets[-1].maps["dino"].shape == (3, 640)
 
 
 def test_codes_and_active_latents_of_a_sample(world):
@@ -99,25 +110,21 @@ def test_codes_and_active_latents_of_a_sample(world):
     }
 
 
-def test_names_find_latents(world):
-    concepts = load_concepts(world[2] / "model")
-    assert latents_named(concepts, "Circle") == (9, 3)
-    with pytest.raises(ValueError, match="no concept named `cat`; it has circle"):
-        latents_named(concepts, "cat")
-
-
 def test_the_command_draws_and_goes_on_where_it_stopped(world, tmp_path, capsys):
     _, _, folder = world
     SCENE.image.save(tmp_path / "a.png")
     base = f"explain --model {folder}/model --shifts 1 --output {tmp_path}/panels"
     told = run(f"{base} --image {tmp_path}/a.png --text circle --concept circle", capsys)
     assert told["samples"][0]["targets"][0]["title"] == "circle (latents 9, 3)"
+    assert told["concepts"]["circle"][0] == {"latent": 9, "matched_by": 'name "circle"'}
     assert Image.open(tmp_path / "panels" / "a.png").width > 500
     again = run(f"{base} --image {tmp_path}/a.png --text circle --concept circle", capsys)
     assert (again["drawn"], again["kept"]) == (0, 1)
+    by_label = run(f"{base} --text dot --concept dot", capsys)
+    assert by_label["samples"][0]["targets"][0]["title"] == 'dot (latent 9 by its label "dot")'
     told = run(f"{base} --features {folder}/features --rows 2 --latents 4", capsys)
     assert (told["drawn"], told["kept"]) == (2, 0)
-    assert len(list((tmp_path / "panels").iterdir())) == 3
+    assert len(list((tmp_path / "panels").iterdir())) == 4
 
 
 @pytest.mark.parametrize(
@@ -156,6 +163,28 @@ def test_concepts_draws_sheets_heatmaps_and_images(world, tmp_path, capsys):
     assert "there are no latents [99]" in capsys.readouterr().err
     assert main(f"concepts --model {tmp_path}/model".split()) == 2
     assert main(f"concepts --model {tmp_path}/model --maximise 1".split()) == 2
+
+
+def test_latents_named_by_a_vocabulary_alone_have_sheets_too(world, tmp_path, capsys):
+    model, encoders, folder = world
+    model.save_pretrained(tmp_path / "model")
+    features = FeatureDataset.load(folder / "features")
+    bare = FeatureDataset.from_arrays({name: features.array(name) for name in encoders}, streams=features.streams)
+    bare.save(tmp_path / "bare")
+    (tmp_path / "words.txt").write_text(
+        "\n".join(
+            ["circle", "star", "red", "green", "a small cat", "noise"] * 2 + [f"word {number}" for number in range(40)]
+        )
+    )
+    base = f"concepts --model {tmp_path}/model --features {tmp_path}/bare --vocabulary {tmp_path}/words.txt"
+    told = run(f"{base} --output {tmp_path}/out --top 2", capsys)
+    assert told["named"] > 0
+    sheets = [int(path[-9:-4]) for path in told["sheets"]]
+    named = {one.latent: one for one in load_concepts(tmp_path / "model")}
+    assert named[sheets[0]].score == max(one.score for one in named.values())
+    word = named[sheets[0]].name
+    again = run(f"{base} --output {tmp_path}/again --concept {word.split()[0]}", capsys)
+    assert sheets[0] in [int(path[-9:-4]) for path in again["sheets"]]
 
 
 @pytest.mark.parametrize("flag", ["samples", "top", "heatmaps", "heatmap_images", "shifts"])
@@ -226,7 +255,7 @@ def test_streams_of_patch_tokens_are_explained_by_their_codes(world, tmp_path):
     by_token = model.encode({"tokens": tokens.rows(tokens.prepare([SCENE.image]))})["tokens"].to_dense()
     largest = by_token[:, 3].max().item()
     assert found.notes["tokens"] == (f"{largest:.2f}" if largest > 0 else "not active")
-    assert found.maps["tokens"].shape == (64, 64)
+    assert found.maps["tokens"].shape == (64, 64) if largest > 0 else found.maps["tokens"] is None
     similar = image_maps(model, used, [SCENE.image], [SimilarityTarget("tokens", SCENE.image)], "patch_codes")
     assert np.isfinite(similar["dino"]).all()
 
@@ -245,6 +274,79 @@ def test_heatmaps_of_a_dataset_that_has_neither_images_nor_names(world, tmp_path
     assert not (tmp_path / "model" / "concepts.json").exists()
     assert main(f"{base} --output {tmp_path}/more".split()) == 2
     assert "has no images to draw heatmaps on" in capsys.readouterr().err
+
+
+def shown_texts(figure) -> list[tuple[str, Any]]:
+    """Every text of a figure, with its extent in pixels."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    artists = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text().strip())
+    visible = [one for one in artists if one.axes is None or one.axes.axison or one in one.axes.texts]
+    return [(one.get_text(), one.get_window_extent(renderer)) for one in visible]
+
+
+def overlaps(figure) -> list[tuple[str, str]]:
+    texts = shown_texts(figure)
+    pixels = figure.bbox
+    for words, place in texts:
+        assert place.x0 >= -1, words
+        assert place.y0 >= -1, words
+        assert place.x1 <= pixels.x1 + 1, words
+        assert place.y1 <= pixels.y1 + 1, words
+    return [
+        (words, others)
+        for (words, place), (others, other) in itertools.combinations(texts, 2)
+        if min(place.x1, other.x1) - max(place.x0, other.x0) > 1
+        and min(place.y1, other.y1) - max(place.y0, other.y0) > 1
+    ]
+
+
+def test_no_text_of_a_picture_lies_on_another():
+    image, heat = Image.new("RGB", (40, 30), "teal"), np.random.default_rng(0).random((30, 40))
+    caption = "a red circle beside a very large blue star on a light background with a long tail " * 2
+    words = [(word, 0.1 * at, 0, len(caption)) for at, word in enumerate(caption.split())]
+    rows = [
+        map_plots.ExplainedTarget(
+            "dark background (latents 105, 240, 17, 242, 138, 177, 89, 184, 84, 5, 78, 115, 116, 117, 118, 119, 120)",
+            {"dino": heat, "clip_img": None, "siglip": None},
+            {"clip_txt": words, "other": words},
+            {"dino": "0.23", "clip_img": "not active"},
+            frozenset({"clip_img"}),
+        ),
+        map_plots.ExplainedTarget(
+            "agreement of image and clip_txt",
+            {"dino": heat, "clip_img, embeddings (baseline)": heat},
+            {"clip_txt": []},
+        ),
+    ]
+    figure = map_plots.explanation_panel(image, caption, rows)
+    assert overlaps(figure) == []
+    told = {words for words, _ in shown_texts(figure)}
+    assert {"dino (0.23)", "clip_img (not active)", "no such map", "largest value of each map"} <= told
+    cells = [map_plots.SheetCell(image, heat, note="0.231")] * 2, [map_plots.SheetCell(None, text=caption, note="0.1")]
+    sheet = map_plots.contact_sheet(
+        "latent 12: a name of several words", {"dino": cells[0], "clip_txt": cells[1], "c": []}
+    )
+    assert overlaps(sheet) == []
+    maps = {
+        ("latent 1\ndark background, and more words", stream): np.stack([heat] * 3) for stream in ("dino", "clip_img")
+    }
+    grid = map_plots.heatmap_grid([image] * 3, maps, {key: [0.2, 0.0, 0.1] for key in maps})
+    assert overlaps(grid) == []
+    assert [words for words, _ in shown_texts(grid)].count("not active") == 2
+
+
+def test_what_is_not_active_has_no_map_in_a_picture():
+    """Pale, as the image is, and without the map's colours."""
+    image, heat = Image.new("RGB", (32, 32), (10, 60, 10)), np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)
+    target = map_plots.ExplainedTarget("one", {"a": heat, "b": None}, {}, {"b": "not active"}, frozenset({"b"}))
+    figure = map_plots.explanation_panel(image, "", [target])
+    first, active, inactive, scale = (np.asarray(axis.images[0].get_array(), int) for axis in figure.axes)
+    assert len(np.unique(active.reshape(-1, 3), axis=0)) > 5
+    assert len(np.unique(inactive.reshape(-1, 3), axis=0)) == 1
+    assert (inactive > first).all()
+    assert scale.shape[0] == 1
+    # The scale has the colours of the maps: from the image's to those of the largest value.
+    assert np.abs(scale[0, -1] - map_plots.overlay(image, heat)[-1, -1]).max() < 60
 
 
 def test_an_overlay_is_strongest_where_the_map_is():

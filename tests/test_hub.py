@@ -1,6 +1,7 @@
 """Model cards."""
 
 import json
+import os
 from itertools import pairwise
 
 import pytest
@@ -8,8 +9,10 @@ from conftest import planted_features, tiny_model
 from huggingface_hub import ModelCard
 
 from sparc_hf import SparcConfig, SparcModel
-from sparc_hf.evaluation import EvaluationSettings, evaluate_model
+from sparc_hf.evaluation import EvaluationSettings, evaluate_model, evaluate_models
 from sparc_hf.hub import write_model_card
+from sparc_hf.push import prepare_model
+from sparc_hf.report import write_report
 
 QUICK = EvaluationSettings(replicates=10, probes=False, dataset="planted rows")
 
@@ -70,6 +73,36 @@ def test_a_card_without_results_or_settings(folder):
     assert "## Results" not in text
     assert "## Training" not in text
     assert "\n\n\n" not in text
+
+
+def test_a_card_shows_its_own_models_figures_of_several(tmp_path):
+    """The file of several models, evaluated into the folder of the second."""
+    models = {"first": tiny_model(3), "second": tiny_model(3, seed=1)}
+    evaluations = evaluate_models(models, planted_features(60), QUICK)
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    write_report(evaluations, tmp_path / "second")
+    first, second = (
+        f"{evaluations[name].results['joint']['reconstruction']['nmse']['dino']['clip_txt']:.3f}" for name in models
+    )
+    text = write_model_card(tmp_path / "second").read_text()
+    assert second in text
+    assert first not in text
+    os.symlink(tmp_path / "second", tmp_path / "link")
+    prepare_model(tmp_path / "link", tmp_path / "first", repo="me/second")
+    assert second in (tmp_path / "first" / "README.md").read_text()
+    assert list(json.loads((tmp_path / "first" / "results.json").read_text())["models"]) == ["second"]
+    (tmp_path / "second").rename(tmp_path / "third")
+    with pytest.raises(ValueError, match=r"holds the models \['first', 'second'\], none or several of which are"):
+        write_model_card(tmp_path / "third")
+
+
+def test_a_card_refuses_the_figures_of_a_model_of_other_settings(folder):
+    results = evaluate_model(tiny_model(3, k=4), planted_features(60), QUICK).results
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(ValueError, match=r"of a model with `k` 4, but .* has 8"):
+        write_model_card(folder, results=results)
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_one_stream_with_a_hub_encoder(tmp_path):

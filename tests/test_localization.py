@@ -1,5 +1,6 @@
 """Masks, thresholds and figures of maps."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,11 +8,14 @@ import pytest
 from conftest import planted_features, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from photographs import BACK, TURNS, photograph, tagged
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.attribution import ConceptTarget
 from sparc_hf.cli import main
+from sparc_hf.coco_masks import mask_of
 from sparc_hf.codes import encode_features
 from sparc_hf.encoders import load_encoders
 from sparc_hf.features import FeatureDataset
@@ -74,7 +78,7 @@ def test_figures_by_hand(demo, monkeypatch):
     monkeypatch.setattr("sparc_hf.localization.image_maps", maps)
     latents = {"dino": {"a": ConceptTarget((1,))}}
     used = {"dino": encoders["dino"]}
-    found = localize(model, used, images, latents, LocalizationSettings(replicates=50, batch_size=2))
+    found = localize(model, used, images, latents, LocalizationSettings(batch_size=2))
     assert (found["images"], found["pairs"], len(found["maps"])) == (3, 4, 1)
     (row,) = found["maps"]
     assert (row["target"], row["stream"], row["method"]) == ("latent", "dino", "relevance")
@@ -90,7 +94,7 @@ def test_every_kind_of_map_is_measured(demo):
     images = open_masked_images("demo:test", rows=3)
     names = {name for of_image in images.classes for name in of_image}
     latents = {stream: {name: ConceptTarget((3,)) for name in names} for stream in ("dino", "clip_img")}
-    settings = LocalizationSettings(methods=("relevance", "patch_codes"), replicates=2, batch_size=2)
+    settings = LocalizationSettings(methods=("relevance", "patch_codes"), intervals=False, batch_size=2)
     found = localize(model, encoders, images, latents, settings)
     kinds = {(row["target"], row["stream"], row["method"]) for row in found["maps"]}
     for method in settings.methods:
@@ -160,6 +164,198 @@ def test_coco_masks(coco):
     _, masks = images.read(1)
     assert masks["dog"].sum(axis=0).tolist() == [0, 8, 8, 0, 0, 0, 0, 0]  # runs go down the columns
     assert len(open_masked_images(str(coco / "instances.json"), str(coco / "images"), rows=1)) == 1
+
+
+def back(tag: int) -> Image.Transpose:
+    """How an upright picture is turned to lie as it is stored."""
+    return BACK.get(TURNS[tag], TURNS[tag])
+
+
+def coco_text(mask: np.ndarray) -> dict:
+    code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    return float((one & other).sum() / (one | other).sum())
+
+
+@pytest.fixture
+def large_coco(tmp_path):
+    """A photograph of 120 x 80 with a polygon, run lengths as numbers and as text, two of them of one class."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    picture = photograph(120, 80)
+    rows, columns = np.mgrid[0:80, 0:120]
+    disc = (columns - 80) ** 2 + (rows - 30) ** 2 < 20**2
+    blob = (columns + rows) % 120 < 55
+    runs = [(inside, len(list(run))) for inside, run in itertools.groupby(blob.T.ravel().tolist())]
+    counts = [length for _, length in ([(False, 0), *runs] if runs[0][0] else runs)]
+    segmentations = [
+        (1, [[10, 10, 50, 10, 50, 70, 10, 70]]),
+        (1, coco_text(disc)),
+        (2, {"size": [80, 120], "counts": counts}),
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 120, "height": 80}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": category, "segmentation": segmentation}
+            for n, (category, segmentation) in enumerate(segmentations)
+        ],
+    }
+    (folder / "instances.json").write_text(json.dumps(content))
+    box = (rows >= 10) & (rows < 70) & (columns >= 10) & (columns < 50)
+    return folder, picture, {"cat": box | disc, "dog": blob}
+
+
+def change(folder, **changes):
+    """Change the only image's entry, or the annotations, of a COCO JSON."""
+    content = json.loads((folder / "instances.json").read_text())
+    for key, value in changes.items():
+        if key == "annotations":
+            content[key] = value
+        elif value is None:
+            del content["images"][0][key]
+        else:
+            content["images"][0][key] = value
+    (folder / "instances.json").write_text(json.dumps(content))
+    return content
+
+
+def read_first(folder):
+    return open_masked_images(str(folder / "instances.json"), str(folder)).read(0)
+
+
+def assert_masks(masks, expected, size, least):
+    for name, mask in expected.items():
+        assert overlap(masks[name], np.asarray(Image.fromarray(mask).resize(size))) > least, name
+
+
+def test_run_lengths_and_polygons_of_one_class_are_one_mask(large_coco):
+    folder, picture, expected = large_coco
+    picture.save(folder / "a.png")
+    image, masks = read_first(folder)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(picture))
+    for name, mask in expected.items():
+        np.testing.assert_array_equal(masks[name], mask)
+
+
+@pytest.mark.parametrize("size", [(60, 40), (61, 40), (30, 20), (360, 240), (41, 27)])
+def test_masks_follow_the_size_of_the_file(large_coco, size):
+    folder, picture, expected = large_coco
+    picture.resize(size).save(folder / "a.png")
+    image, masks = read_first(folder)
+    assert image.size == size
+    for name, mask in expected.items():
+        smooth = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+        assert overlap(masks[name], np.asarray(smooth) > 0.5) > 0.88
+
+
+@pytest.mark.parametrize("size", [(80, 124), (100, 40), (120, 76), (120, 120)])
+def test_files_of_other_proportions_are_refused_before_anything_is_read(large_coco, size):
+    folder, picture, _ = large_coco
+    picture.resize(size).save(folder / "a.png")
+    message = f"has {size[0]} x {size[1]} pixels, but its masks in `instances.json` were drawn on 120 x 80"
+    with pytest.raises(ValueError, match=message):
+        open_masked_images(str(folder / "instances.json"), str(folder))
+
+
+@pytest.mark.parametrize("halved", [False, True])
+@pytest.mark.parametrize("tag", [1, 5, 6, 7, 8])
+def test_masks_that_were_drawn_on_the_turned_picture(large_coco, tag, halved):
+    """The listed width and height are those of the turned picture, which the stored pixels have not."""
+    folder, picture, expected = large_coco
+    shown = picture.resize((60, 40)) if halved else picture
+    tagged(shown, tag, folder / "a.png")
+    image, masks = read_first(folder)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(shown))
+    assert_masks(masks, expected, shown.size, 0.9 if halved else 0.999)
+
+
+@pytest.mark.parametrize("listed", ["whole", "halved", "unlisted"])
+@pytest.mark.parametrize("tag", range(2, 9))
+def test_masks_that_were_drawn_on_the_stored_pixels_turn_with_the_picture(large_coco, tag, listed):
+    folder, picture, expected = large_coco
+    shown = picture.resize((60, 40)) if listed == "halved" else picture
+    tagged(shown, tag, folder / "a.png")
+    drawn = {name: np.asarray(Image.fromarray(mask).transpose(back(tag))) for name, mask in expected.items()}
+    height, width = drawn["cat"].shape
+    annotations = [
+        {"id": n, "image_id": 1, "category_id": n + 1, "segmentation": coco_text(mask)}
+        for n, mask in enumerate(drawn.values())
+    ]
+    sizes = {"width": None, "height": None} if listed == "unlisted" else {"width": width, "height": height}
+    change(folder, annotations=annotations, **sizes)
+    image, masks = read_first(folder)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(shown))
+    assert_masks(masks, expected, shown.size, 0.9 if listed == "halved" else 0.999)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        {"size": [80, 120], "counts": [3, 2]},
+        {"size": [80, 120], "counts": [-3, 9603]},
+        {"size": [80, 120], "counts": [2**62, 2**62, 2**62, 2**62, 9600]},
+        {"size": [80, 120], "counts": ["a"]},
+        {"size": [80, 120], "counts": ""},
+        {"size": [80, 120], "counts": "zzzzzz"},
+        {"size": [80, 120], "counts": "o" * 4000},
+        {"size": [80], "counts": [9600]},
+        {"size": [-80, 120], "counts": [9600]},
+        {"size": [2**28, 2**28], "counts": [0, 2**56]},
+        {"size": [60, 60], "counts": [0, 3600]},
+        {"counts": [9600]},
+        [[0, 0, 9, 0, 9, 9, 0]],
+        [[0, 0, float("nan"), 0, 9, 9]],
+        [[0, 0, 1e300, 0, 9, 9]],
+        [[0, 0, 2e8, 0, 9, 9] * 50],
+        [[0, 0, "9", 0, 9, 9]],
+        [0, 0, 9, 0, 9, 9],
+    ],
+    ids=str,
+)
+def test_segmentations_that_are_none_are_refused(large_coco, segmentation):
+    folder, picture, _ = large_coco
+    picture.save(folder / "a.png")
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": segmentation}
+    change(folder, annotations=[annotation])
+    with pytest.raises(ValueError, match=r"segmentation of cat in instances\.json"):
+        read_first(folder)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_run_lengths_in_text_are_read_as_pycocotools_does(width, height, data):
+    bits = data.draw(st.lists(st.booleans(), min_size=width * height, max_size=width * height))
+    mask = np.array(bits).reshape(height, width)
+    np.testing.assert_array_equal(mask_of(coco_text(mask), (width, height), "it"), mask)
+
+
+def test_two_points_enclose_nothing(large_coco):
+    folder, picture, expected = large_coco
+    picture.save(folder / "a.png")
+    annotations = change(folder)["annotations"]
+    annotations[0]["segmentation"] += [[1, 1, 5, 5], []]
+    change(folder, annotations=annotations)
+    np.testing.assert_array_equal(read_first(folder)[1]["cat"], expected["cat"])
+
+
+def test_real_photographs_at_half_their_size(shared_data, tmp_path):
+    """Masks of halved files are the halved masks."""
+    source, folder = shared_data / "coco_val" / "instances.json", shared_data / "coco_val" / "images"
+    for image in json.loads(source.read_text())["images"]:
+        with Image.open(folder / image["file_name"]) as photo:
+            photo.resize((photo.width // 2, photo.height // 2)).save(tmp_path / image["file_name"])
+    whole, half = open_masked_images(str(source), str(folder), 20), open_masked_images(str(source), str(tmp_path), 20)
+    overlaps = []
+    for number in range(len(half)):
+        (_, masks), (image, smaller) = whole.read(number), half.read(number)
+        for name, mask in masks.items():
+            expected = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
+            overlaps += [overlap(smaller[name], expected)] if mask.sum() > 2000 else []
+    assert len(overlaps) > 20
+    assert min(overlaps) > 0.95
 
 
 def test_unusable_masks_are_named(coco, tmp_path):

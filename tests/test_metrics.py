@@ -68,12 +68,30 @@ def test_alignment_of_unusual_input():
     found = concept_alignment(codes, sparse([1, 0]))
     assert found["mean"].tolist() == [0]
     assert np.isnan(found["mean_live"]).all()
+    with pytest.raises(ValueError, match="may only hold 0 and 1"):
+        concept_alignment(codes, sparse([2, 0]))
     with pytest.raises(ValueError, match="1 rows of codes but 2 rows of labels"):
         concept_alignment(codes, sparse([1, 0], [1, 0]))
     with pytest.raises(ValueError, match="same rows and latents"):
         concept_alignment(codes | {"c": sparse([1, 0], [1, 0])}, sparse([1, 0]))
     with pytest.raises(ValueError, match="for 2 classes"):
         concept_alignment(codes, sparse([1, 0]), np.zeros((2, 3), int))
+
+
+def test_samples_without_a_label_do_not_make_a_latent_active():
+    """Latent 0 fires in `b` on the unlabelled row only, latent 1 everywhere."""
+    codes = {"a": sparse([1, 1], [0, 1], [0, 1]), "b": sparse([0, 1], [0, 1], [1, 1])}
+    labels = sparse([1, 0], [0, 1], [0, 0])
+    found = concept_alignment(codes, labels)
+    assert found["live"].tolist() == [False, True]
+    assert found["mean_live"].tolist() == [1]
+    # The same as if the row were not there.
+    without = concept_alignment({name: matrix[:2] for name, matrix in codes.items()}, labels[:2])
+    assert without["live"].tolist() == found["live"].tolist()
+    # As the earlier code, where someone looked and found none of the classes.
+    looked_at = concept_alignment(codes, labels, labelled=np.ones(3, bool))
+    assert looked_at["live"].tolist() == [True, True]
+    assert looked_at["mean_live"].tolist() == [0.5]
 
 
 @settings(deadline=None, max_examples=30)
@@ -242,7 +260,9 @@ def test_metrics_load_offline_and_say_what_they_are():
 
 def test_every_metric_loads_from_its_folder_alone(tmp_path):
     """As from a Hub repository: copied elsewhere, in a process that cannot import the package."""
-    names = sorted(path.parent.name for path in (ROOT / "sparc_hf" / "metrics").glob("*/*.py") if path.stem[0] != "_")
+    modules = (ROOT / "sparc_hf" / "metrics").glob("*/*.py")
+    names = sorted(path.stem for path in modules if path.stem == path.parent.name)
+    assert len(names) == 8
     for name in names:
         shutil.copytree(ROOT / "sparc_hf" / "metrics" / name, tmp_path / "copied" / name)
     code = f"""

@@ -26,6 +26,7 @@ def test_the_wheel_holds_everything_the_package_reads(wheel):
         "sparc_hf/hub_cards/report.html",
         "sparc_hf/spaces_app/app.py",
         "sparc_hf/spaces_app/page.css",
+        "sparc_hf/spaces_app/page.js",
         "sparc_hf/spaces_app/requirements.txt",
         "sparc_hf/presets/sparc-coco.yaml",
         "sparc_hf/demo/encoders/clip/model.safetensors",

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -163,7 +164,7 @@ print(batches.rows, sum(len(batch["dino"]) for batch in batches if model(batch).
 
 
 @pytest.mark.slow
-def test_the_readmes_hub_section_word_for_word(hub, tmp_path):
+def test_the_readmes_hub_section_word_for_word(hub, tmp_path, small_space, space_cache):
     section = (ROOT / "README.md").read_text().split("## Publish and load from the Hub")[1].split("\n## ")[0]
     commands, code = (re.search(rf"```{kind}\n(.*?)```", section, re.S)[1] for kind in ("bash", "python"))
     model = tiny_model(3)
@@ -173,7 +174,7 @@ def test_the_readmes_hub_section_word_for_word(hub, tmp_path):
     quick = EvaluationSettings(replicates=10, probes=False)
     write_report({"coco": evaluate_model(model, planted_features(60), quick)}, tmp_path / "runs/coco/evaluation")
     own_command = f'sparc() {{ "{sys.executable}" -m sparc_hf.cli "$@"; }}\nset -e\n'
-    environment = user_environment(hub, tmp_path, HF_TOKEN="hf_me")
+    environment = user_environment(hub, tmp_path, HF_TOKEN="hf_me", SPARC_CACHE=str(space_cache))
     run = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
     pushed = subprocess.run(["bash", "-c", own_command + commands], **run)
     assert pushed.returncode == 0, pushed.stderr[-3000:]
@@ -181,6 +182,8 @@ def test_the_readmes_hub_section_word_for_word(hub, tmp_path):
     assert loaded.returncode == 0, loaded.stderr[-3000:]
     assert {id for _, id in hub.repos} == {"me/coco-concepts", "me/coco-features", "me/cross_retrieval", "me/concepts"}
     assert "reconstruction.png" in hub.repos["model", "me/coco-concepts"].files
+    index = small_space.index.folder.name
+    assert f"demo/indexes/{index}/index.json" in hub.repos["space", "me/concepts"].files
 
 
 def test_a_second_push_of_fewer_files_leaves_no_old_ones(hub, tmp_path):
@@ -204,23 +207,49 @@ print(metric.compute(queries=[[1.0, 0.0], [0.0, 1.0]], references=[[0.9, 0.1], [
     assert "1.0" in fresh_process(hub, tmp_path, code)
 
 
-def test_a_space_is_pinned_to_this_version(hub, tmp_path):
+def a_space(folder: Path, requirements: str) -> Path:
+    folder.mkdir()
+    (folder / "app.py").write_text("import gradio\n")
+    (folder / "README.md").write_text("---\nsdk: gradio\n---\n")
+    (folder / "requirements.txt").write_text(requirements)
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "app.pyc").write_bytes(b"x")
+    return folder
+
+
+def test_a_space_brings_the_package_until_it_is_on_the_index(hub, tmp_path):
     from sparc_hf.version import __version__
 
-    space = tmp_path / "space"
-    space.mkdir()
-    (space / "app.py").write_text("import gradio\n")
-    (space / "README.md").write_text("---\nsdk: gradio\n---\n")
-    (space / "requirements.txt").write_text("sparc-hf[space]>=0.1\npillow\n")
-    (space / "__pycache__").mkdir()
-    (space / "__pycache__" / "app.pyc").write_bytes(b"x")
+    space = a_space(tmp_path / "space", "--prefer-binary\nSPARC_hf[space]>=0.1  # this package\npillow\n")
     push(repo="me/show", space=str(space))
     repo = hub.repos["space", "me/show"]
     assert repo.sdk == "gradio"
-    assert repo.files["requirements.txt"].decode() == f"sparc-hf[space]=={__version__}\npillow\n"
+    lines = repo.files["requirements.txt"].decode().splitlines()
+    assert lines[0] == "--prefer-binary"
+    assert lines[-1] == "pillow"
+    assert not [line for line in lines if "sparc" in line.lower()]
+    assert {"torch>=2.6", "gradio>=6.0"} <= set(lines)
+    assert not [line for line in lines if line.startswith(("pytest", "h5py"))]
+    own = {path for path in repo.files if path.startswith("sparc_hf/")}
+    source = ROOT / "sparc_hf"
+    assert {f"sparc_hf/{path.relative_to(source).as_posix()}" for path in source.rglob("*.py")} <= own
+    assert {"sparc_hf/hub_cards/model_card.md", "sparc_hf/demo/encoders/clip/model.safetensors"} <= own
     assert not any("pycache" in path for path in repo.files)
+    assert not any(path.startswith("demo/") for path in repo.files)  # its app shows none
+    push(repo="me/show", space=str(space), package="index")
+    assert repo.files["requirements.txt"].decode().splitlines()[1] == f"sparc-hf[space]=={__version__}"
+    assert not any(path.startswith("sparc_hf/") for path in repo.files)
     with pytest.raises(ValueError, match=r"lacks \['app.py'"):
         push(repo="me/show", space=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="`package` must be one of"):
+        push(repo="me/show", space=str(space), package="wheel")
+
+
+def test_a_space_without_this_package_goes_up_as_it_lies(hub, tmp_path):
+    push(repo="me/other", space=str(a_space(tmp_path / "space", "pillow\n")))
+    files = hub.repos["space", "me/other"].files
+    assert files["requirements.txt"] == b"pillow\n"
+    assert set(files) - {".gitattributes"} == {"app.py", "README.md", "requirements.txt"}
 
 
 def test_a_push_keeps_the_results_of_the_card_until_there_are_new_weights(hub, model_folder):
@@ -228,7 +257,7 @@ def test_a_push_keeps_the_results_of_the_card_until_there_are_new_weights(hub, m
     write_model_card(model_folder, results=found)
     push(repo="me/concepts", model=str(model_folder))
     files = hub.repos["model", "me/concepts"].files
-    assert json.loads(files["results.json"])["models"]["run"]["rows"] == 60
+    assert json.loads(files["results.json"])["models"]["concepts"]["rows"] == 60
     assert "reconstruction.png" in files
     card = huggingface_hub.ModelCard(files["README.md"].decode())
     assert card.data.eval_results

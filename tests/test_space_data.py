@@ -1,25 +1,39 @@
 """The index and what is read from it: facts of latents, samples, retrieval, maps; opening and caching."""
 
 import html
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 from sparc_hf import SparcModel, space_data
 from sparc_hf.concepts import load_concepts
+from sparc_hf.encoders import StreamEncoder
 from sparc_hf.features import FeatureDataset
-from sparc_hf.space_data import ORDERS, card_text, open_space
-from sparc_hf.space_index import open_index
+from sparc_hf.space_data import ORDERS, card_text, open_space, with_own_modules
+from sparc_hf.space_index import index_name, open_index
 from sparc_hf.space_maps import explain, latent_maps, seen_images
-from sparc_hf.space_page import compare_page, heat_image, latent_page, latent_samples, marked_words, matches_page
+from sparc_hf.space_page import (
+    compare_page,
+    heat_image,
+    latent_page,
+    latent_samples,
+    marked_words,
+    matches_page,
+    retrieval_page,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +94,16 @@ def test_latents_are_found_and_sorted(data):
         data.find_latents("", "beauty")
 
 
+def test_a_name_opens_a_latent_of_that_name_under_every_order(data):
+    names = {concept.name for concept in data.index.concepts.values() if concept.name is not None}
+    assert len(names) > 10
+    for name in names:
+        for order in ORDERS:
+            first = data.match_latents(name, order)[0]
+            assert data.name(first.latent) == name, (name, order)
+            assert first.reason == f'name "{name}"'
+
+
 def test_retrieval_by_input_equals_retrieval_by_sample(data):
     by_row = data.retrieve("clip_txt", "clip_img", 5)
     by_text = data.retrieve("clip_txt", "clip_img", data.caption(5))
@@ -111,6 +135,68 @@ def test_explaining_a_concept_and_a_similarity(data):
         explain(data, None, "")
 
 
+def test_a_retrieval_encodes_its_query_once(data, monkeypatch):
+    asked = []
+    real = StreamEncoder.rows
+    monkeypatch.setattr(StreamEncoder, "rows", lambda self, inputs: (asked.append(self.name), real(self, inputs))[1])
+    retrieval_page(data, "clip_txt", "clip_img", "a red circle")
+    retrieval_page(data, "dino", "clip_img", data.image(3))
+    assert asked == ["clip_txt", "dino"]
+
+
+def test_whoever_only_encodes_waits_for_no_explanation(data):
+    with data.explaining, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(data.retrieve, "clip_txt", "clip_img", "a red circle").result(timeout=20)
+    assert found
+
+
+def test_encoding_beside_explanations_changes_neither(data):
+    images = [data.image(row) for row in range(4)]
+    captions = [data.caption(row) for row in range(4)]
+    codes = [
+        [data.code("clip_img", one), data.code("clip_txt", text)] for one, text in zip(images, captions, strict=True)
+    ]
+    before = [explain(data, one, text) for one, text in zip(images, captions, strict=True)]
+
+    def encode(turn: int) -> bool:
+        at = turn % len(images)
+        found = [data.code("clip_img", images[at]), data.code("clip_txt", captions[at])]
+        return all(np.array_equal(one, two) for one, two in zip(found, codes[at], strict=True))
+
+    def explained(turn: int) -> bool:
+        at = turn % len(images)
+        found = explain(data, images[at], captions[at])
+        same_maps = all(np.array_equal(found.maps[name].heat, view.heat) for name, view in before[at].maps.items())
+        return same_maps and found.words == before[at].words
+
+    with ThreadPoolExecutor(6) as pool:
+        told = [pool.submit(encode if turn % 3 else explained, turn) for turn in range(60)]
+        assert all(one.result() for one in told)
+
+
+def test_explained_encoders_share_their_weights(data):
+    for name, encoder in data.encoders.items():
+        other = data.watched_encoders[name]
+        assert other.model is not encoder.model
+        assert [id(one) for one in other.model.parameters()] == [id(one) for one in encoder.model.parameters()]
+    assert data.watched_encoders["clip_img"].model is data.watched_encoders["clip_txt"].model
+
+
+def test_words_that_are_not_read_are_told(data):
+    long = "a red circle above " + "a small blue square beside " * 30 + "the very last words"
+    unread = data.unread("clip_txt", long)
+    assert unread.endswith("the very last words")
+    read = long[: long.rindex(unread)]
+    assert np.array_equal(data.code("clip_txt", long), data.code("clip_txt", read))
+    assert not np.array_equal(data.code("clip_txt", read), data.code("clip_txt", read.strip().rsplit(" ", 1)[0]))
+    assert data.unread("clip_txt", "a red circle") == ""
+    assert data.unread("clip_txt", "") == ""
+    assert explain(data, None, long).remarks[0].endswith(unread)
+    page = retrieval_page(data, "clip_txt", "clip_img", long)
+    assert f"not: {unread}</p>" in page
+    assert "class=remark" not in retrieval_page(data, "clip_txt", "clip_img", "a red circle")
+
+
 def test_a_backbone_without_maps_shows_plain_images(data, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("no attention maps here")
@@ -126,6 +212,7 @@ def test_a_backbone_without_maps_shows_plain_images(data, monkeypatch):
 def test_image_streams_alone_explain_images(data, monkeypatch):
     images = {name: encoder for name, encoder in data.encoders.items() if encoder.modality == "image"}
     monkeypatch.setattr(data, "encoders", images)
+    monkeypatch.setattr(data, "watched_encoders", with_own_modules(images))
     found = explain(data, data.image(1), "a caption that no stream reads")
     assert found.latent is not None
     assert list(found.maps) == ["dino", "clip_img"]
@@ -233,6 +320,77 @@ def test_another_model_has_another_index(data, cache, tmp_path):
     with torch.no_grad():
         other.atoms["dino"][0] *= -1
     assert open_index(other, data.features, tmp_path).folder.name != data.index.folder.name
+
+
+def changed(features: FeatureDataset, **columns) -> FeatureDataset:
+    """Return the dataset with other columns."""
+    table = features.table
+    for name, values in columns.items():
+        at = table.column_names.index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+    facts = {"label_names": features.label_names, "taxonomy": features.taxonomy}
+    return FeatureDataset(table, features.streams, **facts)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"dead_threshold": 0.5},
+        {"objective": "usae"},
+        {"distance": "l2"},
+        {"selection": "local"},
+        {"k": 3},
+        {"auxk_coef": 0.5},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_an_index_of_other_settings_is_not_served(data, setting, monkeypatch):
+    before = index_name(data.model, data.features)
+    for name, value in setting.items():
+        monkeypatch.setattr(data.model.config, name, value)
+    assert index_name(data.model, data.features) != before
+
+
+def test_a_model_that_fires_from_another_threshold_has_other_figures(data, tmp_path, monkeypatch):
+    assert open_index(data.model, data.features, tmp_path).results["single"]["universality"]["firing"] > 0
+    monkeypatch.setattr(data.model.config, "dead_threshold", 1e6)
+    assert open_index(data.model, data.features, tmp_path).results["single"]["universality"]["firing"] == 0
+
+
+def test_an_index_of_other_rows_or_names_is_not_served(data):
+    features = data.features
+    at = 57
+    text, ids, labels, images = (features.column(name) for name in ("text", "id", "labels", "image"))
+    vectors = features.array("dino")
+    vectors[at, 0] += 1
+    other = Image.new("RGB", (64, 64))
+    buffer = io.BytesIO()
+    other.save(buffer, "PNG")
+    concept = load_concepts(data.index.folder)[0]
+    names = [
+        index_name(data.model, one, concepts)
+        for one, concepts in (
+            (features, None),
+            (changed(features, text=[*text[:at], "another caption", *text[at + 1 :]]), None),
+            (changed(features, id=[*ids[:at], "another", *ids[at + 1 :]]), None),
+            (changed(features, labels=[*labels[:at], [0], *labels[at + 1 :]]), None),
+            (changed(features, dino=list(vectors)), None),
+            (changed(features, image=[*images[:at], {"bytes": buffer.getvalue()}, *images[at + 1 :]]), None),
+            (with_facts(features, taxonomy=None), None),
+            (with_facts(features, taxonomy={"thing": features.label_names}), None),
+            (with_facts(features, label_names=features.label_names[::-1]), None),
+            (features.select(range(len(features) - 1)), None),
+            (features, [concept]),
+            (features, [replace(concept, score=concept.score + 1)]),
+            (features, [replace(concept, labels=[])]),
+        )
+    ]
+    assert len(set(names)) == len(names)
+
+
+def with_facts(features: FeatureDataset, **facts) -> FeatureDataset:
+    known = {"label_names": features.label_names, "taxonomy": features.taxonomy}
+    return FeatureDataset(features.table, features.streams, **known | facts)
 
 
 def test_cards(data, tmp_path):

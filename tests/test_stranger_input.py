@@ -1,5 +1,6 @@
 """What visitors send: every kind of file, text and number is used or refused with a reason."""
 
+import os
 import struct
 import zlib
 
@@ -15,6 +16,7 @@ from sparc_hf.stranger_input import (
     checked_image,
     checked_number,
     checked_text,
+    checked_upload,
 )
 
 
@@ -50,7 +52,7 @@ def test_sixteen_bits_keep_their_greys(tmp_path):
     Image.fromarray(np.tile(np.arange(0, 65536, 2048, dtype=np.uint16), (32, 1))).save(tmp_path / "a.png")
     greys = np.asarray(checked_image(tmp_path / "a.png")[0])[0, :, 0]
     assert greys[0] == 0
-    assert greys[-1] == 255
+    assert greys[-1] == round(63488 / 65535 * 255)
     assert (np.diff(greys.astype(int)) > 0).all()
 
 
@@ -101,6 +103,65 @@ def test_no_file(tmp_path):
     for path in (tmp_path, tmp_path / "none.png"):
         with pytest.raises(InputRefused, match="no such upload"):
             checked_image(path)
+
+
+def test_uploads_are_files_of_the_upload_folder(tmp_path):
+    folder = tmp_path / "uploads"
+    (folder / "ab12").mkdir(parents=True)
+    (folder / "ab12" / "a.png").write_bytes(b"x")
+    (tmp_path / "uploads2").mkdir()
+    for other in (tmp_path / "a.png", tmp_path / "uploads2" / "a.png"):
+        other.write_bytes(b"x")
+    (folder / "link.png").symlink_to(tmp_path / "a.png")
+    assert checked_upload(None, folder) is None
+    assert checked_upload({"path": str(folder / "ab12" / "a.png")}, folder) == folder / "ab12" / "a.png"
+    linked = tmp_path / "linked"
+    linked.symlink_to(folder)
+    assert checked_upload({"path": str(linked / "ab12" / "a.png")}, linked) == folder / "ab12" / "a.png"
+    words = set()
+    for path in (
+        tmp_path / "a.png",
+        tmp_path / "none.png",
+        tmp_path / "uploads2" / "a.png",
+        folder / "link.png",
+        folder / "none.png",
+        folder / "ab12",
+        folder / ".." / "a.png",
+        f"{folder}/ab12/a.png\0",
+        os.path.relpath(folder / "ab12" / "a.png"),
+        f"file://{folder}/ab12/a.png",
+        "https://example.com/a.png",
+        "",
+        None,
+        3,
+        ["a"],
+    ):
+        for sent in ({"path": path if not hasattr(path, "parts") else str(path)}, str(path), [str(path)]):
+            with pytest.raises(InputRefused) as caught:
+                checked_upload(sent, folder)
+            words.add(str(caught.value))
+    assert len(words) == 1
+
+
+def test_files_elsewhere_are_not_even_looked_at(tmp_path, monkeypatch):
+    looked_at = []
+
+    def watch(name):
+        real = getattr(os, name)
+
+        def watched(path, *args, **options):
+            looked_at.append(str(path))
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(os, name, watched)
+
+    for name in ("stat", "lstat", "open", "readlink", "access"):
+        watch(name)
+    folder = tmp_path / "uploads"
+    for path in ("/etc/passwd", f"{folder}/../secret.png", f"{tmp_path}/secret.png"):
+        with pytest.raises(InputRefused):
+            checked_upload({"path": path}, folder)
+    assert not [path for path in looked_at if "passwd" in path or "secret" in path]
 
 
 def test_texts():

@@ -9,13 +9,14 @@ import evaluate
 import numpy as np
 from scipy.sparse import csr_array
 
-CSR = Any  # a scipy csr_array, whose own types say that it has no shape
+from .checked_input import CSR, checked_labels, checked_streams, class_matrix, codes_of_streams
 
 _DESCRIPTION = """
 Generalised Jaccard of per-latent label counts between streams. With n_s[c] the samples of class c on which a
 latent is active in stream s, two streams score sum_c min(n_s[c], n_t[c]) / sum_c max(n_s[c], n_t[c]), and a
 latent scores the mean over the pairs of streams in which it is active at all. 1: the same labels in every
-stream; 0: no label in common. A latent active in fewer than two streams scores 0, as in the SPARC paper (arXiv
+stream; 0: no label in common. Samples without a label are left out: where a latent fires on such samples only it
+is not active. A latent active in fewer than two streams scores 0, as in the SPARC paper (arXiv
 2507.06265, concept alignment); the mean over latents active in at least two streams is given beside it. With a
 taxonomy, classes are lifted to their ancestor at every depth, from 0 (one class) to the deepest (the classes
 themselves).
@@ -47,7 +48,9 @@ Returns:
 EXACT_IN_FLOAT32 = 2**24
 
 
-def concept_alignment(codes: Mapping[str, CSR], labels: CSR, buckets: np.ndarray | None = None) -> dict[str, Any]:
+def concept_alignment(
+    codes: Mapping[str, CSR], labels: CSR, buckets: np.ndarray | None = None, *, labelled: np.ndarray | None = None
+) -> dict[str, Any]:
     """Return label Jaccard figures of a set of latents (SPARC, arXiv 2507.06265).
 
     Args:
@@ -55,27 +58,39 @@ def concept_alignment(codes: Mapping[str, CSR], labels: CSR, buckets: np.ndarray
         labels: sparse 0/1 [rows, classes].
         buckets: int [depths, classes], the ancestor of every class at every depth, as `taxonomy_buckets` gives it;
             without it the classes count as they are (one depth).
+        labelled: bool [rows], the rows whose labels are known, by default those with a label. Where a latent fires on
+            other rows only, it is not active: nothing is known of what it fires on.
 
     Returns:
         {"per_latent": float64 [depths, N], "live": bool [N], "mean": float64 [depths] over all latents,
         "mean_live": float64 [depths] over live latents, nan where there is none}
 
     Raises:
-        ValueError: for arrays that do not fit together.
+        ValueError: for arrays that do not fit together, indices outside them, or labels other than 0 and 1.
     """
-    latents = _checked(codes, labels, buckets)
+    codes = checked_streams(codes)
+    rows, latents = next(iter(codes.values())).shape
+    labels = checked_labels(labels, rows)
+    buckets = _checked_buckets(buckets, labels.shape[1])
+    labelled = labelled_rows(labels) if labelled is None else np.asarray(labelled, bool)
+    if labelled.shape != (rows,):
+        raise ValueError(f"`labelled` must have a value for each of the {rows} rows, but it is {list(labelled.shape)}")
     counts, active = {}, {}
     for stream, matrix in codes.items():
-        counts[stream], active[stream] = label_counts(matrix, labels)
-    buckets = np.arange(labels.shape[1])[None] if buckets is None else buckets
+        counts[stream], active[stream] = label_counts(matrix, labels, labelled)
     scores = np.empty((len(buckets), latents))
     lifted, columns = counts, np.arange(labels.shape[1])
     for depth in reversed(range(len(buckets))):  # from many buckets to few, each made from the last
         lifted, columns = _lifted(counts, lifted, columns, buckets[depth])
         scores[depth] = jaccard_of_counts(lifted, active)
-    live = np.sum([np.zeros(latents, int), *active.values()], axis=0) >= 2
+    live = np.sum(list(active.values()), axis=0) >= 2
     mean_live = scores[:, live].mean(axis=1) if live.any() else np.full(len(scores), np.nan)
     return {"per_latent": scores, "live": live, "mean": scores.mean(axis=1), "mean_live": mean_live}
+
+
+def labelled_rows(labels: CSR) -> np.ndarray:
+    """Return bool [rows]: which rows of sparse labels [rows, classes] have a label."""
+    return np.diff(labels.indptr) > 0
 
 
 def label_counts(codes: CSR, labels: CSR, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +99,7 @@ def label_counts(codes: CSR, labels: CSR, weights: np.ndarray | None = None) -> 
     Args:
         codes: sparse [rows, N].
         labels: sparse 0/1 [rows, classes].
-        weights: int [rows], how often each row counts; once by default.
+        weights: bool or int [rows], how often each row counts; once by default.
     """
     per_row = np.diff(codes.indptr)
     times = codes.data > 0 if weights is None else (codes.data > 0) * np.repeat(weights, per_row)
@@ -120,15 +135,16 @@ def taxonomy_buckets(label_names: Sequence[str], taxonomy: Mapping[str, Any]) ->
         taxonomy: nested {"LabelName": name, "Subcategory": [...]}, as Open Images gives it.
 
     Raises:
-        ValueError: for a class the taxonomy does not have.
+        ValueError: for a class the taxonomy does not have, or another kind of taxonomy.
     """
     if not isinstance(taxonomy, Mapping) or "LabelName" not in taxonomy:
         raise ValueError(
             'the taxonomy must be nested {"LabelName": name, "Subcategory": [...]}, as that of Open Images, but it is '
             f"{str(taxonomy)[:80]}"
         )
-    lines: dict[str, list[str]] = {}
-    _collect(taxonomy, [], lines)
+    if not len(label_names):
+        raise ValueError("there are no label names to look up in the taxonomy")
+    lines = _lines(taxonomy)
     if missing := [name for name in label_names if name not in lines]:
         raise ValueError(
             f"{len(missing)} of {len(label_names)} classes are not in the taxonomy, the first is {missing[0]!r}; its "
@@ -140,26 +156,34 @@ def taxonomy_buckets(label_names: Sequence[str], taxonomy: Mapping[str, Any]) ->
     return np.array([[number[path[min(depth, len(path) - 1)]] for path in paths] for depth in range(depths)])
 
 
-def _collect(node: Mapping[str, Any], above: list[str], lines: dict[str, list[str]]) -> None:
-    name = node["LabelName"]
-    if name not in lines or len(lines[name]) < len(above):
-        lines[name] = above
-    for child in node.get("Subcategory", ()):
-        _collect(child, [*above, name], lines)
+def _lines(taxonomy: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return name -> the names above it at its deepest place, in the order the names first occur."""
+    lines: dict[str, list[str]] = {}
+    waiting: list[tuple[Any, list[str]]] = [(taxonomy, [])]
+    while waiting:
+        node, above = waiting.pop()
+        children = node.get("Subcategory") or () if isinstance(node, Mapping) else None
+        name = node.get("LabelName") if isinstance(node, Mapping) else None
+        if not isinstance(name, str) or not isinstance(children, list | tuple):
+            raise ValueError(
+                f'every node of the taxonomy must be {{"LabelName": name, "Subcategory": [...]}}: {str(node)[:80]}'
+            )
+        if name not in lines or len(lines[name]) < len(above):
+            lines[name] = above
+        waiting += [(child, [*above, name]) for child in reversed(children)]
+    return lines
 
 
-def _checked(codes: Mapping[str, CSR], labels: CSR, buckets: np.ndarray | None) -> int:
-    shapes = {stream: matrix.shape for stream, matrix in codes.items()}
-    if not codes or len(set(shapes.values())) != 1:
-        raise ValueError(f"every stream needs codes of the same rows and latents, but their shapes are {shapes}")
-    rows, latents = next(iter(shapes.values()))
-    if labels.shape[0] != rows:
-        raise ValueError(f"there are {rows} rows of codes but {labels.shape[0]} rows of labels")
-    if buckets is not None and (buckets.ndim != 2 or buckets.shape[1] != labels.shape[1]):
+def _checked_buckets(buckets: np.ndarray | None, classes: int) -> np.ndarray:
+    if buckets is None:
+        return np.arange(classes)[None]
+    buckets = np.asarray(buckets)
+    if buckets.ndim != 2 or buckets.shape[1] != classes or not len(buckets) or buckets.dtype.kind not in "iu":
         raise ValueError(
-            f"`buckets` must be [depths, classes] for {labels.shape[1]} classes, but it is {list(buckets.shape)}"
+            f"`buckets` must be whole numbers [depths, classes] for {classes} classes, but it is "
+            f"{list(buckets.shape)} {buckets.dtype}"
         )
-    return latents
+    return buckets
 
 
 def _lifted(
@@ -205,23 +229,7 @@ class ConceptAlignment(evaluate.Metric):
         )
 
     def _compute(self, indices, values, labels, num_latents, label_names, taxonomy=None, streams=None) -> dict:  # pyright: ignore[reportIncompatibleMethodOverride]
-        latents, strengths = np.asarray(indices), np.asarray(values, np.float32)
-        names = streams or [str(number) for number in range(latents.shape[1])]
-        if len(names) != latents.shape[1]:
-            raise ValueError(f"`streams` names {len(names)} streams, but every sample has {latents.shape[1]}")
-        k = latents.shape[2]
-        starts = np.arange(0, len(latents) * k + 1, k)
-        codes = {
-            name: csr_array(
-                (strengths[:, number].reshape(-1), latents[:, number].reshape(-1), starts),
-                shape=(len(latents), num_latents),
-            )
-            for number, name in enumerate(names)
-        }
-        ids = np.concatenate([np.asarray(row, np.int64) for row in labels])
-        if len(ids) and not 0 <= ids.min() <= ids.max() < len(label_names):
-            raise ValueError(f"class ids must be from 0 to {len(label_names) - 1}, but they reach {ids.max()}")
-        ends = np.cumsum([0, *(len(row) for row in labels)])
-        matrix = csr_array((np.ones(len(ids), np.int32), ids, ends), shape=(len(labels), len(label_names)))
+        codes = codes_of_streams(indices, values, num_latents, streams)
+        matrix = class_matrix(labels, len(label_names))
         buckets = None if taxonomy is None else taxonomy_buckets(label_names, taxonomy)
         return {name: value.tolist() for name, value in concept_alignment(codes, matrix, buckets).items()}

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, log_loss
 from sklearn.model_selection import train_test_split
 
-CSR = Any  # a scipy csr_array, whose own types say that it has no shape
+from .checked_input import CSR, checked_labels, checked_matrix, class_matrix, codes_of_samples
 
 _DESCRIPTION = """
 One-latent probes: for every class, a logistic regression on the value of a single latent, fitted on as many
@@ -51,6 +51,8 @@ Returns:
 """
 
 CANDIDATES = 20
+# The rows with a class are split in three, each half with and half without it: fewer leave a part without one.
+FEWEST_POSITIVES = 6
 FITTED_SHARE, HELD_OUT_SHARE = 0.7, 0.3
 BATCH_ROWS = 256
 STEPS_BETWEEN_CHOICES = 100
@@ -109,10 +111,16 @@ def concept_probe(codes: CSR, labels: CSR, *, min_count: int = 50, seed: int = 0
         latent has latent -1 and the figures of chance.
 
     Raises:
-        ValueError: for labels of another number of rows.
+        ValueError: for labels of another number of rows, indices or values that do not fit, or a `min_count` that
+            leaves too few rows to split.
     """
-    if codes.shape[0] != labels.shape[0]:
-        raise ValueError(f"there are {codes.shape[0]} rows of codes but {labels.shape[0]} rows of labels")
+    codes = checked_matrix(codes, "the codes")
+    labels = checked_labels(labels, codes.shape[0])
+    if min_count < FEWEST_POSITIVES - 1:
+        raise ValueError(
+            f"`min_count` must be at least {FEWEST_POSITIVES - 1}, because fewer rows cannot be split in three, "
+            f"but it is {min_count}"
+        )
     classes = probed_classes(labels, min_count)
     active = csr_array(((codes.data > 0).astype(np.float32), codes.indices, codes.indptr), shape=codes.shape)
     together = (labels.T.tocsr().astype(np.float32) @ active).tocsr()
@@ -141,8 +149,17 @@ def classify(
     Returns:
         {"map": mean average precision over the classes that occur in the measured rows, nan where none does,
         "ap": float64 [classes], nan for the others}
+
+    Raises:
+        ValueError: for labels of other rows, a part without rows, or no steps.
     """
+    labels = checked_labels(labels, rows.shape[0])
     fitted, chosen_by, measured = parts
+    if not all(map(len, parts)) or steps < 1:
+        raise ValueError(
+            f"a classifier needs rows to fit on, to choose by and to measure on, and at least one step, but there are "
+            f"{len(fitted)}, {len(chosen_by)} and {len(measured)} rows and {steps} steps"
+        )
     draws = np.random.default_rng(seed)
     width, classes = rows.shape[1], labels.shape[1]
     scale = _mean_norm(rows, fitted)
@@ -243,12 +260,6 @@ class ConceptProbe(evaluate.Metric):
         )
 
     def _compute(self, indices, values, labels, num_latents, num_classes, min_count=50, seed=0) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        latents, strengths = np.asarray(indices), np.asarray(values, np.float32)
-        rows, k = latents.shape
-        starts = np.arange(0, rows * k + 1, k)
-        codes = csr_array((strengths.reshape(-1), latents.reshape(-1), starts), shape=(rows, num_latents))
-        ids = np.concatenate([np.asarray(row, np.int64) for row in labels])
-        ends = np.cumsum([0, *(len(row) for row in labels)])
-        matrix = csr_array((np.ones(len(ids), np.float32), ids, ends), shape=(len(labels), num_classes))
+        codes, matrix = codes_of_samples(indices, values, num_latents), class_matrix(labels, num_classes)
         found = concept_probe(codes, matrix, min_count=min_count, seed=seed)
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}

@@ -9,7 +9,7 @@ import evaluate
 import numpy as np
 from scipy.sparse import csr_array
 
-CSR = Any  # a scipy csr_array, whose own types say that it has no shape
+from .checked_input import CSR, checked_streams, codes_of_streams
 
 _DESCRIPTION = """
 Per latent, from the rows on which its value exceeds a threshold in each stream (Universal SAE, arXiv
@@ -61,16 +61,14 @@ def concept_universality(
         "cofire_proportion": stream -> float64 [N], "energies": stream -> float64 [N], "energy": float64 [N]}
 
     Raises:
-        ValueError: for streams of different shapes, no rows, or a negative threshold.
+        ValueError: for streams of different shapes, no rows, indices, values or norms that do not fit, or a negative
+            or undefined threshold.
     """
-    shapes = {stream: matrix.shape for stream, matrix in codes.items()}
-    if not codes or len(set(shapes.values())) != 1 or not next(iter(shapes.values()))[0]:
-        raise ValueError(
-            f"every stream needs codes of the same rows (at least one) and latents, but their shapes are {shapes}"
-        )
-    if threshold < 0:
-        raise ValueError(f"`threshold` must not be negative, but it is {threshold}")
-    rows, latents = next(iter(shapes.values()))
+    codes = checked_streams(codes)
+    if not threshold >= 0:
+        raise ValueError(f"`threshold` must not be negative or NaN, but it is {threshold}")
+    rows, latents = next(iter(codes.values())).shape
+    norms = _checked_norms(atom_norms, list(codes), latents)
     firing = {stream: _firing(matrix, threshold) for stream, matrix in codes.items()}
     fires = {stream: np.bincount(matrix.indices, minlength=latents) for stream, matrix in firing.items()}
     together = functools.reduce(lambda one, other: one.multiply(other).tocsr(), firing.values())
@@ -80,9 +78,7 @@ def concept_universality(
     shares = np.stack(list(fires.values())) / (total + EPS)
     entropy = -(shares * np.log2(shares + EPS)).sum(axis=0) / max(np.log2(len(codes)), EPS)
     energies = {
-        stream: np.bincount(matrix.indices, weights=matrix.data, minlength=latents)
-        / rows
-        * (1 if atom_norms is None else atom_norms[stream])
+        stream: np.bincount(matrix.indices, weights=matrix.data, minlength=latents) / rows * norms[stream]
         for stream, matrix in codes.items()
     }
     return {
@@ -95,6 +91,18 @@ def concept_universality(
         "energies": energies,
         "energy": np.sum(list(energies.values()), axis=0),
     }
+
+
+def _checked_norms(norms: Mapping[str, np.ndarray] | None, streams: list[str], latents: int) -> dict[str, np.ndarray]:
+    if norms is None:
+        return dict.fromkeys(streams, np.ones(latents))
+    if missing := [stream for stream in streams if stream not in norms]:
+        raise ValueError(f"there are atom norms of {list(norms)}, but none of {missing}")
+    checked = {stream: np.asarray(norms[stream], np.float64) for stream in streams}
+    for stream, values in checked.items():
+        if values.shape != (latents,) or not np.isfinite(values).all():
+            raise ValueError(f"the atom norms of `{stream}` must be {latents} finite numbers")
+    return checked
 
 
 def _firing(codes: CSR, threshold: float) -> CSR:
@@ -118,18 +126,7 @@ class ConceptUniversality(evaluate.Metric):
         )
 
     def _compute(self, indices, values, num_latents, streams=None, threshold=0.1) -> dict:  # pyright: ignore[reportIncompatibleMethodOverride]
-        latents, strengths = np.asarray(indices), np.asarray(values, np.float32)
-        rows, number_of_streams, k = latents.shape
-        names = streams or [str(number) for number in range(number_of_streams)]
-        if len(names) != number_of_streams:
-            raise ValueError(f"`streams` names {len(names)} streams, but every row has {number_of_streams}")
-        starts = np.arange(0, rows * k + 1, k)
-        codes = {
-            name: csr_array(
-                (strengths[:, number].reshape(-1), latents[:, number].reshape(-1), starts), shape=(rows, num_latents)
-            )
-            for number, name in enumerate(names)
-        }
+        codes = codes_of_streams(indices, values, num_latents, streams)
         found = concept_universality(codes, threshold=threshold)
         return {
             name: {stream: part.tolist() for stream, part in value.items()}

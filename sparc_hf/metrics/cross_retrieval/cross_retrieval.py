@@ -8,7 +8,7 @@ import evaluate
 import numpy as np
 from scipy.sparse import csr_array
 
-CSR = Any  # a scipy csr_array, whose own types say that it has no shape
+from .checked_input import CSR, checked_matrix, codes_of_samples
 
 _DESCRIPTION = """
 Every query row looks for its counterpart, the reference row of the same number, among all reference rows by
@@ -60,8 +60,9 @@ def code_ranks(queries: CSR, references: CSR) -> np.ndarray:
         references: sparse [rows, N], codes of another stream for the same samples.
 
     Raises:
-        ValueError: for arrays of different shapes.
+        ValueError: for arrays of different shapes, indices outside them, or NaN or infinite values.
     """
+    queries, references = checked_matrix(queries, "the queries"), checked_matrix(references, "the references")
     _check_pairs(queries.shape, references.shape)
     queries, references = unit_codes(queries), unit_codes(references)
     rows = queries.shape[0]
@@ -79,24 +80,38 @@ def code_ranks(queries: CSR, references: CSR) -> np.ndarray:
 
 
 def vector_ranks(queries: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Return int64 [rows]: the rank of reference i for query i, as `code_ranks`, of dense rows [rows, hidden_size]."""
+    """Return int64 [rows]: the rank of reference i for query i, as `code_ranks`, of dense rows [rows, hidden_size].
+
+    Raises:
+        ValueError: for arrays of different shapes, or a row with NaN or infinite values.
+    """
     _check_pairs(queries.shape, references.shape)
-    queries, references = _unit_vectors(queries), np.ascontiguousarray(_unit_vectors(references).T)
+    queries = _unit_vectors(queries, "queries")
+    references = np.ascontiguousarray(_unit_vectors(references, "references").T)
     return _ranks(lambda start, stop: queries[start:stop] @ references, len(queries))
 
 
 def retrieval_figures(ranks: np.ndarray, depths: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Return R@n for every n of `depths`, median_rank (the lower of two middle ranks), mrr and rows."""
-    if not len(ranks):
-        raise ValueError("retrieval needs at least one row")
+    """Return R@n for every n of `depths`, median_rank (the lower of two middle ranks), mrr and rows.
+
+    Raises:
+        ValueError: for no ranks, ranks below 1, or depths that are no whole numbers from 1.
+    """
+    ranks = np.asarray(ranks)
+    if not len(ranks) or not (ranks >= 1).all():
+        raise ValueError("retrieval needs at least one row, and ranks from 1")
+    if wrong := [depth for depth in depths if not isinstance(depth, int | np.integer) or depth < 1]:
+        raise ValueError(f"`depths` must be whole numbers from 1, but {wrong[0]!r} is among them")
     figures: dict[str, float] = {f"R@{depth}": float((ranks <= depth).mean()) for depth in depths}
     middle = int(np.sort(ranks)[(len(ranks) - 1) // 2])
     return figures | {"median_rank": middle, "mrr": float((1 / ranks).mean()), "rows": len(ranks)}
 
 
 def _check_pairs(queries: tuple[int, ...], references: tuple[int, ...]) -> None:
-    if queries != references:
-        raise ValueError(f"queries and references must pair up, but their shapes are {queries}, {references}")
+    if queries != references or len(queries) != 2 or not queries[0]:
+        raise ValueError(
+            f"queries and references must pair up, at least one of each, but their shapes are {queries}, {references}"
+        )
 
 
 def _ranks(similarities: Any, rows: int) -> np.ndarray:
@@ -120,9 +135,20 @@ def unit_codes(codes: CSR) -> CSR:
     return codes
 
 
-def _unit_vectors(rows: np.ndarray) -> np.ndarray:
+def _unit_vectors(rows: np.ndarray, name: str) -> np.ndarray:
     rows = np.asarray(rows, np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-8)
+    # In double precision, so that the squares of large values stay finite.
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    if not np.isfinite(norms).all():
+        raise ValueError(f"row {int(np.flatnonzero(~np.isfinite(norms))[0])} of `{name}` holds NaN or infinite values")
+    return rows / np.maximum(norms, 1e-8)[:, None].astype(np.float32)
+
+
+def _dense_rows(rows: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(rows, np.float32).reshape(len(rows), -1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"every row of `{name}` must have the same number of values") from error
 
 
 class CrossRetrieval(evaluate.Metric):
@@ -150,17 +176,12 @@ class CrossRetrieval(evaluate.Metric):
 
     def _compute(self, *, num_latents=None, depths=(1, 5, 10), **inputs) -> dict[str, float]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.config_name == "vectors":
-            return retrieval_figures(vector_ranks(*(np.asarray(rows, np.float32) for rows in inputs.values())), depths)
+            vectors = (_dense_rows(inputs[name], name) for name in ("queries", "references"))
+            return retrieval_figures(vector_ranks(*vectors), depths)
         if num_latents is None:
             raise ValueError("ranks over codes need `num_latents`")
         query, reference = (
-            _codes(inputs[f"{side}_indices"], inputs[f"{side}_values"], num_latents) for side in ("query", "reference")
+            codes_of_samples(inputs[f"{side}_indices"], inputs[f"{side}_values"], num_latents, f"the {side}")
+            for side in ("query", "reference")
         )
         return retrieval_figures(code_ranks(query, reference), depths)
-
-
-def _codes(indices: Any, values: Any, num_latents: int) -> CSR:
-    latents, strengths = np.asarray(indices), np.asarray(values, np.float32)
-    rows, k = latents.shape
-    starts = np.arange(0, rows * k + 1, k)
-    return csr_array((strengths.reshape(-1), latents.reshape(-1), starts), shape=(rows, num_latents))

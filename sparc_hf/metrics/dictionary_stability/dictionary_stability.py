@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
-CSR = Any  # a scipy csr_array, whose own types say that it has no shape
+from .checked_input import CSR, checked_matrix
 
 _DESCRIPTION = """
 Matches the atoms of two dictionaries one to one so that the sum of their cosine similarities is largest
@@ -54,7 +54,7 @@ def match_atoms(atoms: np.ndarray, others: np.ndarray) -> dict[str, Any]:
         {"stability", "same_place": mean cosines, "match": int64 [N], "cosines": float64 [N]}
 
     Raises:
-        ValueError: for dictionaries of different shapes, or without atoms.
+        ValueError: for dictionaries of different shapes, without atoms, or with NaN or infinite values.
     """
     if atoms.shape != others.shape or atoms.ndim != 2 or not len(atoms):
         raise ValueError(
@@ -89,8 +89,9 @@ def bridge_scores(codes: CSR, others: CSR, atoms: np.ndarray, other_atoms: np.nd
         there are none}
 
     Raises:
-        ValueError: for codes or atoms that do not pair up.
+        ValueError: for codes or atoms that do not pair up, or hold indices or values that do not fit.
     """
+    codes, others = checked_matrix(codes, "the codes"), checked_matrix(others, "the other codes")
     if codes.shape != others.shape or not codes.shape[0]:
         raise ValueError(f"the codes must be of the same samples and latents, but are {codes.shape}, {others.shape}")
     if atoms.shape != other_atoms.shape or len(atoms) != codes.shape[1]:
@@ -114,7 +115,10 @@ def bridge_scores(codes: CSR, others: CSR, atoms: np.ndarray, other_atoms: np.nd
 
 def _unit_rows(rows: np.ndarray) -> np.ndarray:
     rows = np.asarray(rows, np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not np.isfinite(norms).all():
+        raise ValueError(f"atom {int(np.flatnonzero(~np.isfinite(norms))[0])} holds NaN or infinite values")
+    return rows / np.maximum(norms, 1e-12)
 
 
 class DictionaryStability(evaluate.Metric):
@@ -130,5 +134,9 @@ class DictionaryStability(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = match_atoms(np.asarray(predictions), np.asarray(references))
+        try:
+            atoms, others = (np.asarray(rows, np.float64).reshape(len(rows), -1) for rows in (predictions, references))
+        except (TypeError, ValueError) as error:
+            raise ValueError("every atom must have the same number of values") from error
+        found = match_atoms(atoms, others)
         return found | {"match": found["match"].tolist(), "cosines": found["cosines"].tolist()}

@@ -7,9 +7,8 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from scipy.sparse import csr_array
 
-CSR = Any  # a scipy csr_array, whose own types say that it has no shape
+from .checked_input import CSR, checked_streams, codes_of_streams
 
 _DESCRIPTION = """
 Counts latents by the streams in which they are alive, that is, fire on at least one of the given samples: dead
@@ -58,14 +57,13 @@ def latent_liveness(codes: Mapping[str, CSR], *, threshold: float = 0.0) -> dict
         "histogram": {"edges": float64 [bins + 1], "counts": stream -> int64 [bins]}}
 
     Raises:
-        ValueError: for streams of different shapes, or no rows.
+        ValueError: for streams of different shapes, no rows, indices or values that do not fit, or a negative or
+            undefined threshold.
     """
-    shapes = {stream: matrix.shape for stream, matrix in codes.items()}
-    if not codes or len(set(shapes.values())) != 1 or not next(iter(shapes.values()))[0]:
-        raise ValueError(
-            f"every stream needs codes of the same rows (at least one) and latents, but their shapes are {shapes}"
-        )
-    rows, latents = next(iter(shapes.values()))
+    codes = checked_streams(codes)
+    if not threshold >= 0:
+        raise ValueError(f"`threshold` must not be negative or NaN, but it is {threshold}")
+    rows, latents = next(iter(codes.values())).shape
     frequency = {
         stream: np.bincount(matrix.indices[matrix.data > threshold], minlength=latents) / rows
         for stream, matrix in codes.items()
@@ -106,20 +104,7 @@ class LatentLiveness(evaluate.Metric):
         )
 
     def _compute(self, indices, values, num_latents, streams=None, threshold=0.0) -> dict:  # pyright: ignore[reportIncompatibleMethodOverride]
-        latents, strengths = np.asarray(indices), np.asarray(values, np.float32)
-        rows, number_of_streams, k = latents.shape
-        names = streams or [str(number) for number in range(number_of_streams)]
-        if len(names) != number_of_streams:
-            raise ValueError(
-                f"`streams` names {len(names)} streams, but every sample has codes of {number_of_streams}"
-            )
-        starts = np.arange(0, rows * k + 1, k)
-        codes = {
-            name: csr_array(
-                (strengths[:, number].reshape(-1), latents[:, number].reshape(-1), starts), shape=(rows, num_latents)
-            )
-            for number, name in enumerate(names)
-        }
+        codes = codes_of_streams(indices, values, num_latents, streams)
         found = latent_liveness(codes, threshold=threshold)
         counts = {stream: count.tolist() for stream, count in found["histogram"]["counts"].items()}
         return found | {

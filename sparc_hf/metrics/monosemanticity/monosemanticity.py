@@ -51,22 +51,30 @@ def monosemanticity(rows: np.ndarray, values: np.ndarray, features: np.ndarray) 
         {"per_latent": float64 [N], nan for fewer than two samples, "mean": float, "latents": int}
 
     Raises:
-        ValueError: for arrays that do not fit together, or a row number outside the features.
+        ValueError: for arrays that do not fit together, row numbers outside the features, activations that are
+            negative or not finite, or features that are not finite.
     """
     rows, values, features = np.asarray(rows), np.asarray(values, np.float64), np.asarray(features)
-    if rows.shape != values.shape or rows.ndim != 2 or features.ndim != 2:
+    if rows.shape != values.shape or rows.ndim != 2 or features.ndim != 2 or features.dtype.kind not in "fiu":
         raise ValueError(
-            "`rows` and `values` must both be [latents, m] and `features` [rows, hidden_size], but they are "
-            f"{list(rows.shape)}, {list(values.shape)} and {list(features.shape)}"
+            "`rows` and `values` must both be [latents, m] and `features` numbers [rows, hidden_size], but they are "
+            f"{list(rows.shape)}, {list(values.shape)} and {list(features.shape)} {features.dtype}"
         )
+    if rows.dtype.kind not in "iu" or rows.min(initial=-1) < -1:
+        raise ValueError("`rows` must hold row numbers, and -1 where a latent has fewer samples")
     if rows.max(initial=-1) >= len(features):
         raise ValueError(f"row {rows.max()} is named, but `features` has {len(features)} rows")
+    if not np.isfinite(values).all() or values.min(initial=0) < 0:
+        latent = int(np.flatnonzero(~np.isfinite(values).all(axis=1) | (values < 0).any(axis=1))[0])
+        raise ValueError(f"activations must be 0 or more and finite, but those of latent {latent} are not")
     weights = np.where(rows >= 0, values, 0.0)
     latents, places = np.nonzero(weights > 0)
     strengths, samples = weights[latents, places], rows[latents, places]
     # A few columns at a time: in double precision the features of a large dataset would be copied whole.
     blocks = [slice(start, start + COLUMNS_AT_ONCE) for start in range(0, features.shape[1], COLUMNS_AT_ONCE)]
     lengths = np.sqrt(sum(np.square(features[:, block], dtype=np.float64).sum(axis=1) for block in blocks))
+    if not np.isfinite(lengths).all():
+        raise ValueError(f"row {int(np.flatnonzero(~np.isfinite(lengths))[0])} of `features` is not finite")
     unit_strengths = strengths / np.maximum(lengths[samples], 1e-12)
     spread = csr_array((unit_strengths, (latents, samples)), shape=(len(rows), len(features)))
     summed = sum(((spread @ features[:, block].astype(np.float64)) ** 2).sum(axis=1) for block in blocks)
@@ -92,5 +100,11 @@ class Monosemanticity(evaluate.Metric):
         )
 
     def _compute(self, rows, values, features) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = monosemanticity(np.asarray(rows), np.asarray(values), features)
+        try:
+            arrays = np.asarray(rows, np.int64), np.asarray(values, np.float64), np.asarray(features)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "every latent must name as many rows and values, and every feature row be as wide"
+            ) from error
+        found = monosemanticity(*arrays)
         return found | {"per_latent": found["per_latent"].tolist()}

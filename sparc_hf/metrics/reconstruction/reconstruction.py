@@ -50,7 +50,7 @@ def row_terms(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
         reconstructions: [rows, hidden_size], y.
 
     Raises:
-        ValueError: for arrays of other shapes.
+        ValueError: for arrays of other shapes, or a row with NaN or infinite values.
     """
     if originals.shape != reconstructions.shape or originals.ndim != 2:
         raise ValueError(
@@ -58,8 +58,14 @@ def row_terms(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
             f"{list(originals.shape)} and {list(reconstructions.shape)}"
         )
     x, y = originals.astype(np.float64), reconstructions.astype(np.float64)
-    sums = [np.einsum("ij,ij->i", one, other) for one, other in ((y - x, y - x), (x, x), (y, y), (x, y))]
-    return np.stack([*sums, x.sum(axis=1)], axis=1)
+    with np.errstate(invalid="ignore"):  # told below
+        sums = [np.einsum("ij,ij->i", one, other) for one, other in ((y - x, y - x), (x, x), (y, y), (x, y))]
+        terms = np.stack([*sums, x.sum(axis=1)], axis=1)
+    if not np.isfinite(terms).all():
+        row = int(np.flatnonzero(~np.isfinite(terms).all(axis=1))[0])
+        name = "the original" if not np.isfinite(x[row]).all() else "the reconstruction"
+        raise ValueError(f"{name} in row {row} holds NaN or infinite values")
+    return terms
 
 
 def figures_of_terms(terms: np.ndarray, mean_row: np.ndarray) -> dict[str, float]:
@@ -70,8 +76,10 @@ def figures_of_terms(terms: np.ndarray, mean_row: np.ndarray) -> dict[str, float
         mean_row: [hidden_size], the mean of the originals.
 
     Raises:
-        ValueError: naming a row of zeros, whose relative error is undefined.
+        ValueError: for no rows, or naming a row of zeros, whose relative error is undefined.
     """
+    if not len(terms):
+        raise ValueError("figures of a reconstruction need at least one row")
     error, norm, other_norm, product, total = np.asarray(terms, np.float64).T
     if (norm == 0).any():
         raise ValueError(f"row {int(np.flatnonzero(norm == 0)[0])} holds only zeros; leave such rows out")
@@ -105,11 +113,19 @@ def reconstruction(
         raise ValueError(f"there are reconstructions of {missing}, but originals only of {list(originals)}")
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in FIGURES}
     for target, sources in reconstructions.items():
-        mean_row = np.asarray(originals[target], np.float64).mean(axis=0)
         for source, rows in sources.items():
-            for name, value in figures_of_terms(row_terms(originals[target], rows), mean_row).items():
+            terms = row_terms(originals[target], rows)
+            mean_row = originals[target].sum(axis=0, dtype=np.float64) / max(len(terms), 1)
+            for name, value in figures_of_terms(terms, mean_row).items():
                 found[name].setdefault(target, {})[source] = value
     return found
+
+
+def _dense_rows(rows: list, target: str) -> np.ndarray:
+    try:
+        return np.asarray(rows, np.float64).reshape(len(rows), -1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"every row of `{target}` must have the same number of values") from error
 
 
 class Reconstruction(evaluate.Metric):
@@ -136,7 +152,7 @@ class Reconstruction(evaluate.Metric):
             entries.setdefault(pair, []).append(position)
         found: dict[str, Any] = {name: {} for name in FIGURES}
         for (target, source), positions in entries.items():
-            x, y = (np.array([rows[position] for position in positions]) for rows in (references, predictions))
+            x, y = (_dense_rows([rows[at] for at in positions], target) for rows in (references, predictions))
             for name, figures in reconstruction({target: x}, {target: {source: y}}).items():
                 found[name].setdefault(target, {})[source] = figures[target][source]
         return found
