@@ -1,5 +1,6 @@
 """The main job on the embedded world: make scenes, extract three streams, train, evaluate, save, report."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,10 +11,12 @@ from typing import Any
 from sparc_hf.codes import encode_features
 from sparc_hf.command_arguments import DemoArguments
 from sparc_hf.concepts import name_concepts, save_concepts
+from sparc_hf.demo import ENCODERS_PATH
 from sparc_hf.demo.scenes import CLASS_NAMES, TAXONOMY, make_scenes_dataset
 from sparc_hf.encoders import load_encoders
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
 from sparc_hf.extraction import extract_features
+from sparc_hf.feature_files import sha256_of
 from sparc_hf.features import FeatureDataset
 from sparc_hf.hub import write_model_card
 from sparc_hf.output_folder import check_output_folder
@@ -28,7 +31,8 @@ STREAMS = ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:cl
 def run_demo(args: DemoArguments) -> str:
     """Run the whole way from scenes to an evaluated model and return the report that is printed.
 
-    Features of an earlier run with the same number of scenes are used again; the model is made anew.
+    Features of an earlier run with the same number of scenes and the same encoders are used again; the model is made
+    anew.
 
     Raises:
         ValueError: for impossible sizes.
@@ -84,10 +88,17 @@ def _training_settings(args: DemoArguments, output: Path) -> SparcTrainingArgume
     )
 
 
+def encoders_checksum() -> str:
+    """Return 16 hex digits of the files of both embedded encoders: features of other encoders mean something else."""
+    files = sorted(path for path in ENCODERS_PATH.glob("*/*") if path.is_file())
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:16]
+
+
 def world_features(output: Path, split: str, rows: int, seed: int) -> FeatureDataset:
     """Return the features of a split of the embedded world, those of an earlier run in `output` where they fit."""
     folder = output / "features" / split
     wanted = {"world": "sparc_hf.demo", "split": split, "seed": seed, "scenes": rows}
+    wanted["encoders"] = encoders_checksum()
     if folder.exists():
         features = FeatureDataset.load(folder)
         if {key: (features.source or {}).get(key) for key in wanted} == wanted:

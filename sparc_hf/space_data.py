@@ -22,7 +22,7 @@ from sparc_hf.code_search import Match
 from sparc_hf.command_arguments import DemoArguments
 from sparc_hf.concept_search import NUMBER, ConceptSearch, LatentMatch
 from sparc_hf.concepts import Evidence, load_concepts
-from sparc_hf.demo_run import run_demo
+from sparc_hf.demo_run import encoders_checksum, run_demo
 from sparc_hf.encoders import StreamEncoder, load_encoders
 from sparc_hf.features import FeatureDataset
 from sparc_hf.modeling_sparc import SparcModel
@@ -353,8 +353,8 @@ def _cache_folder(cache: str | None) -> Path:
 
 
 def _demo(cache: Path) -> tuple[str, str]:
-    """Return model and held-out features of the embedded demo, of this version of the package."""
-    folder = cache / f"demo-{__version__}"
+    """Return model and held-out features of the embedded demo, of this version of the package and its encoders."""
+    folder = cache / f"demo-{__version__}-{encoders_checksum()}"
     finished = folder / "finished"
     if not finished.exists():
         logger.info("preparing the embedded demo in %s; this takes a few minutes, once", folder)

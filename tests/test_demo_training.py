@@ -1,26 +1,35 @@
-"""How the demo encoders are trained: blobs and their clusters, wrong captions, the tower CLIP starts from."""
+"""How the demo encoders are trained: captions wrong by one word, the tower CLIP starts from, what it learns."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT  # noqa: F401 the offline switches are set there
-from scipy.cluster.vq import kmeans2
+from torch.nn import functional as F
+from transformers import AutoModel
 
-from sparc_hf.demo.blobs import find_blobs
+from sparc_hf.demo import train_encoders
 from sparc_hf.demo.image_tower import copy_image_tower
-from sparc_hf.demo.scenes import make_scene
 from sparc_hf.demo.taxonomy import (
     COLOUR_IDS,
     SHAPE_IDS,
     SHAPE_SYNONYMS,
     TEXTURE_IDS,
-    TEXTURE_OFFSET,
     WORD_CLASSES,
     plural,
 )
-from sparc_hf.demo.train_clip import ClipRecipe, build_clip, build_tokenizer, encode_captions, to_pixels, train_clip
+from sparc_hf.demo.train_clip import (
+    CaptionSampler,
+    ClipRecipe,
+    build_clip,
+    build_tokenizer,
+    contrastive_loss,
+    encode_captions,
+    to_pixels,
+    train_clip,
+)
 from sparc_hf.demo.train_dino import DinoRecipe, build_dino, train_dino
 from sparc_hf.demo.train_encoders import draw_scenes
 from sparc_hf.demo.word_swaps import WordSwaps, object_phrases
@@ -83,22 +92,6 @@ def test_phrases_of_single_objects():
     assert object_phrases(captions) == ["a small red striped circle", "an orange box", "a dotted heart in pink"]
 
 
-def test_textures_of_blobs_tell_textures_apart():
-    """Clusters of the fixed rule's numbers, without labels, beside the truth; the most frequent texture is 0.38."""
-    textures, truth = [], []
-    for index in range(700):
-        scene = make_scene(index)
-        blobs = find_blobs(np.asarray(scene.image), 8)
-        if len(scene.objects) == len(blobs.textures) == 1:
-            textures.append(blobs.textures[0])
-            truth.append(scene.objects[0].texture - TEXTURE_OFFSET)
-    clusters = kmeans2(np.array(textures), 16, minit="++", seed=0)[1]
-    table = np.zeros((16, 5))
-    np.add.at(table, (clusters, truth), 1)
-    assert len(truth) > 200
-    assert table.max(axis=1).sum() / len(truth) > 0.85
-
-
 def test_the_copied_tower_computes_what_its_source_does(scenes):
     torch.manual_seed(0)
     source = build_dino(DinoRecipe(registers=0)).eval()
@@ -116,13 +109,77 @@ def test_the_copied_tower_computes_what_its_source_does(scenes):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def tiny_encoders(images, captions) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    dino, _ = train_dino(images, recipe=DinoRecipe(steps=2, batch_size=16, silhouette_clusters=4))
+    clip, _ = train_clip(images, captions, dino, recipe=ClipRecipe(steps=2, batch_size=16))
+    return dino.state_dict(), clip.state_dict()
+
+
 def test_training_twice_gives_the_same_weights(scenes):
     images, captions = scenes[0][:80], scenes[1][:80]
+    for first, second in zip(tiny_encoders(images, captions), tiny_encoders(images, captions), strict=True):
+        assert all(torch.equal(values, second[name]) for name, values in first.items())
 
-    def weights() -> dict[str, torch.Tensor]:
-        dino, _ = train_dino(images, recipe=DinoRecipe(steps=2, batch_size=16, silhouette_clusters=4))
-        clip, _ = train_clip(images, captions, dino, recipe=ClipRecipe(steps=2, batch_size=16))
-        return dict(clip.state_dict())
 
-    first, second = weights(), weights()
-    assert all(torch.equal(values, second[name]) for name, values in first.items())
+@pytest.mark.parametrize("valid", [False, True])
+def test_a_wrong_caption_counts_only_where_there_is_one(valid):
+    """Two images and their texts are the axes of a plane; the wrong caption of each is its right one."""
+    axes = torch.eye(2)
+    loss = contrastive_loss(axes, axes, axes[:, None], torch.full((2, 1), valid), torch.tensor(3.0))
+    other = np.exp(-3.0)
+    to_text = np.log(2 + other) if valid else np.log(1 + other)
+    assert loss.item() == pytest.approx((to_text + np.log(1 + other)) / 2, rel=1e-5)
+
+
+def test_texts_are_captions_or_phrases_with_variants(scenes):
+    captions = scenes[1][:50]
+    tokenizer = build_tokenizer(caption for of_scene in captions for caption in of_scene)
+    rows, rng = np.arange(50), np.random.default_rng(0)
+    for share in (0.0, 1.0):
+        recipe = ClipRecipe(phrase_share=share, wrong_captions=2)
+        ids, valid = CaptionSampler(tokenizer, captions, recipe).draw(rows, rng)
+        assert ids.shape == (50, 3, 32)
+        assert valid.shape == (50, 2)
+        for number, of_scene in enumerate(captions):
+            phrases = object_phrases(of_scene)
+            right = encode_captions(tokenizer, [phrases if share and phrases else of_scene])[0]
+            assert (right == ids[number, 0]).all(axis=1).any()
+
+
+def test_training_learns_which_word_is_wrong():
+    """A tiny CLIP and 16 scenes that it saw: the share of captions nearer to their image than every wrong variant."""
+    images, captions = draw_scenes("encoders", 16)
+    small = {"hidden_size": 32, "vision_layers": 1, "text_layers": 1, "batch_size": 16, "learning_rate": 5e-3}
+
+    def share_of_right(steps: int) -> float:
+        clip, processor = train_clip(images, captions, recipe=ClipRecipe(steps=steps, **small))
+        token_ids = encode_captions(processor.tokenizer, captions)
+        swaps = WordSwaps(processor.tokenizer, token_ids)
+        wrong, valid = swaps.swapped(token_ids[:, 0], np.arange(16), 3, np.random.default_rng(7))
+        with torch.no_grad():
+            rows = F.normalize(clip.get_image_features(pixel_values=to_pixels(images)).pooler_output, dim=-1)
+            flat = torch.from_numpy(np.concatenate([token_ids[:, :1], wrong], axis=1)).flatten(0, 1)
+            texts = F.normalize(clip.get_text_features(input_ids=flat).pooler_output, dim=-1).view(16, 4, -1)
+        cosines = torch.einsum("bd,bvd->bv", rows, texts)
+        return (cosines[:, :1] > cosines[:, 1:])[torch.from_numpy(valid)].float().mean().item()
+
+    assert share_of_right(250) > max(0.8, share_of_right(0) + 0.2)
+
+
+def test_clip_alone_wants_the_vision_only_encoder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_encoders", "--output", str(tmp_path), "--only", "clip"])
+    with pytest.raises(SystemExit):
+        train_encoders.main()
+    assert f"there is no {tmp_path / 'dino'}" in capsys.readouterr().err
+
+
+def test_the_command_starts_clip_from_the_encoder_it_trained(tmp_path, monkeypatch):
+    """With CLIP's learning rate at 0 its image tower is what it started from."""
+    monkeypatch.setattr(train_encoders, "train_dino", partial(train_dino, recipe=DinoRecipe(steps=2, batch_size=8)))
+    still = ClipRecipe(steps=1, batch_size=8, learning_rate=0.0, weight_decay=0.0)
+    monkeypatch.setattr(train_encoders, "train_clip", partial(train_clip, recipe=still))
+    monkeypatch.setattr("sys.argv", ["train_encoders", "--output", str(tmp_path), "--scenes", "100"])
+    train_encoders.main()
+    clip, dino = (AutoModel.from_pretrained(tmp_path / name) for name in ("clip", "dino"))
+    expected = dino.embeddings.cls_token[0, 0]
+    assert torch.equal(clip.vision_model.embeddings.class_embedding, expected)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from . import ENCODERS_PATH
-from .queries import DEPTH, QUERIES, precision_by_chance, precision_of_found
+from .queries import DEPTH, QUERIES, precision_at_depth, precision_by_chance
 from .scenes import SPLITS, Scene, make_scene
 from .taxonomy import SHAPES
 from .train_dino import DinoRecipe, build_dino
@@ -50,9 +50,9 @@ def clip_queries(folder: Path, scenes: int = 1000) -> dict[str, dict[str, dict[s
     figures = {}
     for kind, queries in QUERIES.items():
         texts = _clip_texts(folder, [query.text for query in queries])
-        found = (texts @ images.T).topk(DEPTH, dim=1).indices.tolist()
+        retrieved = (texts @ images.T).topk(DEPTH, dim=1).indices.tolist()
         figures[kind] = {
-            "embeddings": precision_of_found(found, queries, samples),
+            "embeddings": precision_at_depth(retrieved, queries, samples),
             "chance": precision_by_chance(queries, samples),
         }
     return figures
@@ -83,8 +83,8 @@ def code_queries(demo: Path) -> dict[str, dict[str, dict[str, float]]]:
         rows = encoder.rows(encoder.prepare([query.text for query in queries]))
         codes = model.encode({encoder.name: rows})[encoder.name].to_dense().numpy()
         for stream in model.config.stream_names:
-            found = [[match.row for match in search.search(stream, code, DEPTH)] for code in codes]
-            figures.setdefault(kind, {})[stream] = precision_of_found(found, queries, samples)
+            retrieved = [[match.row for match in search.search(stream, code, DEPTH)] for code in codes]
+            figures.setdefault(kind, {})[stream] = precision_at_depth(retrieved, queries, samples)
     return figures
 
 

@@ -1,4 +1,4 @@
-"""The questions of the demo's pages, such as "a red circle": which scenes are right, and how many of those found."""
+"""Questions as on the demo's pages, "a red circle": which scenes are right, and how many of those retrieved are."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from .scenes import Scene
 from .taxonomy import CLASS_NAMES, COLOUR_IDS, SHAPE_IDS, TEXTURE_IDS
 
 DEPTH = 5
-"""How many found scenes count."""
+"""How many retrieved scenes count."""
 
 
 class ObjectQuery(NamedTuple):
@@ -35,7 +35,7 @@ QUERIES: dict[str, list[ObjectQuery]] = {"colour": _queries(COLOUR_IDS), "textur
 
 def right_scenes(queries: Sequence[ObjectQuery], scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
     """Tell which scenes have the shape, the attribute, and both in one object; each bool [queries, scenes]."""
-    facts = [{(o.shape, one) for o in scene.objects for one in (o.colour, o.texture)} for scene in scenes]
+    facts = [{(o.shape, attribute) for o in scene.objects for attribute in (o.colour, o.texture)} for scene in scenes]
     labels = [set(scene.labels) for scene in scenes]
     return {
         "shape": np.array([[query.shape in of_scene for of_scene in labels] for query in queries]),
@@ -49,13 +49,13 @@ def precision_by_chance(queries: Sequence[ObjectQuery], scenes: Sequence[Scene])
     return {name: float(right.mean()) for name, right in right_scenes(queries, scenes).items()}
 
 
-def precision_of_found(
-    found: Sequence[Sequence[int]], queries: Sequence[ObjectQuery], scenes: Sequence[Scene]
+def precision_at_depth(
+    retrieved: Sequence[Sequence[int]], queries: Sequence[ObjectQuery], scenes: Sequence[Scene]
 ) -> dict[str, float]:
-    """Return the share of right scenes among the first five found, mean over the queries; 0 to 1.
+    """Return the share of right scenes among the first five retrieved, mean over the queries; 0 to 1.
 
     Args:
-        found: for each query, rows of the scenes, the best first; places that are missing count as wrong.
+        retrieved: for each query, rows of the scenes, the best first; places that are missing count as wrong.
         queries: the questions.
         scenes: what was searched.
 
@@ -64,7 +64,7 @@ def precision_of_found(
     """
     return {
         name: float(
-            np.mean([right[row[:DEPTH]].sum() / DEPTH for right, row in zip(rows, map(list, found), strict=True)])
+            np.mean([right[row[:DEPTH]].sum() / DEPTH for right, row in zip(rows, map(list, retrieved), strict=True)])
         )
         for name, rows in right_scenes(queries, scenes).items()
     }

@@ -199,7 +199,7 @@ def index_batches(rows: int, batch_size: int, steps: int, rng: np.random.Generat
         yield batch
 
 
-class _Texts:
+class CaptionSampler:
     """Draws the texts of a step: a caption or a phrase of every scene, and variants that are wrong by one word."""
 
     def __init__(self, tokenizer: CLIPTokenizer, captions: Sequence[Sequence[str]], recipe: ClipRecipe):
@@ -266,7 +266,7 @@ def train_clip(
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     tokenizer = build_tokenizer(caption for of_scene in captions for caption in of_scene)
-    texts = _Texts(tokenizer, captions, recipe)
+    texts = CaptionSampler(tokenizer, captions, recipe)
     end = int(tokenizer.convert_tokens_to_ids(_SPECIAL_TOKENS[1]))  # pyright: ignore[reportArgumentType]
     model: Any = build_clip(tokenizer, recipe)
     if image_tower is not None:
