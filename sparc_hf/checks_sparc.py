@@ -1,21 +1,34 @@
 """What a SparcModel refuses, and how it says so."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-_LOADING_FAULTS = (("missing_keys", "missing"), ("unexpected_keys", "unexpected"), ("mismatched_keys", "mis-shaped"))
+_LOADING_FAULTS = {
+    "missing_keys": "missing",
+    "unexpected_keys": "unexpected",
+    "mismatched_keys": "mis-shaped",
+    "mistyped_keys": "of another number type",
+}
 
 
 def reject_loading_faults(info: Mapping[str, Any], path: str) -> None:
-    """Raise ValueError where transformers' loading info says that weights and config do not fit."""
-    faults = [f"{len(info[key])} {word}: {_listed(info[key])}" for key, word in _LOADING_FAULTS if info[key]]
+    """Raise ValueError where loading info, such as transformers', says that weights and config do not fit."""
+    faults = [
+        f"{len(info[key])} {word}: {_listed(info[key])}" for key, word in _LOADING_FAULTS.items() if info.get(key)
+    ]
     if faults:
         raise ValueError(
             f"the weights in `{path}` do not fit its config.json ({'; '.join(faults)}); "
             "the two files must come from one `save_pretrained`"
         )
+
+
+def reject_missing_streams(features: Iterable[str], names: Iterable[str]) -> None:
+    """Raise ValueError where features for training lack a stream."""
+    if missing := [name for name in names if name not in features]:
+        raise ValueError(f"training needs every stream of the model, but {missing} are missing from `features`")
 
 
 def reject_shape(raw: Any, name: str, hidden_size: int) -> None:
@@ -40,8 +53,12 @@ def reject_rows(faulty: Tensor, name: str, fault: str) -> None:
 
 
 def _listed(keys: Any, limit: int = 3) -> str:
-    # Mis-shaped keys come as (name, shape in the file, shape in the model).
+    # Mis-shaped and mistyped keys come as (name, what it is in the file, what it is in the model).
     texts = sorted(
-        key if isinstance(key, str) else f"{key[0]} is {list(key[1])} instead of {list(key[2])}" for key in keys
+        key if isinstance(key, str) else f"{key[0]} is {_plain(key[1])} instead of {_plain(key[2])}" for key in keys
     )
     return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str) else list(value)

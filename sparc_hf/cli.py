@@ -263,7 +263,13 @@ def _localizer(args: Any, models: Iterable[Any]) -> Callable[[Any], dict[str, An
         latents = {}
         if rows is not None:
             latents = latents_of_classes(encode_features(model, rows, encoding="single"), rows, classes)
-        return localize(model, load_encoders(model.config.streams), images, latents, settings)
+        return localize(
+            model,
+            load_encoders(model.config.streams, trust_remote_code=args.trust_remote_code),
+            images,
+            latents,
+            settings,
+        )
 
     return measure
 

@@ -1,6 +1,13 @@
 """Flags of the short commands, as dataclasses; extraction and training keep theirs beside their code."""
 
 from dataclasses import dataclass, field
+from typing import Any
+
+
+def trust_remote_code_flag() -> Any:
+    """Declare the flag of the commands that load encoders."""
+    text = "Run code from the encoders' repositories, where they need it; look at that code first."
+    return field(default=False, metadata={"help": text})
 
 
 @dataclass
@@ -81,6 +88,7 @@ class EvaluateArguments:
         metadata={"help": "Maps of the image shifted this many times along each axis are averaged; 1 for plain maps."},
     )
     prompt: str = field(default="a photo of a {}", metadata={"help": "Text for a class, which stands in place of {}."})
+    trust_remote_code: bool = trust_remote_code_flag()
 
 
 @dataclass
@@ -130,6 +138,7 @@ class ConceptsArguments:
     steps: int = field(default=256, metadata={"help": "Steps of maximisation."})
     seed: int = field(default=0, metadata={"help": "Seed of maximisation."})
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+    trust_remote_code: bool = trust_remote_code_flag()
 
 
 @dataclass

@@ -211,7 +211,8 @@ def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
     _check_streams_for(model, [modality for modality, use in needed.items() if use], pictures)
     # What takes long comes last: reading all rows for their checksums, loading encoders, encoding.
     features = None if args.features is None else _checked_features(args, model, words)
-    encoders = load_encoders(model.config.streams or []) if pictures or args.maximise or words else {}
+    streams = model.config.streams or [] if pictures or args.maximise or words else []
+    encoders = load_encoders(streams, trust_remote_code=args.trust_remote_code)
     told: dict[str, Any] = {}
     if features is not None:
         told |= _run_on_features(args, model, features, encoders, words)

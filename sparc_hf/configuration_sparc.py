@@ -1,13 +1,43 @@
 """SparcConfig: everything that rebuilds a SparcModel, and the stream records that say how its features were made."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
 FORMAT_VERSION = 1
 NORMALIZATIONS = ("none", "l2", "standardize")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Code tables number latents in int32.
+MOST = 2**31 - 1
+LARGEST = torch.finfo(torch.float32).max
+# What transformers would let a config.json change of how a model is loaded, and no SparcModel has.
+FOREIGN_KEYS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+    "distributed_config",
+    "fusion_config",
+    "num_labels",
+    "quantization_config",
+    "sub_configs",
+    "transformers_weights",
+)
+# Kinds of the fields of a stream record that say how its features were made; each may be left out or null.
+RECORD_KINDS: dict[str, Any] = {
+    "encoder": str,
+    "revision": str,
+    "modality": str,
+    "pooling": str,
+    "image_backend": str,
+    "grid": list | tuple,
+    "image_size": list | tuple,
+    "prefix_tokens": int,
+}
 
 
 @strict
@@ -31,6 +61,8 @@ class SparcConfig(PreTrainedConfig):
             stream, atoms brought to unit norm at use, no pre-biases. The paper has k 32, auxk N // 2, auxk_coef 0.1.
         distance: of the USAE objective, "l1" (mean absolute) or "l2" (mean squared).
         format_version: version of the checkpoint format; a newer one than this package knows is refused.
+        weights_sha256: in a config.json, the SHA-256 of each weight file saved with it, which loading compares; empty
+            while they are being saved.
 
     Raises:
         ValueError: for contradicting sizes, or a stream record that cannot be used.
@@ -50,6 +82,7 @@ class SparcConfig(PreTrainedConfig):
     objective: Literal["sparc", "usae"] = "sparc"
     distance: Literal["l1", "l2"] = "l1"
     format_version: int = FORMAT_VERSION
+    weights_sha256: dict | None = None
 
     def __post_init__(self, **kwargs: Any):
         self.streams = _stream_records(self.streams)
@@ -67,18 +100,46 @@ class SparcConfig(PreTrainedConfig):
             raise ValueError(
                 '`objective="usae"` selects latents in every stream alone; set `selection="local"` with it'
             )
-        for field in ("num_latents", "k"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"`{field}` must be at least 1, but it is {getattr(self, field)}")
-        for field in ("auxk", "auxk_coef", "cross_coef", "dead_after_steps"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"`{field}` must not be negative, but it is {getattr(self, field)}")
+        for field, least in (
+            ("num_latents", 1),
+            ("k", 1),
+            ("auxk", 0),
+            ("dead_after_steps", 0),
+            ("format_version", 1),
+        ):
+            if not least <= getattr(self, field) <= MOST:
+                raise ValueError(f"`{field}` must be from {least} to {MOST}, but it is {getattr(self, field)}")
+        for field in ("auxk_coef", "cross_coef", "dead_threshold"):
+            if not 0 <= getattr(self, field) <= LARGEST:
+                raise ValueError(f"`{field}` must be a finite number from 0 on, but it is {getattr(self, field)}")
         for field in ("k", "auxk"):
             if getattr(self, field) > self.num_latents:
                 raise ValueError(
                     f"`{field}` is {getattr(self, field)} but `num_latents` is {self.num_latents}; "
                     f"choose `{field}` <= `num_latents`"
                 )
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json; see `PreTrainedConfig.get_config_dict`. ValueError where it holds no JSON object."""
+        try:
+            return super().get_config_dict(*args, **kwargs)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"config.json must hold a JSON object with the settings of a model: {error}") from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a config of what a config.json holds; see `PreTrainedConfig.from_dict`.
+
+        Raises:
+            ValueError: for settings of another type or value than `SparcConfig` takes, a stream record that does not
+                say its `normalize`, or settings with which transformers would load the model in another way.
+        """
+        _check_file(config_dict)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, TypeError, AttributeError, LookupError, OverflowError) as error:
+            raise ValueError(f"these settings of a model cannot be used: {error.__cause__ or error}") from error
 
     @property
     def stream_names(self) -> list[str]:
@@ -98,11 +159,34 @@ class SparcConfig(PreTrainedConfig):
         raise ValueError(f"there is no stream `{name}`; the streams are {self.stream_names}")
 
 
+def _check_file(content: Any) -> None:
+    """Raise ValueError where what a config.json holds is no SparcConfig, or would change how transformers loads."""
+    if not isinstance(content, dict):
+        raise ValueError(f"config.json must hold a JSON object, but it holds {type(content).__name__}")
+    if content.get("model_type", SparcConfig.model_type) != SparcConfig.model_type:
+        raise ValueError(f"config.json is of the model type {content['model_type']!r}, not {SparcConfig.model_type!r}")
+    if foreign := [key for key in FOREIGN_KEYS if content.get(key) is not None]:
+        raise ValueError(f"config.json has `{foreign[0]}`, which is nothing to a SparcModel; take it out")
+    for key in ("dtype", "torch_dtype"):
+        if content.get(key) is not None and content[key] not in DTYPES:
+            raise ValueError(f"`{key}` in config.json must be one of {list(DTYPES)}, but it is {content[key]!r}")
+    if content.get("auto_map") is not None and not isinstance(content["auto_map"], dict):
+        raise ValueError(f"`auto_map` in config.json must be an object, but it is {content['auto_map']!r}")
+    streams = content.get("streams")
+    for record in streams if isinstance(streams, list) else []:
+        # Only in Python may it be left out, for "none": a file that has lost it would give other codes.
+        if isinstance(record, dict) and "normalize" not in record:
+            raise ValueError(f"stream `{record.get('name')}` in config.json does not say its `normalize`")
+
+
 def _stream_records(streams: list | dict | None) -> list[dict[str, Any]]:
     """Bring both accepted forms to a list of checked records, leaving the caller's objects untouched."""
+    given = list(streams.values()) if isinstance(streams, dict) else streams or []
+    if wrong := [record for record in given if not isinstance(record, Mapping)]:
+        raise ValueError(f"a stream record must be a dict such as {{'hidden_size': 768}}, but there is {wrong[0]!r}")
     if isinstance(streams, dict):
-        streams = [{**record, "name": name} for name, record in streams.items()]
-    records = [_checked_record(dict(record)) for record in streams or []]
+        given = [{**record, "name": name} for name, record in streams.items()]
+    records = [_checked_record(dict(record)) for record in given]
     names = [record["name"] for record in records]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
@@ -118,24 +202,46 @@ def _checked_record(record: dict[str, Any]) -> dict[str, Any]:
     if hasattr(torch.nn.ModuleDict(), name) or hasattr(torch.nn.ParameterDict(), name):
         raise ValueError(f"`{name}` cannot name a stream because torch's containers use it; add a suffix to it")
     size = record.get("hidden_size")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"stream `{name}` needs `hidden_size` as a positive integer, but it is {size!r}")
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST:
+        raise ValueError(f"stream `{name}` needs `hidden_size` as an integer from 1 to {MOST}, but it is {size!r}")
+    if misspelt := [key for key in record if str(key).lower().startswith("normal") and key != "normalize"]:
+        raise ValueError(f"stream `{name}` has `{misspelt[0]}`; the field is called `normalize`")
     kind = record.setdefault("normalize", "none")
     if kind not in NORMALIZATIONS:
         raise ValueError(f"stream `{name}` has `normalize` {kind!r}; it must be one of {list(NORMALIZATIONS)}")
     if kind == "standardize":
         for field in ("mean", "std"):
             _check_statistic(name, field, record.get(field), size)
+    for field, expected in RECORD_KINDS.items():
+        if record.get(field) is not None and not isinstance(record[field], expected):
+            raise ValueError(f"stream `{name}` has `{field}` {record[field]!r}, which is no {_kind_name(expected)}")
     return record
 
 
+def _kind_name(expected: Any) -> str:
+    return {str: "text", int: "integer"}.get(expected, "list")
+
+
 def _check_statistic(name: str, field: str, value: Any, size: int) -> None:
+    """Raise ValueError for a mean or standard deviation that rows cannot be standardised by.
+
+    A standard deviation is 0 where a channel did not vary; of all channels together it is not.
+    """
     numbers = value if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(number, int | float) for number in numbers) or len(numbers) not in (1, size):
+    typed = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+    if not typed or len(numbers) not in (1, size):
         raise ValueError(
             f"stream `{name}` is standardised, so its record needs `{field}` as one number or {size} numbers, "
             f"but it has {len(numbers)} values" + (" of another type" if len(numbers) in (1, size) else "")
         )
+    least = 0 if field == "std" else -LARGEST
+    if faulty := [number for number in numbers if not least <= number <= LARGEST]:
+        raise ValueError(
+            f"`{field}` of stream `{name}` must be finite"
+            + (f" and not negative, but it holds {faulty[0]}" if field == "std" else f", but it holds {faulty[0]}")
+        )
+    if field == "std" and not any(numbers):
+        raise ValueError(f"`std` of stream `{name}` is 0, so that its rows cannot be divided by it")
 
 
 SparcConfig.register_for_auto_class()

@@ -13,11 +13,14 @@ from .sparse_ops import row_dots
 ROWS_AT_ONCE = 512
 
 
-def usae_preactivations(rows: Tensor, encoder: nn.Linear, norm: nn.BatchNorm1d, group: Any = None) -> Tensor:
-    """Return q = max(0, BatchNorm(W x + c)), [batch, N], of rows x [batch, d]; see `usae_encoder`."""
-    if not norm.training:
-        return norm(encoder(rows)).relu()
-    return F.linear(rows, *usae_encoder(rows, encoder, norm, group)).relu()
+def usae_preactivations(rows: Tensor, encoder: nn.Linear, norm: nn.BatchNorm1d, latents: Any = slice(None)) -> Tensor:
+    """Return BatchNorm(W x + c) of rows x [batch, d] for some latents, [batch, latents], all of them by default.
+
+    The batch norm uses the statistics it has kept, in training mode too, and keeps them as they are.
+    """
+    hidden = F.linear(rows, encoder.weight[latents], encoder.bias[latents])
+    mean, variance = cast(Tensor, norm.running_mean)[latents], cast(Tensor, norm.running_var)[latents]
+    return F.batch_norm(hidden, mean, variance, norm.weight[latents], norm.bias[latents], eps=norm.eps)
 
 
 def usae_encoder(rows: Tensor, encoder: nn.Linear, norm: nn.BatchNorm1d, group: Any = None) -> tuple[Tensor, Tensor]:

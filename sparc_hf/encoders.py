@@ -31,10 +31,12 @@ class StreamEncoder:
         normalize: how a SPARC model shall normalise the rows; it is only recorded here.
         image_backend: what resizes images, "pil" or "torchvision"; see `ImageInputs`.
         loaded: models that were already loaded, shared between encoders; see `load_encoders`.
+        trust_remote_code: whether to run code from the encoder's repository. No stream record can say so, because
+            records come from others.
 
     Raises:
-        ValueError: if the checkpoint cannot be loaded, lacks weights or its image processor or tokenizer, or does not
-            have this modality or pooling.
+        ValueError: if the checkpoint cannot be loaded, lacks safetensors weights or its image processor or tokenizer,
+            needs code of its own, or does not have this modality or pooling.
     """
 
     def __init__(
@@ -52,25 +54,27 @@ class StreamEncoder:
         normalize: str = "l2",
         image_backend: str = "pil",
         loaded: LoadedModels | None = None,
+        trust_remote_code: bool = False,
     ):
         if modality not in MODALITIES:
             raise ValueError(f"`modality` must be one of {list(MODALITIES)}, but it is {modality!r}")
         self.name, self.encoder, self.modality = name, str(encoder), modality
         self.revision = commit_of(self.encoder, revision)
         pinned = self.revision or revision
-        self.config = load_part(AutoConfig, self.encoder, "config", revision=pinned)
+        trust = {"trust_remote_code": trust_remote_code}
+        self.config = load_part(AutoConfig, self.encoder, "config", revision=pinned, **trust)
         self.pooling = self._checked_pooling(pooling)
         self.grid = self._checked_grid(grid)
         self._given_prefix = prefix_tokens
         self.image_backend = image_backend
         if modality == "image":
-            self._prepare: Any = ImageInputs(self.encoder, pinned, image_backend)
+            self._prepare: Any = ImageInputs(self.encoder, pinned, image_backend, **trust)
         else:
             positions = getattr(self.tower_config, "max_position_embeddings", None)
-            self._prepare = TextInputs(self.encoder, pinned, positions, self.family.attention_mask)
+            self._prepare = TextInputs(self.encoder, pinned, positions, self.family.attention_mask, **trust)
         options = dict(self.family.options) if self.pooling != "pooler" else {}
         shared = {} if loaded is None else loaded
-        self.model = frozen_model(self.encoder, pinned, dtype or torch.float32, options, shared)
+        self.model = frozen_model(self.encoder, pinned, dtype or torch.float32, options, shared, **trust)
         self.to(device or "cpu")
         self._record = {"name": name, "normalize": normalize} | self._facts()
 
@@ -82,6 +86,7 @@ class StreamEncoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         loaded: LoadedModels | None = None,
+        trust_remote_code: bool = False,
     ) -> "StreamEncoder":
         """Build the encoder that a stream record names, and keep all the record says.
 
@@ -102,6 +107,7 @@ class StreamEncoder:
             device=device,
             dtype=dtype,
             loaded=loaded,
+            trust_remote_code=trust_remote_code,
         )
         for key in ("hidden_size", "grid"):
             if record.get(key) is not None and record[key] != made.record.get(key):
@@ -375,6 +381,7 @@ def load_encoders(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, StreamEncoder]:
     """Load the encoders of several streams; streams of one checkpoint and revision share its model.
 
@@ -383,6 +390,7 @@ def load_encoders(
             `prefix_tokens`.
         device: where the models run.
         dtype: of their weights.
+        trust_remote_code: whether to run code from the encoders' repositories; see `StreamEncoder`.
 
     Raises:
         ValueError: as `StreamEncoder`.
@@ -390,6 +398,8 @@ def load_encoders(
     check_encoders(records)
     loaded: LoadedModels = {}
     return {
-        record["name"]: StreamEncoder.from_record(record, device=device, dtype=dtype, loaded=loaded)
+        record["name"]: StreamEncoder.from_record(
+            record, device=device, dtype=dtype, loaded=loaded, trust_remote_code=trust_remote_code
+        )
         for record in records
     }

@@ -23,6 +23,7 @@ from sparc_hf.attribution import (
     word_scores,
 )
 from sparc_hf.backbone_trace import visible_box
+from sparc_hf.command_arguments import trust_remote_code_flag
 from sparc_hf.concept_search import EXACT_NAME, ConceptSearch, LatentMatch
 from sparc_hf.concepts import concepts_of
 from sparc_hf.encoders import StreamEncoder, check_encoders, load_encoders
@@ -68,6 +69,7 @@ class ExplainArguments:
     )
     shifts: int = field(default=2, metadata={"help": "As of `sparc evaluate`: 1 for plain maps."})
     overwrite: bool = field(default=False, metadata={"help": "Draw panels again that the folder has."})
+    trust_remote_code: bool = trust_remote_code_flag()
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
     chosen: dict[str, Sequence[int]] = {_title(latent, names): (latent,) for latent in args.latents}
     chosen |= {_found_title(word, found): [match.latent for match in found] for word, found in matches.items()}
     samples = _samples(args, {record["modality"] for record in model.config.streams or []})
-    encoders = load_encoders(model.config.streams or [])
+    encoders = load_encoders(model.config.streams or [], trust_remote_code=args.trust_remote_code)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     told, kept = [], 0

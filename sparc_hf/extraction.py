@@ -192,7 +192,7 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     chosen_columns(dataset, modalities, **columns)  # a misspelt one is told before any model is loaded
     return extract_features(
         dataset,
-        load_encoders(records, device=args.device or default),
+        load_encoders(records, device=args.device or default, trust_remote_code=args.trust_remote_code),
         args.output,
         **columns,
         batch_size=args.batch_size,

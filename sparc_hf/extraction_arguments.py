@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sparc_hf.command_arguments import trust_remote_code_flag
+
 
 @dataclass
 class ExtractionArguments:
@@ -98,6 +100,7 @@ class ExtractionArguments:
         metadata={"help": "What resizes images: pil (the same pixels on every machine) or torchvision (faster)."},
     )
     autocast: bool = field(default=False, metadata={"help": "Run the encoders in bfloat16 on a CUDA device."})
+    trust_remote_code: bool = trust_remote_code_flag()
     limit: int | None = field(default=None, metadata={"help": "Rows to encode, from the first (default: all)."})
     on_error: Literal["stop", "skip"] = field(
         default="stop",

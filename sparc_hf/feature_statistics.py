@@ -32,7 +32,7 @@ def standardization_of(
 
     Returns:
         `mean` and `std` (unbiased) for the stream record, next to `normalize: "standardize"`. A channel that does not
-        vary has std 0 and becomes 0.
+        vary has std 0 and becomes 0, in rows in which it does vary too.
 
     Raises:
         ValueError: if there is nothing to divide by: fewer than two numbers, or all of them equal.

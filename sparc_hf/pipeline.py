@@ -31,6 +31,7 @@ class SparcPipeline(Pipeline):
         concept_names: latent -> name, where latents have names.
         dtype: of the encoders' weights; the model keeps its own.
         top: most concepts to tell of a sample in a stream; all active ones by default.
+        trust_remote_code: whether to run code from the encoders' repositories; see `StreamEncoder`.
         **options: as of `transformers.Pipeline`: `device`, `batch_size` (samples at a time, default 32).
 
     Raises:
@@ -52,6 +53,7 @@ class SparcPipeline(Pipeline):
         concept_names: Mapping[int, str] | None = None,
         dtype: torch.dtype | str | None = None,
         top: int | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ):
         super().__init__(model=model, **options)
@@ -59,8 +61,9 @@ class SparcPipeline(Pipeline):
         self.top = top
         self.concept_names = dict(names_of_model(model) if concept_names is None else concept_names)
         weights = dtype if isinstance(dtype, torch.dtype) else None
-        found = load_encoders(model.config.streams or [], dtype=weights) if encoders is None else encoders
-        self.encoders = {name: encoder.to(self.device) for name, encoder in found.items()}
+        if encoders is None:
+            encoders = load_encoders(model.config.streams or [], dtype=weights, trust_remote_code=trust_remote_code)
+        self.encoders = {name: encoder.to(self.device) for name, encoder in encoders.items()}
 
     @classmethod
     def from_pretrained(

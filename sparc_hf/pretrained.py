@@ -29,18 +29,20 @@ class ImageInputs:
         revision: commit on the Hub.
         backend: "pil", which gives the same pixels on every machine, or "torchvision", which is faster where it is
             installed and resizes a little differently.
+        trust_remote_code: see `load_part`.
 
     Raises:
         ValueError: if the checkpoint has none that works here, or torchvision is asked for and not installed.
     """
 
-    def __init__(self, encoder: str, revision: str | None, backend: str):
+    def __init__(self, encoder: str, revision: str | None, backend: str, trust_remote_code: bool = False):
         if backend not in IMAGE_BACKENDS:
             raise ValueError(f"`image_backend` must be one of {list(IMAGE_BACKENDS)}, but it is {backend!r}")
         # transformers would fall back to PIL without a word, and the record would be wrong.
         if backend == "torchvision" and not is_torchvision_available():
             raise ValueError("`image_backend` torchvision needs torchvision: `pip install torchvision`")
-        self.processor = load_part(AutoImageProcessor, encoder, "image processor", revision=revision, backend=backend)
+        settings = {"revision": revision, "backend": backend, "trust_remote_code": trust_remote_code}
+        self.processor = load_part(AutoImageProcessor, encoder, "image processor", **settings)
 
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         rgb = [self._without_far_ends(upright_rgb(image)) for image in images]
@@ -72,13 +74,22 @@ class TextInputs:
         revision: commit on the Hub.
         positions: longest text of the model, in tokens, if known.
         masked: whether padding is masked; if not, every text is padded to full length and there is no mask.
+        trust_remote_code: see `load_part`.
 
     Raises:
         ValueError: if the checkpoint has no tokenizer.
     """
 
-    def __init__(self, encoder: str, revision: str | None, positions: int | None, masked: bool):
-        self.tokenizer = load_part(AutoTokenizer, encoder, "tokenizer", revision=revision)
+    def __init__(
+        self,
+        encoder: str,
+        revision: str | None,
+        positions: int | None,
+        masked: bool,
+        trust_remote_code: bool = False,
+    ):
+        settings = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.tokenizer = load_part(AutoTokenizer, encoder, "tokenizer", **settings)
         # Where the files are missing, transformers makes a tokenizer that knows its special tokens only.
         if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
             raise ValueError(f"`{encoder}` has no tokenizer files; add its tokenizer to encode text")
@@ -97,16 +108,23 @@ class TextInputs:
 
 
 def frozen_model(
-    encoder: str, revision: str | None, dtype: torch.dtype, options: Mapping[str, Any], loaded: LoadedModels
+    encoder: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+    loaded: LoadedModels,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a model in eval mode with frozen weights, or return the one in `loaded` with the same settings.
 
     Raises:
-        ValueError: if it cannot be loaded, or the checkpoint lacks weights.
+        ValueError: if it cannot be loaded, has pickled weights only, or the checkpoint lacks weights.
     """
-    key = (encoder, revision, dtype, *options.items())
+    key = (encoder, revision, dtype, trust_remote_code, *options.items())
     if key not in loaded:
-        settings = {"revision": revision, "dtype": dtype, "output_loading_info": True, **options}
+        settings = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **options}
+        # Pickled weights can run code, so that an encoder without safetensors is not loaded.
+        settings |= {"use_safetensors": True, "output_loading_info": True}
         model, report = load_part(AutoModel, encoder, "model", **settings)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(
@@ -117,11 +135,19 @@ def frozen_model(
     return loaded[key]
 
 
-def load_part(auto_class: Any, encoder: str, what: str, **options: Any) -> Any:
-    """Call `from_pretrained`, and raise one ValueError for the many ways in which it can fail."""
+def load_part(auto_class: Any, encoder: str, what: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Call `from_pretrained`, and raise one ValueError for the many ways in which it can fail.
+
+    Code of the encoder's repository is run only with `trust_remote_code`, and nobody is asked.
+    """
     try:
-        return auto_class.from_pretrained(checkpoint_of(encoder), **options)
+        return auto_class.from_pretrained(checkpoint_of(encoder), trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ValueError(
+                f"encoder `{encoder}` needs code from its repository, which was not run; look at that code, and pass "
+                "`trust_remote_code` (`--trust_remote_code`) if you trust it"
+            ) from error
         raise ValueError(f"cannot load the {what} of encoder `{encoder}`: {_first_line(error)}") from error
 
 

@@ -1,15 +1,22 @@
 """Publishing on the Hub: models, feature datasets, metrics and the Space, each as one commit of one folder."""
 
+import ast
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from sparc_hf.concepts import CONCEPTS_FILE
 from sparc_hf.features import FeatureDataset
@@ -25,8 +32,8 @@ METRICS = Path(__file__).parent / "metrics"
 # What a model's repository gets of the folder of its run.
 MODEL_FILES = (
     "config.json",
-    "*.safetensors",
-    "*.py",
+    "model*.safetensors",
+    "model*.safetensors.index.json",
     CONCEPTS_FILE,
     RESULTS_FILE,
     SETTINGS_FILE,
@@ -36,7 +43,11 @@ MODEL_FILES = (
 BUSY = (408, 429, 500, 502, 503, 504)
 PAUSES = (1, 4, 10)
 # Files of a former push that go with the next where they are not in it.
-REPLACED = {"dataset": [f"{DATA_FOLDER}/*.parquet"], "space": [f"{PACKAGE_FOLDER}/*", f"{SHIPPED_FOLDER}/*"]}
+REPLACED = {
+    "model": list(MODEL_FILES),
+    "dataset": [f"{DATA_FOLDER}/*.parquet"],
+    "space": [f"{PACKAGE_FOLDER}/*", f"{SHIPPED_FOLDER}/*"],
+}
 KINDS = ("model", "features", "metric", "space")
 
 
@@ -119,13 +130,16 @@ def run_push(args: PushArguments) -> dict[str, Any]:
 
 
 def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None = None) -> None:
-    """Copy a model's files into a folder and write its card for `repo`; the weights keep their bytes."""
+    """Copy a model's files into a folder and write its card for `repo`; the weights keep their bytes.
+
+    The code of `trust_remote_code` is this package's, whatever Python files lie beside the model.
+    """
     from sparc_hf.results import results_of_model
 
     if not (model / "config.json").is_file():
         raise ValueError(f"{model} holds no model (no config.json); save one there with `save_pretrained` first")
-    if not list(model.glob("*.safetensors")):
-        raise ValueError(f"{model} holds no weights (no *.safetensors)")
+    if not list(model.glob("model*.safetensors")):
+        raise ValueError(f"{model} holds no weights (no model*.safetensors)")
     own = model / RESULTS_FILE
     file = results or (own if own.is_file() else None)
     shown = None if file is None else results_of_model(file, model)
@@ -143,15 +157,19 @@ def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None =
 
 
 def _add_code(folder: Path) -> None:
-    """Add the files of `trust_remote_code`, where they are missing or of another version."""
+    """Write the files of `trust_remote_code`, and their names in config.json."""
     from transformers.dynamic_module_utils import custom_object_save
 
     from sparc_hf.configuration_sparc import SparcConfig
     from sparc_hf.modeling_sparc import SparcModel
 
     config: Any = SparcConfig.from_pretrained(folder)
-    for thing in (SparcModel, SparcConfig):
-        custom_object_save(thing, folder, config=config)
+    config.auto_map = None
+    with torch.device("meta"):
+        model = SparcModel(config)
+    # Both ask for an instance: of a class they would note that it is a `type`.
+    for instance in (model, config):
+        custom_object_save(instance, folder, config=config)
     config.save_pretrained(folder)
 
 
@@ -193,7 +211,20 @@ def prepare_metric(name: str, folder: Path, *, repo: str) -> None:
     imports = "import evaluate\nfrom evaluate.utils import launch_gradio_widget\n"
     app = f'{imports}\nlaunch_gradio_widget(evaluate.load("{repo}"))\n'
     (folder / "app.py").write_text(app, encoding="utf-8")
-    (folder / "requirements.txt").write_text("evaluate\nscipy\nscikit-learn\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(_requirements_of(name)) + "\n", encoding="utf-8")
+
+
+def _requirements_of(metric: str) -> list[str]:
+    """Return what a metric's files import, as this package requires it."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (METRICS / metric).glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    installed = packages_distributions()
+    distributions = {canonicalize_name(installed[module][0]) for module in modules}
+    known = {canonicalize_name(line.name): line for line in map(Requirement, requires("sparc-hf") or [])}
+    return sorted(f"{name}{known[name].specifier}" for name in distributions)
 
 
 def _description_of(metric: str) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from sparc_hf.code_search import CodeSearch, Match
 from sparc_hf.codes import check_streams, encode_features
+from sparc_hf.command_arguments import trust_remote_code_flag
 from sparc_hf.concepts import concept_names
 from sparc_hf.encoders import load_encoders
 from sparc_hf.features import FeatureDataset
@@ -31,6 +32,7 @@ class RetrieveArguments:
     count: int = field(default=10, metadata={"help": "Most samples to find in a stream."})
     shared: int = field(default=3, metadata={"help": "Concepts to tell of each match, those that bring it most."})
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+    trust_remote_code: bool = trust_remote_code_flag()
 
 
 def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def _encoding_stream(args: RetrieveArguments, model: SparcModel) -> dict[str, An
 @torch.no_grad()
 def _encoded(args: RetrieveArguments, model: SparcModel, record: dict[str, Any]) -> np.ndarray:
     """Return the code [N] of an image or a text; of patch tokens the largest values."""
-    encoder = load_encoders([record])[record["name"]]
+    encoder = load_encoders([record], trust_remote_code=args.trust_remote_code)[record["name"]]
     sample: Any = args.text if args.image is None else open_image(args.image)
     code = model.encode({encoder.name: encoder.rows(encoder.prepare([sample]))})[encoder.name]
     return code.to_dense().amax(dim=0).float().cpu().numpy()

@@ -21,6 +21,14 @@ class StreamRows(NamedTuple):
     centered: Tensor
 
 
+class SelectedStreams(NamedTuple):
+    """Streams that share a selection, and their pre-activations there, outside the graph, [streams, batch, k]."""
+
+    names: list[str]
+    selection: Selection
+    preactivations: Tensor
+
+
 class EncodedStreams(NamedTuple):
     """Streams that share a selection, and their values [streams, batch, k]."""
 
@@ -43,8 +51,8 @@ class SparcStep:
         """Return normalised rows with those rows minus the pre-bias."""
         return {name: StreamRows(x, (x - self.model.pre_bias[name]).detach()) for name, x in normalized.items()}
 
-    def encode(self, rows: Mapping[str, StreamRows], selection: str | None) -> list[EncodedStreams]:
-        """Encode normalised rows.
+    def select(self, rows: Mapping[str, StreamRows], selection: str | None) -> list[SelectedStreams]:
+        """Select the latents of normalised rows.
 
         The pre-activations, the one dense product of a step, are made outside the graph, for as many rows at a time
         as `max_preactivation_mb` holds. A selection concerns one row, so blocks of rows change nothing.
@@ -57,10 +65,26 @@ class SparcStep:
         blocks = zip(*(value.centered.split(at_once) for value in rows.values()), strict=True)
         scratch = self._scratch(rows, at_once)
         found = [self._select(dict(zip(rows, block, strict=True)), groups, scratch) for block in blocks]
-        encoded = []
+        selected = []
         for names, parts in zip(groups, zip(*found, strict=True), strict=True):
             shared = self._joined([indices for indices, _ in parts])
-            gathered = torch.cat([values for _, values in parts], dim=1)
+            selected.append(SelectedStreams(names, shared, torch.cat([values for _, values in parts], dim=1)))
+        return selected
+
+    def encode(self, rows: Mapping[str, StreamRows], selected: Sequence[SelectedStreams]) -> list[EncodedStreams]:
+        """Give what was selected of these rows its gradient, and bring it to codes.
+
+        Raises:
+            ValueError: where it was selected of other streams or another number of rows.
+        """
+        encoded = []
+        for names, shared, gathered in selected:
+            shapes = {name: len(rows[name].normalized) for name in names if name in rows}
+            if shapes != dict.fromkeys(names, len(shared.indices)):
+                raise ValueError(
+                    f"`selected` is of {len(shared.indices)} rows of {names}, but the features are {shapes}; "
+                    "give each micro-batch what `begin_step` returned for it"
+                )
             values = [self._with_gradient(name, rows[name], shared, gathered[at]) for at, name in enumerate(names)]
             encoded.append(EncodedStreams(names, shared, torch.stack(values).relu()))
         return encoded

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed, tqdm
+from accelerate.utils import tqdm
 from torch import Tensor
 
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.features import FeatureBatches, FeatureDataset
 from sparc_hf.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
-from sparc_hf.learning_rate import schedule_of
+from sparc_hf.learning_rate import ScheduleAfterUpdate, schedule_of
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.optimizer import SparcAdam, UsaeAdamW, add_up_terms
 from sparc_hf.output_folder import check_output_folder
+from sparc_hf.random_numbers import seeded
 from sparc_hf.run_folder import (
     LOG_FILE,
     SETTINGS_FILE,
@@ -44,6 +45,7 @@ from sparc_hf.run_folder import (
 from sparc_hf.step_kernel import built_library, load_step_kernel
 from sparc_hf.term_sums import TermSums
 from sparc_hf.training_arguments import SparcTrainingArguments
+from sparc_hf.training_rows import center_pre_biases, random_split, records_of
 from sparc_hf.version import __version__
 
 # Tells the draws of source streams apart from other draws of the same seed.
@@ -84,7 +86,7 @@ def train(args: SparcTrainingArguments) -> SparcModel:
     held_out = FeatureDataset.load(args.eval_features) if args.eval_features else None
     features = FeatureDataset.load(args.features)
     if args.eval_fraction:
-        features, held_out = _random_split(features, args.eval_fraction, args.seed)
+        features, held_out = random_split(features, args.eval_fraction, args.seed)
     return SparcTrainer(args, features, held_out).train()
 
 
@@ -111,7 +113,7 @@ class SparcTrainer:
         claim_output_dir(self.output_dir, resume=args.resume, overwrite=args.overwrite)
         _check_tracker(args.report_to)
         self.streams = args.streams or features.stream_names
-        records = _records_of(features, self.streams)
+        records = records_of(features, self.streams)
         # The state is shared by the whole process, which refuses a second run in another precision otherwise.
         precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
@@ -122,17 +124,23 @@ class SparcTrainer:
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=str(self.output_dir),
         )
+        if precision != "no" and not self.accelerator.native_amp:
+            # Accelerate would train in float32 without a word.
+            raise ValueError(
+                f"`mixed_precision` {precision} needs a GPU, but this run is on {self.accelerator.device.type}; "
+                "choose bf16 or no"
+            )
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         features.check_rows(streams=self.streams)
         self.batches = self._batches(features, shuffle=True)
         self.eval_batches = self._batches(held_out, shuffle=False) if held_out is not None else None
         self.rows = len(features)
-        set_seed(args.seed)
         self.config = SparcConfig(streams=records, **args.model_settings())
-        self.model = SparcModel(self.config)
+        with seeded(args.seed):
+            self.model = SparcModel(self.config)
         self.model.counter_group = torch.distributed.group.WORLD if self.world_size > 1 else None
         if args.center:
-            _center(self.model, features)
+            center_pre_biases(self.model, features)
         self.model.max_preactivation_mb = args.max_preactivation_mb
         # In "evaluation mode" Accelerate moves the model and sets its precision, but leaves the gradients to us.
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
@@ -184,6 +192,10 @@ class SparcTrainer:
 
     def train(self) -> SparcModel:
         """Run from the start, or from the newest checkpoint with `args.resume`, to the end; see `train`."""
+        with seeded(self.args.seed):
+            return self._run()
+
+    def _run(self) -> SparcModel:
         if self.args.resume:
             self._resume()
         if self.accelerator.is_main_process:
@@ -214,6 +226,8 @@ class SparcTrainer:
         if self.args.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
+        if isinstance(self.scheduler, ScheduleAfterUpdate):
+            self.scheduler.count_update(self.config.stream_names.index(source["source"]) if source else None)
         self.scheduler.step()
         self._sums.count_step()
         self._rows_since += rows_of_step
@@ -222,17 +236,24 @@ class SparcTrainer:
         """Add up the gradients of this process's micro-batches; return how many there were."""
         # Processes differ by at most one row, so the smallest share bounds the micro-batches all can make.
         pieces = min(self.args.gradient_accumulation_steps, rows_of_step // self.world_size)
-        micro_batches = zip(*(value.tensor_split(pieces) for value in share.values()), strict=True)
-        for number, values in enumerate(micro_batches):
-            on_device = [value.to(self.accelerator.device, non_blocking=True) for value in values]
-            features = dict(zip(share, on_device, strict=True))
-            output = self.model(features, new_step=number == 0, **source)
-            weight = values[0].shape[0] / rows_of_step
+        parts = {name: value.tensor_split(pieces) for name, value in share.items()}
+        micro_batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        selected: list[Any] = [None] * pieces
+        if pieces > 1 and not self.is_usae:
+            with self.accelerator.autocast():
+                # Rows go to the device twice rather than stay there: less memory is what accumulation is for.
+                selected = self.model.begin_step(map(self._on_device, micro_batches))
+        for number, rows in enumerate(micro_batches):
+            output = self.model(self._on_device(rows), new_step=number == 0, selected=selected.pop(0), **source)
+            weight = len(next(iter(rows.values()))) / rows_of_step
             self._sums.add(output.loss, output.losses, weight)
             if number == pieces - 1:
                 self._check_signals(at_once=self.accelerator.device.type == "cpu")
             self.accelerator.backward(output.loss * weight)
         return pieces
+
+    def _on_device(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: rows.to(self.accelerator.device, non_blocking=True) for name, rows in features.items()}
 
     @contextlib.contextmanager
     def _only_source(self) -> Iterator[dict[str, str]]:
@@ -312,7 +333,7 @@ class SparcTrainer:
         entry |= {"dead_share": self._dead_share(), "rows_per_second": rate}
         if self.world_size > 1:
             entry["exchanged_megabytes_per_step"] = self._exchanged / 1e6
-        entry["learning_rate"] = float(self.scheduler.get_last_lr()[0])
+        entry |= self._learning_rates()
         self._bar.set_postfix(
             {"loss": f"{means['loss']:.4f}", "dead": f"{entry['dead_share']:.1%}", "rows/s": f"{rate:,.0f}"},
             refresh=False,
@@ -327,6 +348,12 @@ class SparcTrainer:
         if self.accelerator.is_main_process:
             with open(self.output_dir / LOG_FILE, "a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": self.step, "epoch": epoch, **values}) + "\n")
+
+    def _learning_rates(self) -> dict[str, float]:
+        rates = [float(rate) for rate in self.scheduler.get_last_lr()]
+        if isinstance(self.scheduler, ScheduleAfterUpdate) and len(rates) > 1:
+            return {f"learning_rate/{name}": rate for name, rate in zip(self.streams, rates, strict=True)}
+        return {"learning_rate": rates[0]}
 
     def _dead_share(self) -> float:
         shares = [self.model.dead_latents(name).float().mean() for name in self.streams]
@@ -363,6 +390,9 @@ class SparcTrainer:
         if self.accelerator.is_main_process:
             torch.save(self.scheduler.state_dict(), unfinished / "schedule.pt")
             write_json(unfinished / STATE_FILE, {"step": self.step, "settings": self._settings()})
+            # safetensors makes its files readable for their owner alone, whatever the umask says.
+            for weights in unfinished.glob("*.safetensors"):
+                shutil.copymode(unfinished / STATE_FILE, weights)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(unfinished, folder)
             for old in checkpoints(self.output_dir)[: -self.args.checkpoints_kept]:
@@ -421,34 +451,6 @@ class SparcTrainer:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-
-
-@torch.no_grad()
-def _center(model: SparcModel, features: FeatureDataset, rows: int = 8192) -> None:
-    """Set the pre-biases to the mean normalised row of an evenly spread sample of the features.
-
-    Encoders whose rows lie in a narrow cone would otherwise let the few latents along its axis win every selection.
-    """
-    chosen = np.unique(np.linspace(0, len(features) - 1, min(rows, len(features)), dtype=np.int64))
-    sample = {name: torch.from_numpy(features.array(name, chosen)) for name in model.config.stream_names}
-    for name, normalized in model.normalize(sample).items():
-        model.pre_bias[name].copy_(normalized.mean(dim=0))
-
-
-def _records_of(features: FeatureDataset, streams: list[str]) -> list[dict[str, Any]]:
-    if unknown := [name for name in streams if name not in features.stream_names]:
-        raise ValueError(f"`streams` names {unknown}, but the feature dataset has {features.stream_names}")
-    records = {record["name"]: record for record in features.streams}
-    return [records[name] for name in streams]
-
-
-def _random_split(features: FeatureDataset, fraction: float, seed: int) -> tuple[FeatureDataset, FeatureDataset]:
-    """Return all other rows and a random `fraction` of them, both in stored order."""
-    count = round(fraction * len(features))
-    if not 0 < count < len(features):
-        raise ValueError(f"`eval_fraction` {fraction} of {len(features)} rows leaves no rows on one side")
-    order = np.random.default_rng(seed).permutation(len(features))
-    return features.select(np.sort(order[count:])), features.select(np.sort(order[:count]))
 
 
 def _tracker_settings(args: SparcTrainingArguments) -> dict[str, Any]:

@@ -90,8 +90,9 @@ class SparcTrainingArguments:
     weight_decay: float = flag("Weight decay of the usae objective's AdamW.", 0.0)
     warmup_steps: int = flag("Steps over which the learning rate rises from 0.", 0)
     schedule_after_update: bool = flag(
-        "Set the cosine schedule's rate after each update, as the USAE code: the first update has the full rate, and "
-        "the warm-up rises from --final_learning_rate.",
+        "Set the cosine schedule's rate after each update, as the USAE code: the first update has the full rate, the "
+        "warm-up rises from --final_learning_rate, and with --objective usae every stream goes through a schedule of "
+        "its own, only when it is the source.",
         False,
     )
     max_grad_norm: float | None = field(
@@ -101,7 +102,7 @@ class SparcTrainingArguments:
     mixed_precision: str | None = field(
         default=None,
         metadata={
-            "help": "Precision of the encoder product: no (float32), bf16 or fp16 (default: as accelerate says)."
+            "help": "Precision of the encoder product: no (float32), bf16, or fp16 on a GPU (default: accelerate's)."
         },
     )
     max_preactivation_mb: float = flag(

@@ -132,7 +132,7 @@ def test_train_encode_evaluate_card(capsys, tmp_path, planted_folder):
         (["train", "--preset", "imagenet"], ["imagenet", "sparc-coco"]),
         (["train", "--features", "a", "--output_dir", "b", "--latents", "8"], ["--latents"]),
         (["evaluate", "--features", "x"], ["--models"]),
-        (["evaluate", "m", "--features", "nowhere"], ["nowhere"]),
+        (["evaluate", "m", "--features", "nowhere"], ["model `m`"]),
         (["evaluate", "m", "m", "--features", "x", "--output", "tests/conftest.py"], ["conftest.py"]),
         (["evaluate", "m", "--features", "x", "--replicates", "-1"], ["`replicates`"]),
         (["encode", "--model", "m", "--features", "f", "--output", "o", "--top_samples", "-2"], ["`top_samples`"]),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.optimizer import SparcAdam, add_up_terms
+from sparc_hf.sparse_ops import GradientTerm, Selection
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from dense_baseline import DenseSparc
@@ -124,6 +125,34 @@ def test_a_few_optimizer_steps_stay_together(step_kernel, widths, selection):
             assert mine[number].keys() == state.keys()
             for key, value in state.items():
                 torch.testing.assert_close(mine[number][key], value, rtol=1e-4, atol=1e-7)
+
+
+def test_the_moments_do_not_drift_from_those_of_double_precision(step_kernel):
+    """One entry a latent, so that a gradient is known to the last bit and only the update itself can differ."""
+    model = SparcModel(SparcConfig(streams={"dino": {"hidden_size": 80}}, num_latents=32, k=4, auxk=4))
+    name, weight = "encoders.dino.weight", model.encoders["dino"].weight
+    model.gradient_terms, optimizer = {name: []}, SparcAdam(model, lr=1e-3)
+    model.encoders["dino"].bias.grad = torch.zeros(32)
+    model.pre_bias["dino"].grad = torch.zeros(80)
+    exact, average, square = (torch.zeros(32, 80, dtype=torch.float64) for _ in range(3))
+    exact += weight.detach()
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    draws = torch.Generator().manual_seed(0)
+    for step in range(1, 190):
+        gradient, weight.grad = torch.randn(32, 80, generator=draws), None
+        selection = Selection(torch.arange(32).unsqueeze(1), 32)
+        model.gradient_terms[name].append(GradientTerm(selection, torch.ones(1, 32, 1), gradient.unsqueeze(0)))
+        optimizer.step()
+        average = beta1 * average + (1 - beta1) * gradient.double()
+        square = beta2 * square + (1 - beta2) * gradient.double() ** 2
+        exact -= 1e-3 * average / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + 1e-8)
+    state = optimizer.state[weight]
+    # Rounding goes both ways; a constant that is off goes one way in every entry. 0.999 itself, as torch's Adam and
+    # this one multiply by it in float32, leaves 1.2e-6.
+    assert (state["exp_avg_sq"].double() / square - 1).mean().abs() < 2e-6
+    torch.testing.assert_close(state["exp_avg_sq"].double(), square, rtol=5e-6, atol=0)
+    torch.testing.assert_close(state["exp_avg"].double(), average, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weight.detach().double(), exact, rtol=0, atol=1e-6)
 
 
 def test_terms_add_up_to_the_dense_gradients(step_kernel):

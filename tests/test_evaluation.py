@@ -92,7 +92,7 @@ def test_a_taxonomy_gives_every_depth():
     with pytest.raises(ValueError, match="10 of 20 classes are not in the taxonomy"):
         evaluate_model(tiny_model(3), features, QUICK)
     features.taxonomy = ["cause"]
-    with pytest.raises(ValueError, match="LabelName"):
+    with pytest.raises(ValueError, match="`taxonomy` must be an object"):
         evaluate_model(tiny_model(3), features, QUICK)
 
 

@@ -22,6 +22,7 @@ FLOORS = {
     "token_grid": 0,
     "buffers_sparc": 1,
     "checks_sparc": 0,
+    "weights_sparc": 1,
     "objectives_sparc": 1,
     "objectives_usae": 1,
     "step_sparc": 1,
@@ -43,7 +44,7 @@ FLOORS = {
     "feature_statistics": 1,
     "sample_reader": 2,
     "encoded_rows": 3,
-    "extraction_arguments": 0,
+    "extraction_arguments": 1,
     "demo": 1,
     "sources": 1,
     "label_hierarchy": 0,
@@ -54,6 +55,7 @@ FLOORS = {
     "extraction": 4,
     "step_kernel": 0,
     "term_sums": 0,
+    "random_numbers": 0,
     "gradient_exchange": 1,
     "learning_rate": 1,
     "optimizer": 3,
@@ -65,6 +67,7 @@ FLOORS = {
     "legacy_checkpoints": 4,
     "legacy_usae": 5,
     "importers": 6,
+    "training_rows": 3,
     "training": 4,
     "universality": 3,
     "retrieval": 4,
@@ -110,6 +113,7 @@ REMOTE_CODE = {
     "outputs_sparc",
     "buffers_sparc",
     "checks_sparc",
+    "weights_sparc",
     "objectives_sparc",
     "objectives_usae",
     "step_sparc",
@@ -165,8 +169,9 @@ def test_remote_code_needs_torch_and_transformers_only(room):
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             tops = {name.split(".")[0] for name in names}
-            # huggingface_hub comes with transformers; scipy is imported on call, inside a try.
-            assert tops <= {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub", "scipy"}, names
+            # huggingface_hub and safetensors come with transformers; scipy is imported on call, inside a try.
+            known = {"torch", "transformers", "huggingface_hub", "safetensors", "scipy"}
+            assert tops <= {*sys.stdlib_module_names, *known}, names
 
 
 def run(code: str) -> str:

@@ -21,9 +21,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 class LaggingModel(SparcModel):
     """Quirk 7: local models judged deadness by the counters from before the update."""
 
-    def _update_counters(self, codes, new_step):
-        self.former = {name: super(LaggingModel, self).dead_latents(name) for name in codes}
-        super()._update_counters(codes, new_step)
+    def _update_counters(self, micro_batches, new_step):
+        self.former = {name: super(LaggingModel, self).dead_latents(name) for name in micro_batches[0]}
+        super()._update_counters(micro_batches, new_step)
 
     def dead_latents(self, stream):
         return self.former[stream] if self.training else super().dead_latents(stream)

@@ -2,15 +2,13 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
-from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, random_features, tiny_model
+from library_folder import link_libraries
 from safetensors.torch import load_file, save_file
 
 from sparc_hf import SparcModel
@@ -50,23 +48,7 @@ assert fresh.atoms["dino"].norm(dim=1).allclose(torch.ones(64)), "a fresh model 
 @pytest.fixture
 def clean_environment(tmp_path):
     """A folder of libraries with torch, transformers, safetensors and what these need, and nothing else."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    done, waiting = set(), ["torch", "transformers", "safetensors", "numpy"]
-    while waiting:
-        name = re.sub("[-_.]+", "-", waiting.pop()).lower()
-        if name in done:
-            continue
-        done.add(name)
-        try:
-            distribution = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue  # for another platform or Python
-        waiting += [re.match(r"[\w.-]+", line)[0] for line in distribution.requires or [] if "extra ==" not in line]
-        for top in {Path(str(file)).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
-            if not (folder / top).exists():
-                (folder / top).symlink_to(Path(str(distribution.locate_file(top))).resolve())
-    return folder
+    return link_libraries(tmp_path / "site", ["torch", "transformers", "safetensors", "numpy"])
 
 
 def test_remote_code_gives_the_packages_numbers(tmp_path, clean_environment):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, planted_features, torch_operators_only
+from conftest import ROOT, planted_features, tiny_model, torch_operators_only
 
 from sparc_hf import SparcModel
 from sparc_hf.step_kernel import load_step_kernel
@@ -77,15 +77,22 @@ def test_same_seed_same_bits_other_seed_other_bits(tmp_path, planted_folder):
         assert_same_weights(tmp_path / "one", tmp_path / "three")
 
 
-@pytest.mark.parametrize("pieces", [2, 3])
-def test_accumulation_equals_the_whole_batch(step_kernel, tmp_path, planted_folder, pieces):
-    """600 rows at 64 leave a last batch of 24, so uneven pieces are in it."""
-    settings = {"auxk": 0, "reinitialize_every": 0, "step_kernel": "on" if step_kernel == "compiled" else "off"}
+@pytest.mark.parametrize("pieces", [2, 3, 64])
+@pytest.mark.parametrize("selection", ["global", "local"])
+def test_accumulation_equals_the_whole_batch(step_kernel, tmp_path, planted_folder, selection, pieces):
+    """600 rows at 64 leave a last batch of 24, so uneven pieces are in it, and in the end pieces of one row."""
+    settings = {"selection": selection, "step_kernel": "on" if step_kernel == "compiled" else "off", "epochs": 6}
     train(arguments(tmp_path / "whole", planted_folder, **settings))
     train(arguments(tmp_path / "pieces", planted_folder, gradient_accumulation_steps=pieces, **settings))
     mine, theirs = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
     for key in mine:
         torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=1e-5)
+    for one, other in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "pieces"), strict=True):
+        assert other["train/auxk"] == pytest.approx(one["train/auxk"], rel=1e-5)
+        assert other["dead_share"] == one["dead_share"]
+    # The auxiliary term is what makes it hard: some latents are dead, and it is there.
+    assert log_of(tmp_path / "whole")[-1]["train/auxk"] > 0
+    assert log_of(tmp_path / "whole")[-1]["dead_share"] > 0
 
 
 def test_the_compiled_step_trains_the_same_model(tmp_path, planted_folder):
@@ -172,8 +179,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, planted_folder):
     ids=["terms", "terms-4", "dense"],
 )
 def test_several_processes_equal_one(tmp_path, planted_folder, script, processes, settings):
-    """Gloo processes, at the same rows per step, with auxiliary term, re-initialisation and accumulation."""
-    train(arguments(tmp_path / "one", planted_folder, epochs=4, **settings))
+    """Gloo processes, at the same rows per step, with auxiliary term, re-initialisation and accumulation.
+
+    The one process makes each step from the whole batch.
+    """
+    train(arguments(tmp_path / "one", planted_folder, epochs=4, **(settings | {"gradient_accumulation_steps": 1})))
     launch = {
         "accelerate": ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes"],
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node"],
@@ -215,6 +225,21 @@ def test_nan_loss_stops_with_step_stream_and_checkpoint(tmp_path, planted_folder
     train(arguments(tmp_path / "run", planted_folder, checkpoint_every=5, resume=True))
     train(arguments(tmp_path / "clean", planted_folder, checkpoint_every=5))
     assert_same_weights(tmp_path / "run", tmp_path / "clean")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_every_file_of_a_run_obeys_the_umask(tmp_path, planted_folder, umask):
+    former = os.umask(umask)
+    try:
+        train(arguments(tmp_path / "run", planted_folder, epochs=1, checkpoint_every=4))
+        tiny_model(2).save_pretrained(tmp_path / "shards", max_shard_size="5KB")
+    finally:
+        os.umask(former)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "optimizer.bin", "config.json"}
+    assert len([path for path in files if "-of-" in path.name]) > 1
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~umask)}
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_dir()} == {oct(0o777 & ~umask)}
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path, planted_folder):
@@ -290,3 +315,14 @@ def test_mixed_precision_trains(tmp_path, planted_folder):
     low, full = log_of(tmp_path / "bf16")[-1], log_of(tmp_path / "fp32")[-1]
     assert low["train/loss"] == pytest.approx(full["train/loss"], rel=0.05)
     assert weights(tmp_path / "bf16")["atoms.dino"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("way", ["flag", "environment"])
+def test_half_precision_that_a_cpu_has_not_is_refused(tmp_path, planted_folder, monkeypatch, way):
+    if way == "environment":  # as `accelerate launch --mixed_precision fp16` says it
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"`mixed_precision` fp16 needs a GPU.* on cpu; choose bf16 or no"):
+        train(arguments(tmp_path / "run", planted_folder, mixed_precision="fp16" if way == "flag" else None))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    train(arguments(tmp_path / "run", planted_folder, epochs=1))

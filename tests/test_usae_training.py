@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -128,25 +129,79 @@ def test_what_does_not_fit_the_objective_is_refused(tmp_path, planted_folder):
         arguments(tmp_path / "run", planted_folder, center=True)
 
 
-def test_the_schedule_of_the_earlier_code(golden, tmp_path, planted_folder):
+def rates_in_force(trainer) -> list[float]:
+    """Train, and return the rate at which each update moved its stream."""
+    rates, step = [], trainer.optimizer.step
+
+    def monitored():
+        moved = [group["lr"] for group in trainer.optimizer.param_groups if group["params"][0].grad is not None]
+        assert len(moved) == 1
+        rates.extend(moved)
+        step()
+
+    trainer.optimizer.step = monitored
+    trainer.train()
+    return rates
+
+
+@pytest.fixture
+def earlier_schedule(golden):
     told = json.loads((golden / "usae.json").read_text())["cosine_schedule"]
     rates = {"learning_rate": told["base"], "final_learning_rate": told["final"]}
-    settings = {"warmup_steps": told["warmup_iters"], "batch_size": 60, **rates}
-    trainer = SparcTrainer(
-        arguments(tmp_path / "run", planted_folder, schedule_after_update=True, **settings), planted_features(600)
-    )
+    return told, {"warmup_steps": told["warmup_iters"], "batch_size": 60, "schedule_after_update": True, **rates}
+
+
+def test_the_schedule_of_the_earlier_code(earlier_schedule, tmp_path, planted_folder):
+    """One model: the table of the rates in force."""
+    told, settings = earlier_schedule
+    args = arguments(tmp_path / "run", planted_folder, streams=["dino"], **settings)
+    trainer = SparcTrainer(args, planted_features(600))
     assert trainer.total_steps == told["total_iters"]
-    in_force = []
-    monitored = trainer.optimizer.step
-    trainer.optimizer.step = lambda: (in_force.append(trainer.optimizer.param_groups[0]["lr"]), monitored())[1]
-    trainer.train()
-    assert in_force == pytest.approx(told["lr_in_force_at_update"][:30], rel=1e-6)
+    assert rates_in_force(trainer) == pytest.approx(told["lr_in_force_at_update"][:30], rel=1e-6)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(told["lr_in_force_at_update"][30], rel=1e-6)
     # Without it the first update has the start of the warm-up.
-    plain = SparcTrainer(arguments(tmp_path / "plain", planted_folder, **settings), planted_features(600))
-    assert plain.optimizer.param_groups[0]["lr"] == 0
+    plain = arguments(tmp_path / "plain", planted_folder, **(settings | {"schedule_after_update": False}))
+    assert SparcTrainer(plain, planted_features(600)).optimizer.param_groups[0]["lr"] == 0
     with pytest.raises(ValueError, match="needs `lr_schedule` cosine"):
         arguments(tmp_path / "none", planted_folder, schedule_after_update=True, lr_schedule="linear")
+
+
+def test_every_model_goes_through_a_schedule_of_its_own(earlier_schedule, tmp_path, planted_folder, monkeypatch):
+    """Worked by hand: the k-th time a model is drawn it has the table's k-th rate, whatever the others did."""
+    told, settings = earlier_schedule
+    names = ["dino", "clip_img", "clip_txt"]
+    sources = [names[int(digit)] for digit in "201120010212222010210021020112"]
+    monkeypatch.setattr(SparcTrainer, "_source_of_step", lambda trainer: sources[trainer.step])
+    occurrences = [sources[:step].count(name) for step, name in enumerate(sources)]
+    assert occurrences[:12] == [0, 0, 0, 1, 1, 1, 2, 2, 3, 2, 3, 3]
+    by_hand = [told["lr_in_force_at_update"][number] for number in occurrences]
+    trainer = SparcTrainer(arguments(tmp_path / "run", planted_folder, **settings), planted_features(600))
+    assert rates_in_force(trainer) == pytest.approx(by_hand, rel=1e-6)
+    last = log_of(tmp_path / "run")[-1]
+    for name in names:
+        assert last[f"learning_rate/{name}"] == pytest.approx(
+            told["lr_in_force_at_update"][sources.count(name)], rel=1e-6
+        )
+
+
+def test_a_resumed_run_keeps_every_models_place_in_its_schedule(
+    earlier_schedule, tmp_path, planted_folder, monkeypatch
+):
+    _, settings = earlier_schedule
+    train(arguments(tmp_path / "whole", planted_folder, **settings))
+    original = SparcTrainer._train_step
+
+    def stop_in_step_11(trainer, share, rows):
+        original(trainer, share, rows)
+        if trainer.step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SparcTrainer, "_train_step", stop_in_step_11)
+    with pytest.raises(TrainingInterrupted):
+        train(arguments(tmp_path / "stopped", planted_folder, **settings))
+    monkeypatch.undo()
+    train(arguments(tmp_path / "stopped", planted_folder, resume=True, **settings))
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_half_precision_and_micro_batches_train_as_well(tmp_path, planted_folder):

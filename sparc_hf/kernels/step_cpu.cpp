@@ -221,7 +221,8 @@ struct Term {
 struct AdamStep {
   float *parameter, *average, *square;
   int64_t latents, width;
-  float keep1, keep2, step_size, root_correction, eps;
+  // What is taken of a gradient comes from double: 1 - 0.999 in float is 1.29e-5 too small, and runs drift with it.
+  float keep1, keep2, take1, take2, step_size, root_correction, eps;
   std::vector<Term> terms;
   // Per latent, where rows are brought to unit norm: 1 / norm, and the gradient's part along the unit row.
   bool unit_norm;
@@ -234,8 +235,8 @@ struct AdamStep {
       p *= scale[latent];
       gradient -= along[latent] * p;
     }
-    m = keep1 * m + (1 - keep1) * gradient;
-    v = keep2 * v + (1 - keep2) * gradient * gradient;
+    m = keep1 * m + take1 * gradient;
+    v = keep2 * v + take2 * gradient * gradient;
     p -= step_size * m / (root(v) * root_correction + eps);
   }
 
@@ -367,7 +368,8 @@ Tensor adam_step(
   work.square = square.mutable_data_ptr<float>();
   work.latents = parameter.size(0);
   work.width = parameter.size(1);
-  work.keep1 = beta1, work.keep2 = beta2, work.step_size = step_size, work.eps = eps;
+  work.keep1 = beta1, work.keep2 = beta2, work.take1 = 1 - beta1, work.take2 = 1 - beta2;
+  work.step_size = step_size, work.eps = eps;
   work.root_correction = root_correction;
   work.unit_norm = !dots.empty();
   if (work.unit_norm) work.scale.resize(work.latents), work.along.resize(work.latents);

@@ -1,7 +1,7 @@
 """Concept probe: how well one latent tells a class, and how well all features together tell all classes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import evaluate
@@ -163,7 +163,8 @@ def classify(
     draws = np.random.default_rng(seed)
     width, classes = rows.shape[1], labels.shape[1]
     scale = _mean_norm(rows, fitted)
-    layer = torch.nn.Linear(width, classes)
+    # Without the usual first weights, which would be drawn from the caller's random numbers.
+    layer = cast(torch.nn.Linear, torch.nn.utils.skip_init(torch.nn.Linear, width, classes))
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.constant_(layer.bias, -3.0)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
