@@ -13,6 +13,7 @@ from conftest import ROOT
 from sparc_hf import demo_run
 from sparc_hf.cli import main
 from sparc_hf.demo import ENCODERS_PATH
+from sparc_hf.demo.measure_encoders import code_queries
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,13 @@ def test_the_demo_reaches_what_it_should(demo):
     card = (demo / "runs/demo/model/README.md").read_text()
     assert "`demo:clip`" in card
     assert f"{single['jaccard']['value']:.3f}" in card
+
+
+@pytest.mark.slow
+def test_codes_find_the_shape_of_an_object(demo):
+    """Chance is 0.12, and the whole demo reaches more (docs/demo.md)."""
+    for figures in code_queries(demo / "runs/demo")["colour"].values():
+        assert figures["shape"] > 0.4
 
 
 @pytest.mark.slow
