@@ -9,7 +9,6 @@ same.
 import argparse
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from sparc_hf.atomic_files import write_json, write_text
 from sparc_hf.demo_run import world_features
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
 from sparc_hf.feature_statistics import standardization_of
 from sparc_hf.features import FeatureDataset
+from sparc_hf.plain_files import read_json
 from sparc_hf.training import SparcTrainer
 from sparc_hf.training_arguments import SparcTrainingArguments
 
@@ -85,7 +86,7 @@ def results_of_run(
 ) -> dict[str, Any]:
     """Train and evaluate one run, or read what it gave before."""
     done = folder / "run.json"
-    if done.exists() and (found := json.loads(done.read_text(encoding="utf-8")))["settings"] == settings:
+    if done.exists() and (found := read_json(done, dict[str, Any]))["settings"] == settings:
         return found["results"]
     train, test = rows()
     if settings.get("objective") == "usae":
@@ -95,9 +96,7 @@ def results_of_run(
     )
     model = SparcTrainer(arguments, train).train()
     found = evaluate_model(model, test, EvaluationSettings(replicates=0, probes=False, dataset=title)).results
-    unfinished = done.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"settings": settings, "results": found}) + "\n", encoding="utf-8")
-    unfinished.replace(done)
+    write_json(done, {"settings": settings, "results": found})
     return found
 
 
@@ -164,9 +163,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if args.table:
-        unfinished = args.table.with_suffix(".tmp")
-        unfinished.write_text(text, encoding="utf-8")
-        shutil.move(unfinished, args.table)
+        write_text(args.table, text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import importlib
 import json
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sparc_hf.plain_files import read_json, read_yaml
+from sparc_hf.command_guards import check_address, locked_folders, memory_sentence, yes_or_no
+from sparc_hf.plain_files import read_yaml
 from sparc_hf.user_errors import is_users
 
 
@@ -29,12 +29,16 @@ class Command:
         arguments: "module:Class" of the dataclass whose fields are its flags.
         run: takes the filled dataclass and returns what to print, as JSON-ready values.
         leading: the flag whose values may also be given bare, right after the command.
+        writes: the flags that name folders it writes into, which no other process may do at the same time.
+        is_shared: whether the processes of a launcher do it together.
     """
 
     summary: str
     arguments: str
     run: Callable[[Any], Any]
     leading: str | None = None
+    writes: tuple[str, ...] = ()
+    is_shared: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,16 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("sparc_hf").setLevel(logging.INFO)
     command = COMMANDS[chosen]
+    settings: Any = None
     try:
-        settings = _settings(chosen, command, rest)
-        result = command.run(settings)
+        settings, wait = _settings(chosen, command, rest)
+        with locked_folders(settings, command.writes, wait=wait, is_shared=command.is_shared):
+            result = command.run(settings)
     except KeyboardInterrupt:
         return _fail(chosen, "interrupted", 130)
     except Exception as error:
         stopped_by = getattr(error, "signal_number", None)  # of a run that saved its state and left
-        if stopped_by is None and not is_users(error):
+        memory = memory_sentence(error, settings)
+        if stopped_by is None and memory is None and not is_users(error):
             raise
-        return _fail(chosen, str(error), 2 if stopped_by is None else 128 + stopped_by)
+        return _fail(chosen, memory or str(error), 2 if stopped_by is None else 128 + stopped_by)
     if result is not None:
         sys.stdout.write(result if isinstance(result, str) else json.dumps(result, indent=2) + "\n")
     return 0
@@ -81,11 +88,18 @@ def _choose(argv: Sequence[str]) -> tuple[str, list[str]]:
     return given.command, [*rest, *argv[1:]]
 
 
-def _settings(name: str, command: Command, argv: Sequence[str]) -> Any:
-    """Fill the command's dataclass from preset, config file and flags, the later ones winning."""
+def _settings(name: str, command: Command, argv: Sequence[str]) -> tuple[Any, bool]:
+    """Fill the command's dataclass from preset, config file and flags, the later ones winning.
+
+    Returns:
+        The dataclass, and whether to wait for another process that writes into the same folder.
+    """
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", help="YAML or JSON file with any of these flags")
     files.add_argument("--preset", help="settings that come with the package: " + ", ".join(_presets()))
+    if command.writes:
+        wait_help = "wait until another process that writes into the same folder is done, instead of refusing"
+        files.add_argument("--wait", nargs="?", const=True, default=False, type=yes_or_no, help=wait_help)
     given, flags = files.parse_known_args(argv)
     module, _, class_name = command.arguments.partition(":")
     arguments = getattr(importlib.import_module(module), class_name)
@@ -109,13 +123,14 @@ def _settings(name: str, command: Command, argv: Sequence[str]) -> Any:
         bare += 1
     if bare:
         flags = [f"--{command.leading}", *flags]
-    # Behind the filled dataclass come the parsed --config and --preset, and what no flag takes.
-    filled, *_, unknown = parser.parse_args_into_dataclasses(
+    flags += ["--wait"] if getattr(given, "wait", False) else []
+    # Behind the filled dataclass come the parsed flags that all commands have, and what no flag takes.
+    filled, *common, unknown = parser.parse_args_into_dataclasses(
         [*defaults, *flags], look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         raise ValueError(f"there are no flags {unknown}; see `sparc {name} --help`")
-    return filled
+    return filled, any(getattr(flags, "wait", False) for flags in common)
 
 
 def _presets() -> dict[str, Path]:
@@ -162,15 +177,18 @@ def _run_train(args: Any) -> dict[str, Any] | None:
     from sparc_hf.hub import write_model_card
     from sparc_hf.training import train
 
-    model = train(args)
+    def write_card(folder: Path) -> None:
+        title = Path(args.output_dir).resolve().name
+        write_model_card(folder, settings=args.to_dict(), title=title, repo=args.output_dir)
+
+    model = train(args, complete=write_card)
     if not PartialState().is_main_process:
         return None
-    write_model_card(args.output_dir, settings=args.to_dict())
     return {"model": args.output_dir, "latents": model.config.num_latents, "streams": model.config.stream_names}
 
 
 def _run_encode(args: Any) -> dict[str, Any]:
-    from sparc_hf.codes import CODE_FOLDER, encode_features
+    from sparc_hf.codes import CODE_FOLDER, CodeTable, encode_features
     from sparc_hf.feature_files import check_target
     from sparc_hf.features import FeatureDataset
     from sparc_hf.modeling_sparc import SparcModel
@@ -184,19 +202,22 @@ def _run_encode(args: Any) -> dict[str, Any]:
         )
     check_output_folder(args.output)
     check_target(Path(args.output), args.overwrite, CODE_FOLDER)
+
+    def write_top(codes: CodeTable, folder: Path) -> None:
+        write_top_samples(top_samples(codes, args.top_samples), folder / TOP_SAMPLES_FILE)
+
     codes = encode_features(
         SparcModel.from_pretrained(args.model),
-        FeatureDataset.load(args.features),
+        FeatureDataset.load(args.features, verify=not args.no_verify),
         encoding=args.encoding,
         batch_size=args.batch_size,
         output=args.output,
         overwrite=args.overwrite,
+        complete=write_top if args.top_samples else None,
     )
     printed = {"codes": args.output, "rows": len(codes), "streams": codes.streams, "encoding": codes.encoding}
     if args.top_samples:
-        path = Path(args.output) / TOP_SAMPLES_FILE
-        write_top_samples(top_samples(codes, args.top_samples), path)
-        printed["top_samples"] = str(path)
+        printed["top_samples"] = str(Path(args.output) / TOP_SAMPLES_FILE)
     return printed
 
 
@@ -220,7 +241,7 @@ def _run_evaluate(args: Any) -> dict[str, Any]:
     models = {name: SparcModel.from_pretrained(path) for name, path in model_names(args.models).items()}
     localize = _localizer(args, models.values()) if args.masks else None
     # Last, because all rows are compared with their checksums.
-    features = FeatureDataset.load(args.features)
+    features = FeatureDataset.load(args.features, verify=not args.no_verify)
     evaluations = evaluate_models(models, features, settings)
     if localize is not None:
         for name, evaluation in evaluations.items():
@@ -278,22 +299,26 @@ def _run_import(args: Any) -> dict[str, Any]:
     from sparc_hf.features import FeatureDataset
     from sparc_hf.importers import run_import
 
-    found = run_import(args)
+    cards = []
+
+    def write_card(folder: Path) -> None:
+        from sparc_hf.hub import write_model_card
+        from sparc_hf.run_folder import read_settings
+
+        title = Path(args.output).resolve().name
+        card = write_model_card(folder, settings=read_settings(folder), title=title, repo=args.output)
+        cards.append(Path(args.output) / card.name)
+
+    found = run_import(args, complete=write_card)
     if isinstance(found, FeatureDataset):
         return {"features": args.output, "rows": len(found), "streams": found.streams}
-
-    from sparc_hf.hub import write_model_card
-    from sparc_hf.run_folder import SETTINGS_FILE
-
-    settings = read_json(Path(args.output) / SETTINGS_FILE, dict[str, Any])
-    card = write_model_card(args.output, settings=settings)
     config = found.config
     return {
         "model": args.output,
         "latents": config.num_latents,
         "selection": config.selection,
         "streams": config.stream_names,
-        "card": str(card),
+        "card": str(cards[0]),
     }
 
 
@@ -303,51 +328,14 @@ def _run_demo(args: Any) -> str:
     return run_demo(args)
 
 
-def _run_concepts(args: Any) -> dict[str, Any]:
-    from sparc_hf.concept_sheets import run_concepts
-
-    return run_concepts(args)
-
-
-def _run_retrieve(args: Any) -> dict[str, Any]:
-    from sparc_hf.sample_search import run_retrieve
-
-    return run_retrieve(args)
-
-
-def _run_explain(args: Any) -> dict[str, Any]:
-    from sparc_hf.explain import run_explain
-
-    return run_explain(args)
-
-
 def _run_card(args: Any) -> dict[str, Any]:
     from sparc_hf.hub import write_model_card
     from sparc_hf.results import results_of_model
+    from sparc_hf.run_folder import read_settings
 
     results = results_of_model(args.results, args.model) if args.results else None
-    settings_file = Path(args.model) / "training_arguments.json"
-    settings = read_json(settings_file, dict[str, Any]) if settings_file.exists() else None
+    settings = read_settings(Path(args.model))
     return {"card": str(write_model_card(args.model, results=results, settings=settings, repo=args.repo))}
-
-
-def _run_push(args: Any) -> dict[str, Any]:
-    from sparc_hf.push import run_push
-
-    return run_push(args)
-
-
-def _check_address(host: str, port: int | None) -> None:
-    """Look whether the Space can listen there, before it prepares what it shows."""
-    if port is not None and not 0 < port < 1 << 16:
-        raise ValueError(f"`port` must be from 1 to 65535, but it is {port}")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise ValueError(f"nothing can listen on `host` {host}, `port` {port}: {error.strerror}") from error
 
 
 def _run_space(args: Any) -> None:
@@ -358,7 +346,7 @@ def _run_space(args: Any) -> None:
 
     if importlib.util.find_spec("gradio") is None:
         raise ImportError('the Space needs gradio: pip install "sparc-hf[space]"')
-    _check_address(args.host, args.port)
+    check_address(args.host, args.port)
     model = args.model or os.environ.get("SPARC_MODEL") or None
     # A model of one's own is not shown on the dataset that the environment has for another one.
     features = args.features or (None if args.model else os.environ.get("SPARC_DATASET")) or None
@@ -371,62 +359,80 @@ def _run_space(args: Any) -> None:
     app.launch(data, host=args.host, port=args.port)
 
 
+def _function(address: str) -> Callable[[Any], Any]:
+    """Return what calls the function "module:name", importing it only then."""
+    module, _, name = address.partition(":")
+    return lambda settings: getattr(importlib.import_module(module), name)(settings)
+
+
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "make scenes, extract features, train and evaluate, all from what ships with the package",
         "sparc_hf.command_arguments:DemoArguments",
         _run_demo,
+        writes=("output",),
     ),
     "extract": Command(
         "run frozen encoders over images and texts into a feature dataset",
         "sparc_hf.extraction:ExtractionArguments",
         _run_extract,
+        writes=("output",),
+        is_shared=True,
     ),
     "train": Command(
         "train a SparcModel on a feature dataset",
         "sparc_hf.training_arguments:SparcTrainingArguments",
         _run_train,
+        writes=("output_dir",),
+        is_shared=True,
     ),
     "encode": Command(
         "turn a feature dataset into a code table",
         "sparc_hf.command_arguments:EncodeArguments",
         _run_encode,
+        writes=("output",),
     ),
     "evaluate": Command(
         "measure models on a feature dataset, side by side",
         "sparc_hf.command_arguments:EvaluateArguments",
         _run_evaluate,
         leading="models",
+        writes=("output",),
     ),
     "import": Command(
         "bring features and checkpoints of the two earlier projects into today's formats",
         "sparc_hf.importers:ImportArguments",
         _run_import,
+        writes=("output",),
     ),
     "concepts": Command(
         "name latents, and draw their top samples, their maps, and images made to fire them",
         "sparc_hf.command_arguments:ConceptsArguments",
-        _run_concepts,
+        _function("sparc_hf.concept_sheets:run_concepts"),
+        writes=("model", "output"),
     ),
     "explain": Command(
         "draw where concepts are in images and captions, beside the baseline",
         "sparc_hf.explain:ExplainArguments",
-        _run_explain,
+        _function("sparc_hf.explain:run_explain"),
+        writes=("output",),
     ),
     "retrieve": Command(
         "find the samples whose codes are most like those of an image, a text or another sample",
         "sparc_hf.sample_search:RetrieveArguments",
-        _run_retrieve,
+        _function("sparc_hf.sample_search:run_retrieve"),
     ),
     "card": Command(
         "write the model card of a saved model",
         "sparc_hf.command_arguments:CardArguments",
         _run_card,
+        writes=("model",),
     ),
     "push": Command(
         "publish a model, a feature dataset, a metric or the Space on the Hub",
         "sparc_hf.push:PushArguments",
-        _run_push,
+        _function("sparc_hf.push:run_push"),
+        writes=("dry_run",),
     ),
     "space": Command(
         "serve the Space: look at a model's concepts in the browser",

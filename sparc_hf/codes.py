@@ -1,29 +1,32 @@
 """Code tables: the codes of a whole dataset, k latents and k values a row and stream, in memory and on disk."""
 
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
+from sparc_hf.atomic_files import checksums_of, writing
+from sparc_hf.atomic_folders import new_folder
 from sparc_hf.feature_columns import fixed_size_lists
 from sparc_hf.feature_files import (
     FolderKind,
     Manifest,
+    check_files,
     check_target,
     finish_folder,
     joined,
     open_shard,
-    publish,
     read_manifest,
     write_shard,
 )
 from sparc_hf.features import FeatureBatches, FeatureDataset
+from sparc_hf.folder_lock import locked_folder
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.outputs_sparc import SparseCodes
 from sparc_hf.plain_files import Limit
@@ -44,7 +47,14 @@ class CodeManifest(Manifest):
     encoding: Literal["joint", "single"]
 
 
-CODE_FOLDER = FolderKind("sparc_codes.json", CodeManifest, "code table", "make one with `sparc encode`")
+CODE_FOLDER = FolderKind(
+    "sparc_codes.json",
+    CodeManifest,
+    "code table",
+    "make one with `sparc encode`",
+    "copy it again, or make it again with `sparc encode --overwrite`",
+    ("top_samples.parquet",),
+)
 
 
 class CodeTable:
@@ -73,21 +83,24 @@ class CodeTable:
         return cls(pa.table(_columns(indices, values)), num_latents=num_latents, encoding=encoding)
 
     @classmethod
-    def load(cls, path: str | Path, verify: bool = False) -> "CodeTable":
+    def load(cls, path: str | Path, verify: bool = True) -> "CodeTable":
         """Open a code table, memory-mapped.
 
         Args:
             path: its folder.
-            verify: also compare the SHA-256 of every shard, which reads all of it.
+            verify: compare the SHA-256 of every file, which reads all of it once; without it only sizes and row counts
+                are compared.
 
         Raises:
             FileNotFoundError: if there is no folder, or no code table in it, or a shard is missing.
-            ValueError: for a newer format, a shard that is not the one that was written, or columns that do not fit
-                the manifest.
+            ValueError: for a newer format, a file that is not the one that was written, or columns that do not fit the
+                manifest.
         """
         folder = Path(path)
         manifest = read_manifest(folder, CODE_FOLDER)
-        table = joined([open_shard(folder, shard, verify) for shard in manifest["shards"]], folder)
+        check_files(folder, manifest, CODE_FOLDER, verify)
+        opened = [open_shard(folder, shard, verify, CODE_FOLDER) for shard in manifest["shards"]]
+        table = joined(opened, folder, CODE_FOLDER)
         if table.num_rows != manifest["rows"]:
             raise ValueError(
                 f"`{folder}` should have {manifest['rows']} rows, but its shards have {table.num_rows}; make it again"
@@ -155,7 +168,8 @@ class CodeTable:
         """Write the table as a folder, which appears under its name only when it is whole.
 
         Raises:
-            ValueError: if `path` holds something that may not be replaced.
+            ValueError: if `path` holds something that may not be replaced, or another process writes into it.
+            OSError: saying what to do, if something cannot be written.
         """
         facts = {"num_latents": self.num_latents, "encoding": self.encoding}
         with CodeTableWriter(path, **facts, rows_per_shard=rows_per_shard, overwrite=overwrite) as writer:
@@ -189,8 +203,8 @@ def _check_columns(table: pa.Table, stream: str, folder: Path) -> None:
 class CodeTableWriter:
     """Write a code table batch by batch, holding about one shard in memory.
 
-    Shards go to `<path>.saving`, which becomes `path` on `close`. As a context manager it closes on success and
-    removes what it wrote on an exception.
+    The folder appears under its name on `close`, whole; until then an older one stays as it was. As a context manager
+    it closes on success and removes what it wrote on an exception.
 
     Args:
         path: the folder to make.
@@ -198,9 +212,10 @@ class CodeTableWriter:
         encoding: "joint" or "single".
         rows_per_shard: a shard is written as soon as it has this many rows.
         overwrite: replace a code table that is there.
+        complete: given the whole table and its folder, adds files that belong to it, such as top samples.
 
     Raises:
-        ValueError: if `path` holds something that may not be replaced.
+        ValueError: if `path` holds something that may not be replaced, or another process writes into it.
     """
 
     def __init__(
@@ -211,14 +226,16 @@ class CodeTableWriter:
         encoding: str,
         rows_per_shard: int = 16384,
         overwrite: bool = False,
+        complete: Callable[[CodeTable, Path], None] | None = None,
     ):
-        self.path = Path(path)
-        check_target(self.path, overwrite, CODE_FOLDER)
-        self.overwrite, self.rows_per_shard = overwrite, rows_per_shard
-        self._facts = {"num_latents": num_latents, "encoding": encoding}
-        self._folder = self.path.with_name(self.path.name + ".saving")
-        shutil.rmtree(self._folder, ignore_errors=True)  # left by a run that was killed
-        self._folder.mkdir(parents=True)
+        self.path = Path(path).resolve()
+        self.rows_per_shard, self._complete = rows_per_shard, complete
+        self._facts: dict[str, Any] = {"num_latents": num_latents, "encoding": encoding}
+        with ExitStack() as opened:
+            opened.enter_context(locked_folder(self.path))
+            check_target(self.path, overwrite, CODE_FOLDER)
+            self._folder = opened.enter_context(new_folder(self.path, CODE_FOLDER.owns, last=CODE_FOLDER.manifest))
+            self._opened = opened.pop_all()
         self._pending: list[pa.Table] = []
         self._shards: list[dict] = []
         self._schema = pa.schema([])
@@ -228,16 +245,23 @@ class CodeTableWriter:
         self._schema = codes.schema
         self._pending.append(codes)
         if sum(part.num_rows for part in self._pending) >= self.rows_per_shard:
-            self._flush()
+            with self._writing():
+                self._flush()
 
     def close(self) -> None:
         """Write the last shard and the manifest, and give the folder its final name; ValueError without rows."""
-        self._flush()
-        if not self._shards:
-            raise ValueError(f"no rows were appended to `{self.path}`; a code table needs at least one row")
-        streams = CodeTable(self._schema.empty_table(), num_latents=0, encoding="").streams
-        finish_folder(self._folder, self._schema, self._shards, {"streams": streams, **self._facts}, CODE_FOLDER)
-        publish(self._folder, self.path, self.overwrite, CODE_FOLDER)
+        with self._writing(), self._opened:
+            self._flush()
+            if not self._shards:
+                raise ValueError(f"no rows were appended to `{self.path}`; a code table needs at least one row")
+            streams = CodeTable(self._schema.empty_table(), num_latents=0, encoding="").streams
+            facts = {"streams": streams, **self._facts}
+            if self._complete is not None:
+                before = set(self._folder.iterdir())
+                self._complete(self._written(), self._folder)
+                added = sorted(path.name for path in self._folder.iterdir() if path not in before)
+                facts["files"] = checksums_of(self._folder, added)
+            finish_folder(self._folder, self._schema, self._shards, facts, CODE_FOLDER)
 
     def __enter__(self) -> "CodeTableWriter":
         return self
@@ -248,7 +272,14 @@ class CodeTableWriter:
         if kind is None:
             self.close()
         else:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._opened.__exit__(kind, error, traceback)
+
+    def _writing(self) -> AbstractContextManager:
+        return writing(f"`{self.path}`", "what was there before is kept; make room and run the same again")
+
+    def _written(self) -> CodeTable:
+        tables = [open_shard(self._folder, shard, verify=False, kind=CODE_FOLDER) for shard in self._shards]
+        return CodeTable(pa.concat_tables(tables), **self._facts)
 
     def _flush(self) -> None:
         rows = pa.concat_tables(self._pending).combine_chunks().to_batches() if self._pending else []
@@ -265,6 +296,7 @@ def encode_features(
     batch_size: int = 1024,
     output: str | Path | None = None,
     overwrite: bool = False,
+    complete: Callable[[CodeTable, Path], None] | None = None,
 ) -> CodeTable:
     """Encode every row of a feature dataset.
 
@@ -276,9 +308,12 @@ def encode_features(
         batch_size: rows at a time.
         output: folder the codes are streamed to as they are made; without it they are collected in memory.
         overwrite: replace a code table at `output`.
+        complete: adds files to `output`, see `CodeTableWriter`.
 
     Raises:
-        ValueError: for another encoding, streams the dataset lacks, or an `output` that may not be replaced.
+        ValueError: for another encoding, streams the dataset lacks, an `output` that may not be replaced, or one that
+            another process writes into.
+        OSError: saying what to do, if something cannot be written.
     """
     check_encoding(encoding)
     check_streams(model, features)
@@ -286,10 +321,10 @@ def encode_features(
     tables = (code_columns(codes) for _, codes in code_batches(model, features, encoding, batch_size))
     if output is None:
         return CodeTable(pa.concat_tables(tables).combine_chunks(), **facts)
-    with CodeTableWriter(output, **facts, overwrite=overwrite) as writer:
+    with CodeTableWriter(output, **facts, overwrite=overwrite, complete=complete) as writer:
         for table in tables:
             writer.append(table)
-    return CodeTable.load(output)
+    return CodeTable.load(output, verify=False)  # these very files were just written
 
 
 def code_batches(

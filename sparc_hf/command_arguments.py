@@ -33,6 +33,7 @@ class EncodeArguments:
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace the output folder where it exists."})
+    no_verify: bool = field(default=False, metadata={"help": "Do not compare features with their checksums."})
 
 
 @dataclass
@@ -88,6 +89,7 @@ class EvaluateArguments:
         metadata={"help": "Maps of the image shifted this many times along each axis are averaged; 1 for plain maps."},
     )
     prompt: str = field(default="a photo of a {}", metadata={"help": "Text for a class, which stands in place of {}."})
+    no_verify: bool = field(default=False, metadata={"help": "Do not compare features with their checksums."})
     trust_remote_code: bool = trust_remote_code_flag()
 
 
@@ -138,6 +140,7 @@ class ConceptsArguments:
     steps: int = field(default=256, metadata={"help": "Steps of maximisation."})
     seed: int = field(default=0, metadata={"help": "Seed of maximisation."})
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+    no_verify: bool = field(default=False, metadata={"help": "Do not compare features with their checksums."})
     trust_remote_code: bool = trust_remote_code_flag()
 
 

@@ -1,6 +1,7 @@
 """Pictures of concepts over a dataset: contact sheets of top samples with maps, and heatmaps of the strongest."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,14 @@ from sparc_hf.concepts import (
     vocabulary_words,
 )
 from sparc_hf.encoders import StreamEncoder, check_encoders, load_encoders
-from sparc_hf.explain import SHOWN_SIDE, check_latents, sample_codes, save_figure
+from sparc_hf.explain import SHOWN_SIDE, check_latents, sample_codes
 from sparc_hf.features import FeatureDataset
 from sparc_hf.image_files import open_image, size_of_file, upright_rgb
 from sparc_hf.map_plots import SheetCell, contact_sheet, heatmap_grid
 from sparc_hf.maximisation import MaximisationSettings, maximise_latent
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.output_folder import check_output_folder
+from sparc_hf.picture_folder import PictureFolder, picture_folder
 from sparc_hf.plain_files import read_text
 from sparc_hf.top_samples import TopSamples, top_samples
 from sparc_hf.universality import latent_universality
@@ -123,29 +125,28 @@ def write_latent_sheets(
     features: FeatureDataset,
     best: Mapping[str, TopSamples],
     latents: Sequence[int],
-    folder: Path,
+    pictures: PictureFolder,
     *,
     names: Mapping[int, str],
     method: str | None = "relevance",
     shifts: int = 1,
 ) -> list[str]:
-    """Write `latent-<number>.png` for each latent, those that are there excepted, and return the files.
+    """Write `latent-<number>.png` for each latent, those that are there excepted, and return the files' names.
 
     Raises:
         ValueError: for latents the model does not have.
     """
     check_latents(model, latents)
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for latent in tqdm(latents, desc="contact sheets", unit="latent", delay=2, leave=False):
-        path = folder / f"latent-{latent:05d}.png"
-        files.append(str(path))
-        if path.exists():
-            continue
         title = f"latent {latent}" + (f": {names[latent]}" if latent in names else "")
-        save_figure(
-            latent_sheet(model, encoders, features, best, latent, title=title, method=method, shifts=shifts), path
-        )
+        rows = [[stream, *top.rows[latent].tolist()] for stream, top in best.items()]
+        facts = ("sheet", title, rows, len(features), method, shifts)
+        files.append(f"latent-{latent:05d}.png")
+        if pictures.has(files[-1], *facts):
+            continue
+        sheet = latent_sheet(model, encoders, features, best, latent, title=title, method=method, shifts=shifts)
+        pictures.save(sheet, files[-1], *facts)
     return files
 
 
@@ -214,11 +215,14 @@ def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
     streams = model.config.streams or [] if pictures or args.maximise or words else []
     encoders = load_encoders(streams, trust_remote_code=args.trust_remote_code)
     told: dict[str, Any] = {}
-    if features is not None:
-        told |= _run_on_features(args, model, features, encoders, words)
-    names = concept_names(model)
-    if args.maximise:
-        told["maximised"] = [_write_maximised(args, model, encoders, latent, names) for latent in args.maximise]
+    with nullcontext() if args.output is None else picture_folder(args.output, model) as folder:
+        if features is not None:
+            told |= _run_on_features(args, model, features, encoders, words, folder)
+        if args.maximise and folder is not None:
+            names = concept_names(model)
+            told["maximised"] = [
+                _write_maximised(args, model, encoders, latent, names, folder) for latent in args.maximise
+            ]
     return told
 
 
@@ -262,7 +266,7 @@ def _names_latents(args: ConceptsArguments, features: FeatureDataset, words: Seq
 
 def _checked_features(args: ConceptsArguments, model: SparcModel, words: Sequence[str] | None) -> FeatureDataset:
     """Open the dataset; ValueError where it lacks a stream, or what latents are named by or maps are drawn on."""
-    features = FeatureDataset.load(args.features or "")
+    features = FeatureDataset.load(args.features or "", verify=not args.no_verify)
     check_streams(model, features)
     if _names_latents(args, features, words):
         _check_named_model(args.model)
@@ -278,6 +282,7 @@ def _run_on_features(
     features: FeatureDataset,
     encoders: Mapping[str, StreamEncoder],
     words: Sequence[str] | None,
+    pictures: PictureFolder | None,
 ) -> dict[str, Any]:
     codes = encode_features(model, features, encoding="single", batch_size=args.batch_size)
     told: dict[str, Any] = {}
@@ -289,7 +294,9 @@ def _run_on_features(
         told["named"] = sum(concept.name is not None for concept in concepts)
     else:
         concepts = concepts_of(model)
-    return told | (_draw(args, model, encoders, features, codes, concepts) if args.output is not None else {})
+    if pictures is not None:
+        told |= _draw(args, model, encoders, features, codes, concepts, pictures)
+    return told
 
 
 def _vocabulary(
@@ -306,18 +313,20 @@ def _draw(
     features: FeatureDataset,
     codes: CodeTable,
     concepts: Sequence[Concept],
+    pictures: PictureFolder,
 ) -> dict[str, Any]:
     """Draw contact sheets and heatmaps."""
     told: dict[str, Any] = {}
     names = {concept.latent: concept.name for concept in concepts if concept.name is not None}
-    folder, options = Path(args.output or ""), {"names": names, "method": args.method, "shifts": args.shifts}
+    options = {"names": names, "method": args.method, "shifts": args.shifts}
     search = ConceptSearch(concepts, model.config.num_latents)
     named = [match.latent for word in args.concept for match in search.named(word)]
     surest = [concept.latent for concept in surest_concepts(concepts, args.top)]
     latents = list(dict.fromkeys([*args.latents, *named, *surest]))
     if latents:
         best = top_samples(codes, SHEET_SAMPLES)
-        told["sheets"] = write_latent_sheets(model, encoders, features, best, latents, folder, **options)
+        files = write_latent_sheets(model, encoders, features, best, latents, pictures, **options)
+        told["sheets"] = [_shown_path(args, file) for file in files]
     if args.heatmaps:
         rows = range(min(args.heatmap_images, len(features)))
         found = [open_image(path) for path in args.images] or [features.image(row) for row in rows]
@@ -325,10 +334,14 @@ def _draw(
         if not images:
             raise ValueError(f"`{args.features}` has no images to draw heatmaps on; name files as `images`")
         strongest = strongest_latents(model, codes, args.heatmaps)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_figure(concept_heatmaps(model, encoders, images, strongest, **options), folder / "heatmaps.png")
-        told["heatmaps"] = {"file": str(folder / "heatmaps.png"), "latents": strongest}
+        pictures.save(concept_heatmaps(model, encoders, images, strongest, **options), "heatmaps.png")
+        told["heatmaps"] = {"file": _shown_path(args, "heatmaps.png"), "latents": strongest}
     return told
+
+
+def _shown_path(args: ConceptsArguments, file: str) -> str:
+    """Return where a picture is when all is done."""
+    return str(Path(args.output or "") / file)
 
 
 def _write_maximised(
@@ -337,6 +350,7 @@ def _write_maximised(
     encoders: Mapping[str, StreamEncoder],
     latent: int,
     names: Mapping[int, str],
+    pictures: PictureFolder,
 ) -> dict[str, Any]:
     found = maximise_latent(model, encoders, latent, MaximisationSettings(steps=args.steps, seed=args.seed))
     rows = {
@@ -347,9 +361,8 @@ def _write_maximised(
         for name, stream in found.items()
     }
     title = f"images that fire latent {latent}" + (f": {names[latent]}" if latent in names else "")
-    path = Path(args.output or "") / f"maximised-{latent:05d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(contact_sheet(title, rows), path)
+    file = f"maximised-{latent:05d}.png"
+    pictures.save(contact_sheet(title, rows), file)
     streams = {
         name: {
             "activation": round(stream.activations[0], 5),
@@ -358,4 +371,4 @@ def _write_maximised(
         }
         for name, stream in found.items()
     }
-    return {"latent": latent, "file": str(path), "streams": streams}
+    return {"latent": latent, "file": _shown_path(args, file), "streams": streams}

@@ -3,7 +3,6 @@
 Names come from single-stream codes, so that a latent is named for what it is when a stream stands alone.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from transformers.utils.hub import cached_file
 
+from sparc_hf.atomic_files import write_json, writing
 from sparc_hf.codes import CodeTable
 from sparc_hf.encoders import StreamEncoder
 from sparc_hf.features import FeatureDataset
@@ -299,9 +299,8 @@ def save_concepts(concepts: Sequence[Concept], folder: str | os.PathLike, **fact
         "concepts": {str(concept.latent): asdict(concept) for concept in concepts},
     }
     path = Path(folder) / CONCEPTS_FILE
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with writing(f"`{path}`", "make room and run the same again"):
+        write_json(path, content, indent=1)
     return path
 
 

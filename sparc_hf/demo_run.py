@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import logging
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from sparc_hf.atomic_files import write_json
+from sparc_hf.atomic_folders import carry_over, named, new_folder, place, recover, refuse_fixed_place, remove_tree
 from sparc_hf.codes import encode_features
 from sparc_hf.command_arguments import DemoArguments
 from sparc_hf.concepts import name_concepts, save_concepts
@@ -16,38 +18,69 @@ from sparc_hf.demo.scenes import CLASS_NAMES, TAXONOMY, make_scenes_dataset
 from sparc_hf.encoders import load_encoders
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
 from sparc_hf.extraction import extract_features
-from sparc_hf.feature_files import sha256_of
+from sparc_hf.feature_files import FEATURE_FOLDER, sha256_of
 from sparc_hf.features import FeatureDataset
+from sparc_hf.folder_lock import locked_folder
 from sparc_hf.hub import write_model_card
 from sparc_hf.output_folder import check_output_folder
-from sparc_hf.report import write_report
+from sparc_hf.report import REPORT_FILES, write_report
+from sparc_hf.run_folder import SETTINGS_FILE, is_ours, read_settings
 from sparc_hf.sources import parse_streams
 from sparc_hf.training import SparcTrainer
 from sparc_hf.training_arguments import SparcTrainingArguments
 
+logger = logging.getLogger(__name__)
+
+# The folders of a demo, and what in them is the demo's own.
+DEMO_FOLDERS = {
+    "features": named("train", "test"),
+    "features/train": FEATURE_FOLDER.owns,
+    "features/test": FEATURE_FOLDER.owns,
+    "model": is_ours,
+    "evaluation": REPORT_FILES,
+}
 STREAMS = ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")
 
 
 def run_demo(args: DemoArguments) -> str:
     """Run the whole way from scenes to an evaluated model and return the report that is printed.
 
-    Features of an earlier run with the same number of scenes and the same encoders are used again; the model is made
-    anew.
+    All is made in `<output>.partial`, which takes the place of `output` in one step when it is done; after a kill, the
+    next run goes on behind the features that are there. Features of an earlier run with the same scenes and the same
+    encoders are used again; the model is made anew.
 
     Raises:
-        ValueError: for impossible sizes.
+        ValueError: for impossible sizes, or an output folder that another process uses or that cannot be replaced.
     """
     if not args.num_latents >= args.k >= 1:
         raise ValueError(f"`k` is {args.k} but `num_latents` is {args.num_latents}; choose 1 <= `k` <= `num_latents`")
     if min(args.train_rows, args.test_rows) < 1:
         raise ValueError(f"a demo needs scenes, but there are {args.train_rows} to train and {args.test_rows} to test")
-    started = time.monotonic()
-    output = Path(args.output)
+    output = Path(args.output).resolve()
     check_output_folder(output)
-    settings = _training_settings(args, output)
-    output.mkdir(parents=True, exist_ok=True)
-    train_rows = world_features(output, "train", args.train_rows, args.seed)
-    test_rows = world_features(output, "test", args.test_rows, args.seed)
+    partial = output.with_name(output.name + ".partial")
+    settings = _training_settings(args, partial / "model")
+    with locked_folder(output):
+        refuse_fixed_place(output)
+        recover(output)
+        report = _make(args, settings, output, partial)
+        for lock in partial.rglob(".*.lock"):  # of a run that was killed
+            lock.unlink()
+        place(partial, output, named(*{name.split("/")[0] for name in DEMO_FOLDERS}))
+    return report
+
+
+def _make(args: DemoArguments, settings: SparcTrainingArguments, output: Path, partial: Path) -> str:
+    """Make features, model and evaluation in `partial`, and return the report."""
+    started = time.monotonic()
+    train_rows = world_features(partial, "train", args.train_rows, args.seed, earlier=output)
+    test_rows = world_features(partial, "test", args.test_rows, args.seed, earlier=output)
+    for name in ("model", "evaluation"):  # of a run that was killed
+        remove_tree(partial / name)
+    for name, ours in DEMO_FOLDERS.items():
+        if (output / name).is_dir():
+            (partial / name).mkdir(exist_ok=True)
+            carry_over(output / name, partial / name, ours)
     extracted = time.monotonic()
     model = SparcTrainer(settings, train_rows).train()
     trained = time.monotonic()
@@ -55,25 +88,31 @@ def run_demo(args: DemoArguments) -> str:
         model, test_rows, EvaluationSettings(dataset="the embedded world, test scenes", probes=False)
     )
     results = evaluation.results
-    write_report({"demo": evaluation}, output / "evaluation")
+    write_report({"demo": evaluation}, partial / "evaluation")
     alone = encode_features(model, test_rows, encoding="single")
-    save_concepts(name_concepts(alone, test_rows), output / "model", features="test", rows=len(test_rows))
-    card = write_model_card(
-        output / "model", results=results, settings=settings.to_dict(), title="SPARC on the embedded world"
+    save_concepts(name_concepts(alone, test_rows), partial / "model", features="test", rows=len(test_rows))
+    home = str(Path(args.output) / "model")
+    write_json(partial / "model" / SETTINGS_FILE, {**(read_settings(partial / "model") or {}), "output_dir": home})
+    write_model_card(
+        partial / "model",
+        results=results,
+        settings=settings.to_dict(),
+        title="SPARC on the embedded world",
+        repo=home,
     )
     seconds = {
         "scenes and features": extracted - started,
         "training": trained - extracted,
         "evaluation": time.monotonic() - trained,
     }
-    return _report(args, output, card, results, seconds)
+    return _report(args, results, seconds)
 
 
-def _training_settings(args: DemoArguments, output: Path) -> SparcTrainingArguments:
+def _training_settings(args: DemoArguments, folder: Path) -> SparcTrainingArguments:
     """Return the settings of the training, which are refused before the scenes are made."""
     return SparcTrainingArguments(
-        features=str(output / "features" / "train"),
-        output_dir=str(output / "model"),
+        features=str(Path(args.output) / "features" / "train"),
+        output_dir=str(folder),
         num_latents=args.num_latents,
         k=args.k,
         auxk=min(32, args.num_latents),
@@ -84,7 +123,6 @@ def _training_settings(args: DemoArguments, output: Path) -> SparcTrainingArgume
         center=True,
         checkpoint_every=0,
         seed=args.seed,
-        overwrite=True,
     )
 
 
@@ -94,18 +132,28 @@ def encoders_checksum() -> str:
     return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:16]
 
 
-def world_features(output: Path, split: str, rows: int, seed: int) -> FeatureDataset:
-    """Return the features of a split of the embedded world, those of an earlier run in `output` where they fit."""
-    folder = output / "features" / split
+def world_features(output: Path, split: str, rows: int, seed: int, earlier: Path | None = None) -> FeatureDataset:
+    """Return the features of a split of the embedded world, made in `output` where it does not have them.
+
+    Args:
+        output: the folder that gets `features/<split>`.
+        split: train or test.
+        rows: number of scenes.
+        seed: of the scenes.
+        earlier: the folder of an earlier run, whose features are used again where they are of the same scenes.
+    """
     wanted = {"world": "sparc_hf.demo", "split": split, "seed": seed, "scenes": rows}
     wanted["encoders"] = encoders_checksum()
-    if folder.exists():
-        features = FeatureDataset.load(folder)
-        if {key: (features.source or {}).get(key) for key in wanted} == wanted:
-            return features
-        shutil.rmtree(folder)
+    folder = output / "features" / split
+    if (features := _features_of(folder, wanted)) is not None:
+        return features
+    remove_tree(folder)
     # What a run with other sizes left half-way is no use to this one.
-    shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+    remove_tree(folder.with_name(folder.name + ".partial"))
+    if earlier is not None and _features_of(earlier / "features" / split, wanted) is not None:
+        with new_folder(folder, named()) as copied:
+            carry_over(earlier / "features" / split, copied, named())
+        return FeatureDataset.load(folder)
     return extract_features(
         make_scenes_dataset(split, rows, seed),
         load_encoders(parse_streams(STREAMS)),
@@ -120,7 +168,20 @@ def world_features(output: Path, split: str, rows: int, seed: int) -> FeatureDat
     )
 
 
-def _report(args: DemoArguments, output: Path, card: Path, results: dict[str, Any], seconds: dict[str, float]) -> str:
+def _features_of(folder: Path, wanted: dict[str, Any]) -> FeatureDataset | None:
+    """Return the features in a folder if they are whole and of these scenes."""
+    if not folder.exists():
+        return None
+    try:
+        features = FeatureDataset.load(folder)
+    except (ValueError, OSError) as error:
+        logger.warning("%s; they are made again", error)
+        return None
+    return features if {key: (features.source or {}).get(key) for key in wanted} == wanted else None
+
+
+def _report(args: DemoArguments, results: dict[str, Any], seconds: dict[str, float]) -> str:
+    output = Path(args.output)
     joint, single = results["joint"]["headline"], results["single"]["headline"]
     shown = (
         ("dead latents, mean over streams", "dead_share", ".1%"),
@@ -145,7 +206,7 @@ def _report(args: DemoArguments, output: Path, card: Path, results: dict[str, An
         "",
         "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
         f"model:    {output / 'model'}",
-        f"card:     {card}",
+        f"card:     {output / 'model' / 'README.md'}",
         f"results:  {output / 'evaluation' / 'results.json'}",
         f"report:   {output / 'evaluation' / 'report.html'}",
         f"features: {output / 'features'}",

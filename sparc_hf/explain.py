@@ -1,6 +1,5 @@
 """Panels that show where concepts are in an image and its caption."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,11 +31,11 @@ from sparc_hf.image_files import open_image, size_of_file, upright_rgb
 from sparc_hf.map_plots import ExplainedTarget, explanation_panel
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.output_folder import check_output_folder
+from sparc_hf.picture_folder import picture_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 130
 # Maps are drawn over a smaller copy of larger images: a photograph of 100 million pixels would need gigabytes.
 SHOWN_SIDE = 640
 
@@ -210,13 +209,6 @@ def _row(
     return ExplainedTarget(title, shown, words, notes, inactive)
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG; the file appears complete or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    figure.savefig(unfinished, format="png", dpi=DPI)
-    os.replace(unfinished, path)
-
-
 def run_explain(args: ExplainArguments) -> dict[str, Any]:
     """Draw a panel for every sample; panels that are there from an earlier run are kept.
 
@@ -241,23 +233,23 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
     chosen |= {_found_title(word, found): [match.latent for match in found] for word, found in matches.items()}
     samples = _samples(args, {record["modality"] for record in model.config.streams or []})
     encoders = load_encoders(model.config.streams or [], trust_remote_code=args.trust_remote_code)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    drawn_from = ("panel", args.features, args.text, chosen, args.top, args.method, args.shifts)
     told, kept = [], 0
-    for name, read in tqdm(samples, desc="panels", unit="sample", delay=2, leave=False):
-        path = output / f"{name}.png"
-        if path.exists() and not args.overwrite:
-            kept += 1
-            continue
-        image, caption = read()
-        latents = chosen or {
-            _title(latent, names): (latent,)
-            for latent in active_latents(sample_codes(model, encoders, image, caption), args.top)
-        }
-        found = explain_sample(model, encoders, image, caption, latents, method=args.method, shifts=args.shifts)
-        save_figure(found.panel(), path)
-        told.append({"panel": str(path), "targets": [_told(target) for target in found.targets]})
-    facts: dict[str, Any] = {"output": str(output), "drawn": len(told), "kept": kept}
+    with picture_folder(args.output, model) as pictures:
+        for name, read in tqdm(samples, desc="panels", unit="sample", delay=2, leave=False):
+            if pictures.has(f"{name}.png", *drawn_from) and not args.overwrite:
+                kept += 1
+                continue
+            image, caption = read()
+            latents = chosen or {
+                _title(latent, names): (latent,)
+                for latent in active_latents(sample_codes(model, encoders, image, caption), args.top)
+            }
+            found = explain_sample(model, encoders, image, caption, latents, method=args.method, shifts=args.shifts)
+            pictures.save(found.panel(), f"{name}.png", *drawn_from)
+            path = Path(args.output) / f"{name}.png"
+            told.append({"panel": str(path), "targets": [_told(target) for target in found.targets]})
+    facts: dict[str, Any] = {"output": args.output, "drawn": len(told), "kept": kept}
     if matches:
         facts["concepts"] = {
             word: [{"latent": match.latent, "matched_by": match.reason} for match in found]

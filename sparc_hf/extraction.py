@@ -19,6 +19,7 @@ from sparc_hf.extraction_arguments import ExtractionArguments
 from sparc_hf.feature_files import MANIFEST_NAME, check_target
 from sparc_hf.feature_statistics import standardization_of
 from sparc_hf.features import FeatureDataset
+from sparc_hf.folder_lock import launched_rank, locked_folder
 from sparc_hf.imagenet_source import open_imagenet
 from sparc_hf.open_images_source import open_open_images
 from sparc_hf.output_folder import check_output_folder
@@ -89,7 +90,8 @@ def extract_features(
         repair: make the damaged or missing shards of the finished dataset at `path` again.
 
     Raises:
-        ValueError: for unusable settings, or naming the row at which `on_error` stops; finished shards are kept.
+        ValueError: for unusable settings, for a `path` that another process writes into, or naming the row at which
+            `on_error` stops; finished shards are kept.
         OSError: if a shard cannot be written; finished shards are kept.
     """
     if on_error not in ("stop", "skip"):
@@ -133,19 +135,20 @@ def extract_features(
     }
     settings = {"streams": records, **facts, "columns": rows.column_types, "rows_per_shard": rows_per_shard}
     processes = _processes()
-    with processes.main_process_first() if processes else nullcontext():
-        folder = ShardFolder(Path(path), settings, repair=repair)
-    if folder.finished and not repair:
-        logger.info("%s is finished already", path)
-        return FeatureDataset.load(path)
-    _make_shards(reader, encoders, rows, folder, tokens, autocast, on_error == "skip", processes)
-    if processes:
-        processes.wait_for_everyone()
-    if processes is None or processes.is_main_process:
-        streams = folder.streams or _with_statistics(folder, records, reader.shards)
-        folder.finish(rows.schema, {"streams": streams, **facts}, reader.shards)
-    if processes:
-        processes.wait_for_everyone()
+    with locked_folder(path, rank=launched_rank()):
+        with processes.main_process_first() if processes else nullcontext():
+            folder = ShardFolder(Path(path), settings, repair=repair)
+        if folder.finished and not repair:
+            logger.info("%s is finished already", path)
+            return FeatureDataset.load(path)
+        _make_shards(reader, encoders, rows, folder, tokens, autocast, on_error == "skip", processes)
+        if processes:
+            processes.wait_for_everyone()
+        if processes is None or processes.is_main_process:
+            streams = folder.streams or _with_statistics(folder, records, reader.shards)
+            folder.finish(rows.schema, {"streams": streams, **facts}, reader.shards)
+        if processes:
+            processes.wait_for_everyone()
     return FeatureDataset.load(path, verify=False)  # these very files were just written or checked
 
 

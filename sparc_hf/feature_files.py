@@ -1,9 +1,9 @@
-"""Folders of Arrow shards (feature datasets, code tables): shards, the manifest, and renames that leave no halves."""
+"""Folders of Arrow shards (feature datasets, code tables): shards, checksums, and the manifest that has them."""
 
+import contextlib
 import hashlib
 import json
-import os
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,20 @@ from typing import Annotated, Any, TypedDict
 
 import pyarrow as pa
 
+from sparc_hf.atomic_files import first_damage, new_file, sha256_of, write_json, write_text
+from sparc_hf.atomic_folders import is_half_replaced, named, recover
+from sparc_hf.folder_lock import FolderInUse, locked_folder
 from sparc_hf.plain_files import Count, FileName, Limit, Taxonomy, checked, read_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "sparc_features.json"
+# What such folders hold beside the manifest, the caches of `datasets` and unfinished work among it.
+SHARD_FILES = (
+    *("data-*.arrow", "cache-*.arrow", "state.json", "dataset_info.json", "skipped.jsonl"),
+    *(".*.tmp", "progress", "sparc_partial.json"),
+)
 # Arrow's lists and numpy's indices of this package end there.
 LARGEST_SIZE = 2**31 - 1
-MEND = "copy it again, or run the command that made the dataset once more with `--repair`"
 
 StreamRecords = Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]]
 
@@ -31,7 +38,26 @@ class ShardEntry(TypedDict):
     sha256: str
 
 
-class Manifest(TypedDict):
+class FileChecksum(TypedDict):
+    """What is known of one file beside the shards."""
+
+    bytes: Count
+    sha256: str
+
+
+FileChecksums = Annotated[
+    dict[str, FileChecksum],
+    Limit("an object with the names of files", lambda files: all(Path(name).name == name for name in files)),
+]
+
+
+class Files(TypedDict, total=False):
+    """The files of a folder, by name, and what they were when they were written."""
+
+    files: FileChecksums
+
+
+class Manifest(Files):
     """What the manifests of all kinds of folders have in common."""
 
     rows: Count
@@ -62,12 +88,20 @@ class FolderKind:
         shape: what that must hold, see `checked`.
         name: what messages call such a folder.
         remedy: how a user gets one.
+        mend: how a user mends a damaged one.
+        files: name patterns of its files, beside those that all kinds have.
     """
 
     manifest: str
     shape: Any
     name: str
     remedy: str
+    mend: str
+    files: tuple[str, ...] = ()
+
+    def owns(self, entry: Path) -> bool:
+        """Return whether an entry of such a folder belongs to it, and is not somebody else's."""
+        return named(self.manifest, *SHARD_FILES, *self.files)(entry)
 
 
 FEATURE_FOLDER = FolderKind(
@@ -75,6 +109,7 @@ FEATURE_FOLDER = FolderKind(
     FeatureManifest,
     "feature dataset",
     "make one with `sparc extract`, or wrap a table with `FeatureDataset.from_dataset`",
+    "copy it again, or run the command that made the dataset once more with `--repair`",
 )
 
 
@@ -105,42 +140,35 @@ def checked_streams(streams: StreamRecords) -> list[dict[str, Any]]:
 
 def write_shard(folder: Path, name: str, batch: pa.RecordBatch) -> dict[str, Any]:
     """Write one record batch as the file `name`, which appears only when it is whole; return its manifest entry."""
-    temporary = folder / f"{name}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            with pa.ipc.new_stream(file, batch.schema) as writer:
-                writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
-    except OSError:  # half a shard on a full disk would take the room that the next try needs
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(folder)
+    with new_file(folder / name) as file, pa.ipc.new_stream(file, batch.schema) as writer:
+        writer.write_batch(batch)
     path = folder / name
     return {"file": name, "rows": batch.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def read_manifest(folder: Path, kind: FolderKind = FEATURE_FOLDER) -> dict[str, Any]:
-    """Read the manifest of a feature dataset, or of another kind of folder.
+    """Read the manifest of a feature dataset, or of another kind of folder, and compare it with its checksum.
 
     Raises:
         FileNotFoundError: if there is no such folder, or it is of another kind.
         ValueError: if the manifest is damaged or of a newer format.
     """
     file = folder / kind.manifest
+    if is_half_replaced(folder):
+        with contextlib.suppress(FolderInUse, OSError), locked_folder(folder):
+            recover(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder `{folder}`")
     if not file.is_file():
         raise FileNotFoundError(f"`{folder}` is not a {kind.name}: it has no {kind.manifest}; {kind.remedy}")
     try:
-        manifest = read_json(file, dict[str, Any])
-        check_version(manifest, f"{folder}")
-        return checked(manifest, kind.shape, file.name)
+        # The version comes first: a newer format may have its checksum elsewhere.
+        check_version(read_json(file, dict[str, Any], verify=False), f"{folder}")
+        return checked(read_json(file, dict[str, Any]), kind.shape, file.name)
     except NewerFormat:
         raise
     except ValueError as error:
-        raise ValueError(f"`{file}` is damaged: {error}") from error
+        raise ValueError(f"`{file}` is damaged: {error}; {kind.mend}") from error
 
 
 class NewerFormat(ValueError):
@@ -157,7 +185,7 @@ def check_version(facts: Mapping[str, Any], name: str) -> None:
         )
 
 
-def joined(tables: Sequence[pa.Table], folder: Path) -> pa.Table:
+def joined(tables: Sequence[pa.Table], folder: Path, kind: FolderKind = FEATURE_FOLDER) -> pa.Table:
     """Return the rows of all shards.
 
     Raises:
@@ -166,10 +194,18 @@ def joined(tables: Sequence[pa.Table], folder: Path) -> pa.Table:
     try:
         return pa.concat_tables(tables)
     except pa.ArrowException as error:
-        raise ValueError(f"the shards of `{folder}` do not have the same columns ({error}); {MEND}") from error
+        raise ValueError(f"the shards of `{folder}` do not have the same columns ({error}); {kind.mend}") from error
 
 
-def open_shard(folder: Path, shard: Mapping[str, Any], verify: bool = True) -> pa.Table:
+def check_files(folder: Path, manifest: Mapping[str, Any], kind: FolderKind, verify: bool = True) -> None:
+    """Compare the files beside the shards with the manifest; ValueError where one is not what was written."""
+    if problem := first_damage(folder, manifest.get("files", {}), verify):
+        raise ValueError(f"`{folder}` is damaged: {problem}; {kind.mend}")
+
+
+def open_shard(
+    folder: Path, shard: Mapping[str, Any], verify: bool = True, kind: FolderKind = FEATURE_FOLDER
+) -> pa.Table:
     """Map one shard into memory after comparing it with its manifest entry, by SHA-256 if `verify` is true.
 
     Raises:
@@ -178,7 +214,7 @@ def open_shard(folder: Path, shard: Mapping[str, Any], verify: bool = True) -> p
     """
     file = folder / shard["file"]
     if not file.is_file():
-        raise FileNotFoundError(f"shard `{file}` is missing; {MEND}")
+        raise FileNotFoundError(f"shard `{file}` is missing; {kind.mend}")
     problem = ""
     if file.stat().st_size != shard["bytes"]:
         problem = f"it has {file.stat().st_size} bytes instead of {shard['bytes']}"
@@ -192,7 +228,7 @@ def open_shard(folder: Path, shard: Mapping[str, Any], verify: bool = True) -> p
             problem = f"it has {table.num_rows} rows instead of {shard['rows']}"
         except (pa.ArrowException, OSError) as error:
             problem = str(error)
-    raise ValueError(f"shard `{file}` is damaged: {problem}; {MEND}")
+    raise ValueError(f"shard `{file}` is damaged: {problem}; {kind.mend}")
 
 
 def finish_folder(
@@ -202,7 +238,15 @@ def finish_folder(
     facts: Mapping[str, Any],
     kind: FolderKind = FEATURE_FOLDER,
 ) -> None:
-    """Write what `datasets.load_from_disk` needs beside the shards, and the manifest."""
+    """Write what `datasets.load_from_disk` needs beside the shards, and, last, the manifest.
+
+    Args:
+        folder: the folder.
+        schema: of the shards.
+        shards: their manifest entries, in order.
+        facts: what else the manifest shall say; `files` has the checksums of files beside the shards.
+        kind: what the folder is.
+    """
     from datasets import DatasetInfo, Features
 
     fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()[:16]
@@ -215,11 +259,13 @@ def finish_folder(
         "_output_all_columns": False,
         "_split": None,
     }
-    DatasetInfo(features=Features.from_arrow_schema(schema)).write_to_directory(str(folder))
-    write_json(folder / "state.json", state)
+    with tempfile.TemporaryDirectory() as written:  # it is not written whole or not at all
+        DatasetInfo(features=Features.from_arrow_schema(schema)).write_to_directory(written)
+        write_text(folder / "dataset_info.json", (Path(written) / "dataset_info.json").read_text(encoding="utf-8"))
+    write_text(folder / "state.json", json.dumps(state, indent=1) + "\n")
     rows = sum(shard["rows"] for shard in shards)
     manifest = {"format_version": FORMAT_VERSION, "rows": rows, **facts, "shards": list(shards)}
-    write_json(folder / kind.manifest, manifest)
+    write_json(folder / kind.manifest, manifest, indent=1)
 
 
 def check_target(path: Path, overwrite: bool = False, kind: FolderKind = FEATURE_FOLDER) -> None:
@@ -230,43 +276,3 @@ def check_target(path: Path, overwrite: bool = False, kind: FolderKind = FEATURE
         raise ValueError(f"`{path}` exists and is not a {kind.name}; choose another path")
     if not overwrite:
         raise ValueError(f"`{path}` already holds a {kind.name}; choose another path or pass `overwrite=True`")
-
-
-def publish(folder: Path, path: Path, overwrite: bool = False, kind: FolderKind = FEATURE_FOLDER) -> None:
-    """Rename a finished `folder` to `path`, replacing an older one of its kind if `overwrite` says so."""
-    check_target(path, overwrite, kind)
-    retired = path.with_name(path.name + ".retired")
-    if path.exists():
-        os.replace(path, retired)
-    os.replace(folder, path)
-    _sync_folder(path.parent)
-    if retired.exists():
-        shutil.rmtree(retired)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, sync it and rename it, so that readers see all of it or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from sparc_hf.feature_files import StreamRecords, check_target
+from sparc_hf.folder_lock import locked_folder
 from sparc_hf.row_format import RowFormat
 from sparc_hf.shard_folder import ShardFolder
 
@@ -36,8 +38,8 @@ class FeatureWriter:
         extra_columns: the other columns of every batch; see `RowFormat`.
 
     Raises:
-        ValueError: for unusable settings, a `path` that already holds something, or a `.partial` folder that was
-            begun with other settings.
+        ValueError: for unusable settings, a `path` that already holds something or that another process writes into,
+            or a `.partial` folder that was begun with other settings.
     """
 
     def __init__(
@@ -55,7 +57,6 @@ class FeatureWriter:
         if rows_per_shard < 1:
             raise ValueError(f"`rows_per_shard` must be at least 1, but it is {rows_per_shard}")
         self.path = Path(path)
-        check_target(self.path)
         self.rows = RowFormat(streams, dtype, extra_columns)
         self.streams = self.rows.streams
         self.rows_per_shard = rows_per_shard
@@ -66,7 +67,11 @@ class FeatureWriter:
             "source": source,
         }
         settings = {**self._facts, "columns": self.rows.column_types, "rows_per_shard": rows_per_shard}
-        self._folder = ShardFolder(self.path, settings)
+        with ExitStack() as opened:
+            opened.enter_context(locked_folder(self.path))
+            check_target(self.path)
+            self._folder = ShardFolder(self.path, settings)
+            self._lock = opened.pop_all()
         self._shards: list[dict[str, Any]] = []
         for number in count():
             entry = self._folder.entry(number)
@@ -116,8 +121,9 @@ class FeatureWriter:
         Raises:
             ValueError: if there are no rows at all.
         """
-        self._flush()
-        self._folder.finish(self.rows.schema, self._facts, len(self._shards))
+        with self._lock:
+            self._flush()
+            self._folder.finish(self.rows.schema, self._facts, len(self._shards))
 
     def __enter__(self) -> "FeatureWriter":
         return self
@@ -129,7 +135,8 @@ class FeatureWriter:
             self.close()
             return
         try:
-            self._flush()
+            with self._lock:
+                self._flush()
         except OSError as flush_error:  # a full disk must not hide the first exception
             logger.warning("the last %d rows could not be saved: %s", self._pending, flush_error)
         logger.warning("stopped after %d rows, which are kept in %s", self.rows_done, self._folder.partial)

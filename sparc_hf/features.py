@@ -1,7 +1,6 @@
 """FeatureDataset: what several frozen encoders say about the same samples, on disk and in memory."""
 
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -12,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from sparc_hf.atomic_files import writing
+from sparc_hf.atomic_folders import new_folder
 from sparc_hf.batches import FeatureBatches
 from sparc_hf.feature_columns import (
     ColumnRows,
@@ -25,16 +26,18 @@ from sparc_hf.feature_columns import (
     with_fixed_widths,
 )
 from sparc_hf.feature_files import (
+    FEATURE_FOLDER,
     StreamRecords,
+    check_files,
     check_target,
     checked_streams,
     finish_folder,
     joined,
     open_shard,
-    publish,
     read_manifest,
     write_shard,
 )
+from sparc_hf.folder_lock import locked_folder
 from sparc_hf.parquet_features import FACTS, is_parquet_address, open_parquet
 
 if TYPE_CHECKING:
@@ -102,10 +105,11 @@ class FeatureDataset:
                 that is not the one that was written.
         """
         if is_parquet_address(path):
-            split = open_parquet(path)
+            split = open_parquet(path, verify=verify)
             return cls(split.read_table(), **{name: split.facts[name] for name in FACTS})
         folder = Path(path)
         manifest = read_manifest(folder)
+        check_files(folder, manifest, FEATURE_FOLDER, verify)
         with ThreadPoolExecutor() as pool:  # checksums leave Python's lock alone
             opened = pool.map(lambda shard: open_shard(folder, shard, verify), manifest["shards"])
             # A bar appears only where this takes long.
@@ -345,21 +349,19 @@ class FeatureDataset:
             overwrite: replace a feature dataset that is there, which may be the one this was loaded from.
 
         Raises:
-            ValueError: if `path` holds something that may not be replaced.
+            ValueError: if `path` holds something that may not be replaced, or another process writes into it.
+            OSError: saying what to do, if something cannot be written.
         """
-        target = Path(path)
-        check_target(target, overwrite)
-        folder = target.with_name(target.name + ".saving")
-        if folder.exists():  # left by a save that was killed
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        shards = []
-        for start in range(0, len(self), rows_per_shard):
-            batch = self.record_batch(slice(start, start + rows_per_shard))
-            shards.append(write_shard(folder, f"data-{len(shards):05d}.arrow", batch))
+        target = Path(path).resolve()
         facts = {"label_names": self.label_names, "taxonomy": self.taxonomy, "source": self.source}
-        finish_folder(folder, self.table.schema, shards, {"streams": self.streams, **facts})
-        publish(folder, target, overwrite)
+        with locked_folder(target), writing(f"`{path}`", "what was there before is kept; make room and try again"):
+            check_target(target, overwrite)
+            with new_folder(target, FEATURE_FOLDER.owns, last=FEATURE_FOLDER.manifest) as folder:
+                shards = []
+                for start in range(0, len(self), rows_per_shard):
+                    batch = self.record_batch(slice(start, start + rows_per_shard))
+                    shards.append(write_shard(folder, f"data-{len(shards):05d}.arrow", batch))
+                finish_folder(folder, self.table.schema, shards, {"streams": self.streams, **facts})
 
     def record_batch(self, rows: slice) -> pa.RecordBatch:
         """Return rows with all their columns, as they are stored."""

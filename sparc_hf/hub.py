@@ -1,19 +1,23 @@
 """Cards: what a model or a feature dataset says about itself on the Hub."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from sparc_hf.atomic_files import new_file, write_json, write_text, writing
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.plain_files import read_json
 from sparc_hf.results import check_results, results_of_model
-from sparc_hf.run_folder import RESULTS_FILE, write_json
+from sparc_hf.run_folder import CARD_FILE, ORIGIN_FILE, OTHER_CARD_FILE, RESULTS_FILE, is_model_card
 from sparc_hf.version import __version__
 
 if TYPE_CHECKING:
     from sparc_hf.features import FeatureDataset
+
+logger = logging.getLogger(__name__)
 
 # Facts of the run that say nothing about the model.
 UNTOLD_SETTINGS = {
@@ -28,7 +32,7 @@ UNTOLD_SETTINGS = {
         "cpu",
         "streams",
     ),
-    *("checkpoint_every", "checkpoints_kept", "logging_every", "max_preactivation_mb"),
+    *("no_verify", "checkpoint_every", "checkpoints_kept", "logging_every", "max_preactivation_mb"),
 }
 
 
@@ -42,6 +46,8 @@ def write_model_card(
     title: str | None = None,
 ) -> Path:
     """Write the model card README.md of a saved model, from its config and what is known of it.
+
+    A README.md that is no such card stays, and the card becomes `model_card.md` beside it.
 
     Args:
         folder: a folder written by `SparcModel.save_pretrained`.
@@ -101,10 +107,12 @@ def write_model_card(
             version=__version__,
         )
     )
-    path = folder / "README.md"
-    unfinished = path.with_name("README.md.tmp")
-    unfinished.write_text(text.rstrip() + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    path = folder / CARD_FILE
+    if path.exists() and not is_model_card(path):
+        logger.warning("`%s` is not a card that was written here, so the card is in %s", path, OTHER_CARD_FILE)
+        path = folder / OTHER_CARD_FILE
+    with writing(f"`{path}`", "make room and run the same again"):
+        write_text(path, text.rstrip() + "\n")
     return path
 
 
@@ -130,9 +138,8 @@ def _write_picture(path: Path, results: Mapping[str, Any]) -> None:
 
     panels = {f"{encoding} encoding": results[encoding]["reconstruction"]["nmse"] for encoding in ("joint", "single")}
     figure = reconstruction_matrix(panels, "normalised squared error")
-    unfinished = path.with_name(path.name + ".tmp")
-    figure.savefig(unfinished, dpi=110, format="png", bbox_inches="tight")
-    os.replace(unfinished, path)
+    with new_file(path) as file:
+        figure.savefig(file, dpi=110, format="png", bbox_inches="tight")
 
 
 def example_concepts(folder: Path, count: int = 8) -> list[Any]:
@@ -189,7 +196,7 @@ def write_dataset_card(
         )
     )
     path = folder / "README.md"
-    path.write_text(text.rstrip() + "\n", encoding="utf-8")
+    write_text(path, text.rstrip() + "\n")
     return path
 
 
@@ -263,8 +270,6 @@ class _Origin(TypedDict):
 
 def _origin_of(folder: Path) -> dict[str, Any] | None:
     """Return where an imported model came from, or None for one that was trained here."""
-    from sparc_hf.legacy_checkpoints import ORIGIN_FILE
-
     file = folder / ORIGIN_FILE
     return read_json(file, _Origin) if file.is_file() else None
 

@@ -1,7 +1,7 @@
 """What the two earlier projects left behind, told apart by its files and brought into today's formats."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,8 +63,12 @@ class ImportArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is in the output folder."})
 
 
-def run_import(args: ImportArguments) -> "FeatureDataset | SparcModel":
+def run_import(args: ImportArguments, complete: Callable[[Path], Any] | None = None) -> "FeatureDataset | SparcModel":
     """Import what the sources are.
+
+    Args:
+        args: the flags.
+        complete: adds to a model's folder what else belongs to it, such as its card, before it appears.
 
     Raises:
         ValueError: for sources of no known kind, and as the importers of each kind.
@@ -89,6 +93,7 @@ def run_import(args: ImportArguments) -> "FeatureDataset | SparcModel":
             run_config=args.run_config,
             records=records,
             overwrite=args.overwrite,
+            complete=complete,
         )
     check_target(Path(args.output))
     if paths is not None:

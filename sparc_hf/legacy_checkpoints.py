@@ -2,24 +2,24 @@
 
 import os
 import pickle
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from sparc_hf.atomic_files import sha256_of, write_json, writing
+from sparc_hf.atomic_folders import check_place, new_folder
 from sparc_hf.configuration_sparc import SparcConfig
-from sparc_hf.feature_files import sha256_of
+from sparc_hf.folder_lock import locked_folder
 from sparc_hf.legacy_hdf5 import RunConfig, stream_order
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.plain_files import checked, read_json
-from sparc_hf.run_folder import SETTINGS_FILE, write_json
+from sparc_hf.run_folder import ORIGIN_FILE, SETTINGS_FILE, is_ours
 
 CHECKPOINT_NAME = "msae_checkpoint.pth"
 RUN_CONFIG_NAME = "run_config.json"
-ORIGIN_FILE = "imported_from.json"
 # Their name of a training setting, and ours.
 SETTINGS = {"lr": "learning_rate", "num_epochs": "epochs", "batch_size": "batch_size", "seed": "seed"}
 SIZES = {
@@ -40,6 +40,7 @@ def import_checkpoint(
     run_config: str | os.PathLike | None = None,
     records: Sequence[Mapping[str, Any]] = (),
     overwrite: bool = False,
+    complete: Callable[[Path], Any] | None = None,
 ) -> SparcModel:
     """Turn a checkpoint of the earlier SPARC project into a model folder with equal outputs.
 
@@ -52,6 +53,7 @@ def import_checkpoint(
         run_config: the run's `run_config.json`; by default the one beside the checkpoint.
         records: what is known of the streams beside their width (`name`, `encoder`, `modality`, ...).
         overwrite: replace a model that is in `output`.
+        complete: adds to the folder what else belongs to the model, such as its card, before it appears.
 
     Returns:
         The model, loaded from `output`.
@@ -77,9 +79,8 @@ def import_checkpoint(
         "run": arguments.get("exp_name"),
         "data": (content.get("config_file_content") or {}).get("dataset"),
     }
-    save_imported(
-        model, output, origin, {ours: arguments[theirs] for theirs, ours in SETTINGS.items() if theirs in arguments}
-    )
+    settings = {ours: arguments[theirs] for theirs, ours in SETTINGS.items() if theirs in arguments}
+    save_imported(model, output, origin, settings, overwrite=overwrite, complete=complete)
     return SparcModel.from_pretrained(output)
 
 
@@ -238,6 +239,7 @@ def _load(model: SparcModel, tensors: Mapping[str, Tensor], checkpoint: Path) ->
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise ValueError where `output` holds something that may not be replaced."""
+    check_place(output.resolve(), is_ours)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / "config.json").is_file():
@@ -246,16 +248,22 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"`{output}` already holds a model; choose another path or pass `overwrite`")
 
 
-def save_imported(model: SparcModel, output: Path, origin: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def save_imported(
+    model: SparcModel,
+    output: Path,
+    origin: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    complete: Callable[[Path], Any] | None = None,
+) -> None:
     """Write an imported model with its settings and where it came from; the folder appears when it is whole."""
-    unfinished = output.with_name(output.name + ".saving")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    model.save_pretrained(unfinished)
-    write_json(unfinished / SETTINGS_FILE, dict(settings))
-    write_json(unfinished / ORIGIN_FILE, dict(origin))
-    retired = output.with_name(output.name + ".retired")
-    if output.exists():
-        os.replace(output, retired)
-    os.replace(unfinished, output)
-    shutil.rmtree(retired, ignore_errors=True)
+    advice = "what was there before is kept; make room and run the same again"
+    with locked_folder(output), writing(f"the model in `{output}`", advice):
+        check_output(output, overwrite)
+        with new_folder(output, is_ours, last=SETTINGS_FILE) as unfinished:
+            model.save_pretrained(unfinished)
+            write_json(unfinished / ORIGIN_FILE, origin)
+            write_json(unfinished / SETTINGS_FILE, settings)
+            if complete is not None:
+                complete(unfinished)

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from sparc_hf.atomic_files import sha256_of
 from sparc_hf.declared_sizes import check_declared
 from sparc_hf.plain_files import checked, read_json
 
@@ -50,8 +51,10 @@ class FeatureFiles:
             for name, matrix in self._matrices.items()
         ]
         self.rows = next(iter(self._matrices.values())).shape[0]
-        sizes = {name: {"file": path.name, "bytes": path.stat().st_size} for name, path in files.items()}
-        self.source = {"imported_from": "HDF5 feature files of the earlier SPARC project", "files": sizes}
+        self.source = {
+            "imported_from": "HDF5 feature files of the earlier SPARC project",
+            "files": {name: _facts_of(path) for name, path in files.items()},
+        }
 
     def __enter__(self) -> "FeatureFiles":
         return self
@@ -146,7 +149,7 @@ class AnalysisCache:
         self.rows = sum(rows for _, rows in self._batches)
         self.source = {
             "imported_from": "analysis cache of the earlier SPARC project (rows at unit norm)",
-            "files": {"all": {"file": path.name, "bytes": path.stat().st_size}},
+            "files": {"all": _facts_of(path)},
         }
 
     def __enter__(self) -> "AnalysisCache":
@@ -268,6 +271,11 @@ def open_hdf5(path: Path) -> Any:
         return h5py.File(path, "r")
     except OSError as error:
         raise ValueError(f"cannot read `{path}` as HDF5: {error}") from error
+
+
+def _facts_of(path: Path) -> dict[str, Any]:
+    """Return what tells one file from another later on, since these files have no checksum of their own."""
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _is_group(found: Any) -> bool:

@@ -2,15 +2,15 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from sparc_hf.atomic_files import sha256_of
 from sparc_hf.configuration_sparc import SparcConfig
-from sparc_hf.feature_files import sha256_of
 from sparc_hf.legacy_checkpoints import check_output, checked_state, read_checkpoint, save_imported
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.plain_files import Limit, checked, read_yaml
@@ -37,6 +37,7 @@ def import_usae_checkpoints(
     run_config: str | os.PathLike | None = None,
     records: Sequence[Mapping[str, Any]] = (),
     overwrite: bool = False,
+    complete: Callable[[Path], Any] | None = None,
 ) -> SparcModel:
     """Turn the checkpoints of a run into one model folder with equal codes and reconstructions.
 
@@ -49,6 +50,7 @@ def import_usae_checkpoints(
         run_config: the run's YAML file (`sae_params`, `model_zoo`, ...); by default the only one in the folder.
         records: what is known of the streams beside the files (`name`, `encoder`, `modality`, ...).
         overwrite: replace a model that is in `output`.
+        complete: see `import_checkpoint`.
 
     Raises:
         ValueError: for a run without checkpoints or settings, files that do not belong together or have another form,
@@ -83,9 +85,8 @@ def import_usae_checkpoints(
         "run": source.name,
         "data": (settings.get("viz") or {}).get("dataset"),
     }
-    save_imported(
-        model, output, origin, {ours: general[theirs] for theirs, ours in SETTINGS.items() if theirs in general}
-    )
+    training = {ours: general[theirs] for theirs, ours in SETTINGS.items() if theirs in general}
+    save_imported(model, output, origin, training, overwrite=overwrite, complete=complete)
     return SparcModel.from_pretrained(output)
 
 

@@ -6,13 +6,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparc_hf.feature_files import FORMAT_VERSION, DatasetFacts, NewerFormat, check_version, checked_streams
-from sparc_hf.plain_files import Count, checked
+from sparc_hf.atomic_files import checksums_of, first_damage, new_file, write_json
+from sparc_hf.feature_files import (
+    FORMAT_VERSION,
+    DatasetFacts,
+    FileChecksums,
+    NewerFormat,
+    check_version,
+    checked_streams,
+)
+from sparc_hf.plain_files import Count, checked, read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -22,7 +30,13 @@ METADATA_KEY = b"sparc_features"
 DATA_FOLDER = "data"
 ROWS_PER_GROUP = 1024
 FILE_BYTES = 256 * 2**20
+# Beside the files of a split, their SHA-256.
+CHECKSUMS_FILE = "{}-checksums.json"
 FACTS = ("streams", "label_names", "taxonomy", "source")
+
+
+class _Checksums(TypedDict):
+    files: FileChecksums
 
 
 class _Facts(DatasetFacts):
@@ -83,16 +97,24 @@ class ParquetSplit:
         return table
 
     def stream_rows(self) -> "datasets.IterableDataset":
-        """Return the rows as they are read, from the Hub with no more than a file at a time on this machine."""
-        import datasets
+        """Return the rows as they are read, from the Hub with no more than a file at a time on this machine.
 
-        return datasets.load_dataset("parquet", data_files=self.files, split="train", streaming=True)
+        Pages are compared with their checksums as they come.
+        """
+        import datasets
+        from pyarrow.dataset import ParquetFragmentScanOptions
+
+        options = ParquetFragmentScanOptions(page_checksum_verification=True)
+        return datasets.load_dataset(
+            "parquet", data_files=self.files, split="train", streaming=True, fragment_scan_options=options
+        )
 
 
 def write_parquet_split(features: SavableFeatures, folder: Path, split: str, file_bytes: int = FILE_BYTES) -> None:
     """Write a feature dataset as `data/<split>-<number>-of-<count>.parquet`, a row group in memory at a time.
 
-    What is known beside the rows is in the metadata of every file's schema, under "sparc_features".
+    What is known beside the rows is in the metadata of every file's schema, under "sparc_features"; the files' SHA-256
+    are in `data/<split>-checksums.json`.
 
     Args:
         features: the dataset.
@@ -117,14 +139,20 @@ def write_parquet_split(features: SavableFeatures, folder: Path, split: str, fil
     groups_per_file = max(1, file_bytes // bytes_per_group)
     files = -(-len(groups) // groups_per_file)
     streams = {record["name"] for record in features.streams}
-    for number in range(files):
-        path = folder / DATA_FOLDER / f"{split}-{number:05d}-of-{files:05d}.parquet"
-        # Dictionaries of floats only cost time.
-        plain = [field.name for field in schema if field.name not in streams]
-        with pq.ParquetWriter(path, schema, use_dictionary=plain, write_page_checksum=True) as writer:  # pyright: ignore[reportArgumentType]
+    names = [f"{split}-{number:05d}-of-{files:05d}.parquet" for number in range(files)]
+    # Dictionaries of floats only cost time.
+    plain: Any = [field.name for field in schema if field.name not in streams]
+    for number, name in enumerate(names):
+        with (
+            new_file(folder / DATA_FOLDER / name) as file,
+            pq.ParquetWriter(file, schema, use_dictionary=plain, write_page_checksum=True) as writer,
+        ):
             for start in groups[number * groups_per_file : (number + 1) * groups_per_file]:
                 batch = features.record_batch(slice(start, start + ROWS_PER_GROUP))
                 writer.write_batch(pa.record_batch(batch.columns, schema=schema))
+    write_json(
+        folder / DATA_FOLDER / CHECKSUMS_FILE.format(split), {"files": checksums_of(folder / DATA_FOLDER, names)}
+    )
 
 
 def check_split_name(split: str) -> None:
@@ -141,7 +169,7 @@ def is_parquet_address(address: str | os.PathLike) -> bool:
     return bool(_local_files(folder)) or (not folder.exists() and bool(_local_files(folder.parent)))
 
 
-def open_parquet(address: str | os.PathLike, streaming: bool = False) -> ParquetSplit:
+def open_parquet(address: str | os.PathLike, streaming: bool = False, verify: bool = True) -> ParquetSplit:
     """Find the Parquet files of a feature dataset and what is known of it.
 
     Args:
@@ -149,19 +177,21 @@ def open_parquet(address: str | os.PathLike, streaming: bool = False) -> Parquet
             perhaps followed by `/<split>`.
         streaming: leave the files on the Hub; by default those of the split are downloaded into the Hub's cache, from
             which they also open offline.
+        verify: compare the SHA-256 of every file that is on this machine, or, where a dataset was pushed without them,
+            the checksums of its pages; without it only sizes are compared.
 
     Raises:
         ValueError: for an address of another form, one that cannot be reached, a split that is missing or has to be
-            chosen, or Parquet files of another kind.
+            chosen, files that are damaged, or Parquet files of another kind.
     """
     if str(address).startswith(HUB_PREFIX):
-        return _open_remote(str(address), streaming)
+        return _open_remote(str(address), streaming, verify)
     folder = Path(address)
     split = None
     if not _local_files(folder):
         folder, split = folder.parent, folder.name
     files = _files_of_split([str(path) for path in _local_files(folder)], split, str(address))
-    return ParquetSplit(files, _facts(_schema_of(files[0]), files[0]))
+    return _local_split(files, verify and not streaming)
 
 
 def _schema_of(file: str, opened: Any = None) -> pa.Schema:
@@ -176,7 +206,35 @@ def _schema_of(file: str, opened: Any = None) -> pa.Schema:
         raise ValueError(f"`{file}` cannot be read as Parquet: {str(error).splitlines()[0]}") from error
 
 
-def _open_remote(address: str, streaming: bool) -> ParquetSplit:
+def _local_split(files: list[str], verify: bool) -> ParquetSplit:
+    """Return a split whose files are on this machine, after comparing them with their checksums."""
+    folder = Path(files[0]).parent
+    sums = folder / CHECKSUMS_FILE.format(_split_of(files[0]))
+    problem = None
+    try:
+        if sums.is_file():
+            problem = first_damage(folder, read_json(sums, _Checksums)["files"], verify)
+        elif verify:
+            for file in files:
+                _check_pages(file)
+    except (pa.ArrowException, OSError) as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(
+            f"the Parquet files in `{folder}` are damaged ({problem}); write them again, or, where they came from the "
+            "Hub, delete them from its cache and fetch them again"
+        )
+    return ParquetSplit(files, _facts(_schema_of(files[0]), files[0]))
+
+
+def _check_pages(file: str) -> None:
+    """Read a file once, a row group at a time; an error of pyarrow's where a page is not what its checksum says."""
+    with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+        for group in range(opened.num_row_groups):
+            opened.read_row_group(group)
+
+
+def _open_remote(address: str, streaming: bool, verify: bool) -> ParquetSplit:
     from huggingface_hub import HfApi, HfFileSystem, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -195,8 +253,8 @@ def _open_remote(address: str, streaming: bool) -> ParquetSplit:
             files = _files_of_split([f"hf://{path}" for path in found], split, address)
             with system.open(files[0].removeprefix("hf://")) as file:
                 return ParquetSplit(files, _facts(_schema_of(files[0], file), files[0]))
-        pattern = f"{DATA_FOLDER}/{split or '*'}-*.parquet"
-        folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=pattern)
+        wanted = [f"{DATA_FOLDER}/{split or '*'}-*.parquet", f"{DATA_FOLDER}/{CHECKSUMS_FILE.format(split or '*')}"]
+        folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"there is no dataset `{repo}` on the Hub that you may read; check its name, and log in with "
@@ -207,7 +265,7 @@ def _open_remote(address: str, streaming: bool) -> ParquetSplit:
             f"cannot reach `{address}`: {(str(error).strip().splitlines() or [repr(error)])[0]}"
         ) from error
     files = _files_of_split([str(path) for path in _local_files(Path(folder))], split, address)
-    return ParquetSplit(files, _facts(_schema_of(files[0]), files[0]))
+    return _local_split(files, verify)
 
 
 def _local_files(folder: Path) -> list[Path]:
@@ -215,7 +273,7 @@ def _local_files(folder: Path) -> list[Path]:
 
 
 def _files_of_split(files: Sequence[str], split: str | None, address: str) -> list[str]:
-    splits = sorted({Path(file).name.rpartition("-of-")[0].rpartition("-")[0] for file in files})
+    splits = sorted({_split_of(file) for file in files})
     if split is None and len(splits) == 1:
         split = splits[0]
     if split is None and "train" in splits:
@@ -224,6 +282,10 @@ def _files_of_split(files: Sequence[str], split: str | None, address: str) -> li
         found = f"the splits {splits}" if splits else f"no {DATA_FOLDER}/<split>-*.parquet"
         raise ValueError(f"`{address}` has {found}; write a split behind it, as in `{address.rstrip('/')}/test`")
     return sorted(file for file in files if Path(file).name.startswith(f"{split}-"))
+
+
+def _split_of(file: str) -> str:
+    return Path(file).name.rpartition("-of-")[0].rpartition("-")[0]
 
 
 def _facts(schema: pa.Schema, file: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from sparc_hf.atomic_files import CHECKSUM_FIELD, check_own_checksum
+
 # Deeper values are refused, because functions that walk them would run out of stack.
 DEEPEST = 200
 LONGEST_PLACE = 60
@@ -60,26 +62,46 @@ def read_text(file: str | PathLike) -> str:
     Raises:
         ValueError: if it cannot be read, or is not UTF-8.
     """
+    return _decoded(_read_bytes(file), file)
+
+
+def _read_bytes(file: str | PathLike) -> bytes:
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_bytes()
     except (OSError, ValueError) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else "it is not UTF-8"
-        raise ValueError(f"cannot read `{file}`: {reason}") from error
+        raise ValueError(f"cannot read `{file}`: {getattr(error, 'strerror', None) or error}") from error
 
 
-def read_json(file: str | PathLike, shape: Any = Any) -> Any:
-    """Read a JSON file whose content has a shape, see `checked`.
+def _decoded(data: bytes, file: str | PathLike) -> str:
+    try:
+        return data.decode("utf-8")
+    except ValueError as error:
+        raise ValueError(f"cannot read `{file}`: it is not UTF-8") from error
+
+
+def read_json(file: str | PathLike, shape: Any = Any, verify: bool = True) -> Any:
+    """Read a JSON file whose content has a shape, see `checked`, and compare it with its own checksum if it has one.
+
+    Args:
+        file: its path.
+        shape: what it must hold.
+        verify: compare the checksum that `write_json` put into it, which is not in what is returned.
 
     Raises:
-        ValueError: if it is missing, no JSON, nested too deeply, or of another shape.
+        ValueError: if it is missing, damaged, no JSON, nested too deeply, or of another shape.
     """
-    text = read_text(file)
+    data = _read_bytes(file)
+    if verify:
+        check_own_checksum(data, file)
+    text = _decoded(data, file)
     try:
         content = json.loads(text)
         if "\\ud" in text.lower():  # half a character, which nothing can write
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot read `{file}` as JSON: {error}") from error
+    if isinstance(content, dict):
+        content.pop(CHECKSUM_FIELD, None)
     return checked(content, shape, f"{file}")
 
 

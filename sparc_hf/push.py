@@ -1,14 +1,12 @@
 """Publishing on the Hub: models, feature datasets, metrics and the Space, each as one commit of one folder."""
 
 import ast
-import json
-import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
@@ -18,13 +16,15 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sparc_hf.atomic_files import write_json, writing
+from sparc_hf.atomic_folders import everything, new_folder
 from sparc_hf.concepts import CONCEPTS_FILE
 from sparc_hf.features import FeatureDataset
+from sparc_hf.folder_lock import locked_folder
 from sparc_hf.hub import space_folder, write_dataset_card, write_model_card
 from sparc_hf.output_folder import check_output_folder
-from sparc_hf.parquet_features import DATA_FOLDER, check_split_name, write_parquet_split
-from sparc_hf.plain_files import read_json
-from sparc_hf.run_folder import RESULTS_FILE, SETTINGS_FILE
+from sparc_hf.parquet_features import CHECKSUMS_FILE, DATA_FOLDER, check_split_name, write_parquet_split
+from sparc_hf.run_folder import ORIGIN_FILE, RESULTS_FILE, SETTINGS_FILE, read_settings
 from sparc_hf.space_publishing import PACKAGE_FOLDER, PACKAGE_WAYS, SHIPPED_FOLDER, prepare_space
 from sparc_hf.version import __version__
 
@@ -37,7 +37,7 @@ MODEL_FILES = (
     CONCEPTS_FILE,
     RESULTS_FILE,
     SETTINGS_FILE,
-    "imported_from.json",
+    ORIGIN_FILE,
 )
 # Answers of a Hub that is busy, and seconds to wait before each further attempt.
 BUSY = (408, 429, 500, 502, 503, 504)
@@ -45,7 +45,7 @@ PAUSES = (1, 4, 10)
 # Files of a former push that go with the next where they are not in it.
 REPLACED = {
     "model": list(MODEL_FILES),
-    "dataset": [f"{DATA_FOLDER}/*.parquet"],
+    "dataset": [f"{DATA_FOLDER}/*.parquet", f"{DATA_FOLDER}/{CHECKSUMS_FILE.format('*')}"],
     "space": [f"{PACKAGE_FOLDER}/*", f"{SHIPPED_FOLDER}/*"],
 }
 KINDS = ("model", "features", "metric", "space")
@@ -105,8 +105,6 @@ def run_push(args: PushArguments) -> dict[str, Any]:
     if len(given) != 1:
         raise ValueError(f"give one of --model, --features, --metric and --space, but there are {given or 'none'}")
     _check_name(args.repo)
-    if args.dry_run is not None and Path(args.dry_run).exists():
-        raise ValueError(f"`dry_run` must be a new folder, but {args.dry_run} exists")
     if args.dry_run is None:
         _check_login(args.repo)
     else:
@@ -146,12 +144,11 @@ def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None =
     for pattern in MODEL_FILES:
         for file in model.glob(pattern):
             shutil.copyfile(file, folder / file.name)
-    settings = folder / SETTINGS_FILE
-    told = read_json(settings, dict[str, Any]) if settings.exists() else None
+    told = read_settings(folder)
     if told is not None:
         # Where things lay on the trainer's machine is nobody's business.
         private = ("features", "eval_features", "output_dir")
-        settings.write_text(json.dumps({k: v for k, v in told.items() if k not in private}, indent=2) + "\n")
+        write_json(folder / SETTINGS_FILE, {k: v for k, v in told.items() if k not in private})
     write_model_card(folder, results=shown, settings=told, repo=repo)
     _add_code(folder)
 
@@ -319,15 +316,15 @@ def _refusals(repo: str) -> Iterator[None]:
 @contextmanager
 def _folder_for(dry_run: str | None) -> Iterator[Path]:
     """Give a new folder, which is kept under its name only if all goes well."""
-    parent = Path(dry_run).parent if dry_run is not None else None
-    if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".push-", dir=parent) as temporary:
-        folder = Path(temporary) / "repository"
-        folder.mkdir()
-        yield folder
-        if dry_run is not None:
-            os.replace(folder, dry_run)
+    with ExitStack() as opened:
+        if dry_run is None:
+            yield Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="sparc-push-")))
+            return
+        opened.enter_context(locked_folder(dry_run))
+        if Path(dry_run).exists():
+            raise ValueError(f"`dry_run` must be a new folder, but {dry_run} exists")
+        opened.enter_context(writing(f"`{dry_run}`", "make room and run the same again"))
+        yield opened.enter_context(new_folder(dry_run, everything))
 
 
 def _splits(given: Sequence[str]) -> dict[str, Path]:

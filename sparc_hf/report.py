@@ -3,7 +3,6 @@
 import base64
 import csv
 import io
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,22 @@ from typing import Any
 import numpy as np
 
 from sparc_hf import plots
+from sparc_hf.atomic_files import write_json, write_text, writing
+from sparc_hf.atomic_folders import check_place, named, new_folder
 from sparc_hf.codes import ENCODINGS
 from sparc_hf.evaluation import Evaluation
+from sparc_hf.folder_lock import locked_folder
 from sparc_hf.hub import METRIC_NAMES, eval_results, figure_text, templates_folder
 from sparc_hf.output_folder import check_output_folder
-from sparc_hf.run_folder import RESULTS_FILE, write_json
+from sparc_hf.run_folder import RESULTS_FILE
 from sparc_hf.version import __version__
 
 REPORT_FILE = "report.html"
 INDEX_FILE = "model-index.yaml"
 PERCENT = ("dead_share",)
+REPORT_FILES = named(RESULTS_FILE, REPORT_FILE, INDEX_FILE, "latents-*.csv")
+# What tells a folder whose own results a report would take the place of.
+OTHER_FOLDERS = ("config.json", "training_arguments.json", "sparc_features.json", "sparc_codes.json")
 
 
 def model_names(paths: Sequence[str]) -> dict[str, str]:
@@ -42,6 +47,14 @@ def model_names(paths: Sequence[str]) -> dict[str, str]:
 def check_report_folder(folder: Path) -> None:
     """Raise ValueError where `folder` cannot take a report, before any work is done."""
     check_output_folder(folder)
+    if others := [name for name in OTHER_FOLDERS if (folder / name).exists()]:
+        raise ValueError(
+            f"`output` {folder} holds {others[0]}, whose results a report would replace; name a folder of its own, "
+            f"such as {folder / 'evaluation'}"
+        )
+    if (folder / RESULTS_FILE).exists() and not (folder / REPORT_FILE).exists():
+        raise ValueError(f"`output` {folder} holds a {RESULTS_FILE} that is not of a report; choose another folder")
+    check_place(folder.resolve(), REPORT_FILES)
 
 
 def write_report(
@@ -52,23 +65,28 @@ def write_report(
 ) -> Path:
     """Write results.json, report.html, model-index.yaml and `latents-<name>.csv` per model; return the report's path.
 
-    Files appear complete or not at all, and replace those of an earlier evaluation.
+    They take the place of those of an earlier evaluation all at once; other files in the folder stay.
 
     Args:
         evaluations: model name -> evaluation, all on the same rows.
         folder: made where it does not exist.
         names: model name -> latent -> its concept's name, for the CSV.
+
+    Raises:
+        ValueError: where the folder holds something else that has results, or another process writes into it.
+        OSError: saying what to do, if something cannot be written.
     """
     folder = Path(folder)
-    check_report_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     results = {name: evaluation.results for name, evaluation in evaluations.items()}
-    write_json(folder / RESULTS_FILE, {"models": results})
-    _write_text(folder / INDEX_FILE, model_index(results))
-    for name, evaluation in evaluations.items():
-        told = latents_csv(evaluation, (names or {}).get(name, {}))
-        _write_text(folder / f"latents-{name.replace('/', '-')}.csv", told)
-    _write_text(folder / REPORT_FILE, report_html(evaluations))
+    with locked_folder(folder), writing(f"the report in `{folder}`", "an older one is kept; make room and try again"):
+        check_report_folder(folder)
+        with new_folder(folder, REPORT_FILES, last=RESULTS_FILE) as unfinished:
+            write_text(unfinished / INDEX_FILE, model_index(results))
+            for name, evaluation in evaluations.items():
+                told = latents_csv(evaluation, (names or {}).get(name, {}))
+                write_text(unfinished / f"latents-{name.replace('/', '-')}.csv", told)
+            write_text(unfinished / REPORT_FILE, report_html(evaluations))
+            write_json(unfinished / RESULTS_FILE, {"models": results})
     return folder / REPORT_FILE
 
 
@@ -241,12 +259,6 @@ def latents_csv(evaluation: Evaluation, names: Mapping[int, str]) -> str:
         told = [names.get(latent, "")] if names else []
         writer.writerow([latent, *told, *(f"{value:.6g}" for value in values)])
     return buffer.getvalue()
-
-
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _embedded(figure: Any) -> str:

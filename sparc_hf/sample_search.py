@@ -32,6 +32,7 @@ class RetrieveArguments:
     count: int = field(default=10, metadata={"help": "Most samples to find in a stream."})
     shared: int = field(default=3, metadata={"help": "Concepts to tell of each match, those that bring it most."})
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})
+    no_verify: bool = field(default=False, metadata={"help": "Do not compare features with their checksums."})
     trust_remote_code: bool = trust_remote_code_flag()
 
 
@@ -62,7 +63,7 @@ def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
     if unknown := [name for name in [*args.target, *filter(None, [args.source])] if name not in streams]:
         raise ValueError(f"there are no streams {unknown}; this model has {streams}")
     record = None if args.row is not None else _encoding_stream(args, model)
-    features = FeatureDataset.load(args.features)
+    features = FeatureDataset.load(args.features, verify=not args.no_verify)
     check_streams(model, features)
     if args.row is not None and not 0 <= args.row < len(features):
         raise ValueError(f"the samples are numbered from 0 to {len(features) - 1}, and {args.row} is none of them")

@@ -2,14 +2,16 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pyarrow as pa
 
+from sparc_hf.atomic_files import checksums_of, write_json, write_text, writing
+from sparc_hf.atomic_folders import place, recover, refuse_fixed_place, remove_tree
 from sparc_hf.feature_files import (
+    FEATURE_FOLDER,
     FORMAT_VERSION,
     MANIFEST_NAME,
     ShardEntry,
@@ -17,9 +19,7 @@ from sparc_hf.feature_files import (
     finish_folder,
     joined,
     open_shard,
-    publish,
     read_manifest,
-    write_json,
     write_shard,
 )
 from sparc_hf.plain_files import Limit, read_json
@@ -61,8 +61,10 @@ class ShardFolder:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, repair: bool = False):
-        self.path = path
+        self.path = path = path.resolve()
         self.partial = path.with_name(path.name + ".partial")
+        refuse_fixed_place(path)
+        recover(path)
         self.settings = {"format_version": FORMAT_VERSION, **json.loads(json.dumps(settings))}
         self.finished = (path / MANIFEST_NAME).is_file()
         self._manifest: dict[str, Any] = {}
@@ -71,7 +73,7 @@ class ShardFolder:
             self._manifest = read_manifest(path)
             self._refuse_other_settings(self._manifest, f"`{path}` already holds a feature dataset that")
             if not repair:
-                shutil.rmtree(path / PROGRESS_FOLDER, ignore_errors=True)  # left by a kill right after `finish`
+                self._remove_notes()  # left by a kill right after the folder got its name
         else:
             if repair:
                 raise ValueError(f"there is no feature dataset to repair at `{path}`; leave `repair` out to make it")
@@ -102,18 +104,12 @@ class ShardFolder:
         Raises:
             OSError: saying what to do, if it cannot be written, as on a full disk. Other shards stay as they are.
         """
-        (self.folder / PROGRESS_FOLDER).mkdir(exist_ok=True)
         entry: dict[str, Any] = {"number": number, "rows": 0, **facts}
-        try:
+        with self._writing(f"shard {number}"):
+            (self.folder / PROGRESS_FOLDER).mkdir(exist_ok=True)
             if batch is not None:
                 entry |= write_shard(self.folder, f"data-{number:05d}.arrow", batch)
             write_json(self._progress_file(number), entry)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"shard {number} cannot be written to `{self.folder}` ({error.strerror}); the shards before it are "
-                "kept: make room and run the same again",
-            ) from error
         return entry
 
     def open_table(self, count: int) -> pa.Table:
@@ -129,30 +125,45 @@ class ShardFolder:
 
         Raises:
             ValueError: if one of them is missing, or there are no rows at all.
+            OSError: saying what to do, if something cannot be written.
         """
         entries = self._all(count)
         shards = [entry for entry in entries if entry["rows"]]
         if not shards:
             raise ValueError(f"no rows were left for `{self.path}`; a feature dataset needs at least one row")
         skipped = [row for entry in entries for row in entry.get("skipped", [])]
-        if skipped:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
-            (self.folder / SKIPPED_NAME).write_text(lines, encoding="utf-8")
         layout = {key: self.settings[key] for key in ("columns", "rows_per_shard") if key in self.settings}
-        finish_folder(self.folder, schema, shards, {**facts, **layout, "rows_skipped": len(skipped)})
-        if not self.finished:
-            publish(self.partial, self.path)
+        found = {**facts, **layout, "rows_skipped": len(skipped)}
+        with self._writing("the manifest"):
+            if skipped:
+                write_text(
+                    self.folder / SKIPPED_NAME,
+                    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped),
+                )
+                found["files"] = checksums_of(self.folder, [SKIPPED_NAME])
+            finish_folder(self.folder, schema, shards, found)
+            if not self.finished:
+                for litter in self.partial.glob(".*.tmp"):
+                    litter.unlink()
+                place(self.partial, self.path, FEATURE_FOLDER.owns, last=MANIFEST_NAME)
+        self._remove_notes()
+
+    def _writing(self, what: str) -> Any:
+        return writing(f"{what} of `{self.folder}`", "the shards before it are kept: make room and run the same again")
+
+    def _remove_notes(self) -> None:
+        """Remove what only an unfinished folder needs."""
         (self.path / SETTINGS_NAME).unlink(missing_ok=True)
-        shutil.rmtree(self.path / PROGRESS_FOLDER, ignore_errors=True)
+        remove_tree(self.path / PROGRESS_FOLDER)
 
     def _begin(self) -> None:
         """Note the settings of a new folder, or compare them with those an earlier run began with."""
         file = self.partial / SETTINGS_NAME
-        if not self.partial.exists() or not any(self.partial.iterdir()):
-            self.partial.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"settings": self.settings})
-        if [found.name for found in self.partial.iterdir()] == [file.name + ".tmp"]:  # killed while writing just that
-            write_json(file, {"settings": self.settings})
+        self.partial.mkdir(parents=True, exist_ok=True)
+        # A run that was killed while it wrote just that has left an unfinished file.
+        if all(entry.name.startswith(f".{SETTINGS_NAME}.") for entry in self.partial.iterdir()):
+            with self._writing("the settings"):
+                write_json(file, {"settings": self.settings})
         try:
             begun = read_json(file, dict[str, dict[str, Any]])["settings"]
             self._refuse_other_settings(begun, f"`{self.partial}`")

@@ -3,12 +3,11 @@
 import hashlib
 import io
 import json
-import os
-import shutil
+import logging
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -16,23 +15,30 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from sparc_hf.atomic_files import checksums_of, first_damage, write_json
+from sparc_hf.atomic_folders import everything, new_folder
 from sparc_hf.code_search import CodeSearch
 from sparc_hf.codes import CodeTable, encode_features
-from sparc_hf.concepts import Concept, load_concepts, name_concepts, save_concepts
+from sparc_hf.concepts import CONCEPTS_FILE, Concept, load_concepts, name_concepts, save_concepts
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.evaluation import EvaluationSettings, evaluate_model
+from sparc_hf.feature_files import FileChecksums
 from sparc_hf.features import FeatureDataset
+from sparc_hf.folder_lock import locked_folder
 from sparc_hf.modeling_sparc import SparcModel
-from sparc_hf.run_folder import write_json
+from sparc_hf.plain_files import Limit, read_json
 from sparc_hf.top_samples import TopSamples, top_samples
 from sparc_hf.version import __version__
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
 FACTS_FILE = "index.json"
 STATISTICS_FILE = "statistics.npz"
 TOP_FILE = "top_samples.npz"
 THUMBNAILS_FILE = "thumbnails.arrow"
 CODES_FOLDER = "codes"
+COMPARED_FILES = (STATISTICS_FILE, TOP_FILE, THUMBNAILS_FILE, CONCEPTS_FILE)
 TOP_SAMPLES = 24
 THUMBNAIL_SIDE = 192
 RETRIEVAL_ROWS = 1000
@@ -41,8 +47,22 @@ ROWS_AT_ONCE = 256
 COLUMNS = ("alignment", "energy", "entropy", "cofires", "cofire_jaccard", "live", "fires")
 
 
+class _Facts(TypedDict):
+    """What the facts of an index must have."""
+
+    results: dict[str, Any]
+    files: Annotated[FileChecksums, Limit("an object with all files of an index", set(COMPARED_FILES).issubset)]
+
+
 class SpaceIndex:
-    """A finished index, read from its folder; arrays are mapped or small.
+    """A finished index, read from its folder and compared with its checksums; arrays are mapped or small.
+
+    Args:
+        folder: where it lies.
+
+    Raises:
+        ValueError: where a file is not the one that was written.
+        FileNotFoundError: where codes are missing.
 
     Attributes:
         folder: where it lies.
@@ -57,7 +77,10 @@ class SpaceIndex:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        facts = json.loads((self.folder / FACTS_FILE).read_text(encoding="utf-8"))
+        facts = read_json(self.folder / FACTS_FILE, _Facts)
+        if problem := first_damage(self.folder, facts["files"]):
+            raise ValueError(f"the index `{self.folder}` is damaged: {problem}; make it again")
+        self._codes = CodeTable.load(self.folder / CODES_FOLDER)
         self.results: dict[str, Any] = facts["results"]
         self.concepts = {concept.latent: concept for concept in load_concepts(self.folder)}
         with np.load(self.folder / STATISTICS_FILE) as stored:
@@ -71,7 +94,7 @@ class SpaceIndex:
     @cached_property
     def search(self) -> CodeSearch:
         """The single-stream codes, ready to be searched."""
-        return CodeSearch(CodeTable.load(self.folder / CODES_FOLDER))
+        return CodeSearch(self._codes)
 
     def thumbnail(self, row: int) -> bytes | None:
         """Return the small image of a sample as PNG or JPEG, or None where it has none."""
@@ -102,20 +125,26 @@ def open_index(
     if shipped is not None and (shipped / name / FACTS_FILE).is_file():
         return SpaceIndex(shipped / name)
     folder = Path(cache) / name
-    if not (folder / FACTS_FILE).is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.making")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
+    if (index := _whole_index(folder)) is not None:
+        return index
+    with locked_folder(folder, wait=True):
+        if (index := _whole_index(folder)) is not None:  # another process was first
+            return index
+        if (folder / FACTS_FILE).is_file():
+            logger.warning("the index %s is damaged, and made again", folder)
+        with new_folder(folder, everything, last=FACTS_FILE) as unfinished:
             _make(model, features, names, unfinished)
-            os.replace(unfinished, folder)
-        except OSError:
-            if not (folder / FACTS_FILE).is_file():  # unless another process was first
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return SpaceIndex(folder)
+
+
+def _whole_index(folder: Path) -> SpaceIndex | None:
+    """Return the index in a folder, or None where it is missing or damaged."""
+    if not (folder / FACTS_FILE).is_file():
+        return None
+    try:
+        return SpaceIndex(folder)
+    except (OSError, ValueError):
+        return None
 
 
 def index_name(model: SparcModel, features: FeatureDataset, names: list[Concept] | None = None) -> str:
@@ -153,7 +182,8 @@ def _make(model: SparcModel, features: FeatureDataset, names: list[Concept] | No
     np.savez(folder / TOP_FILE, **arrays, **{f"values/{stream}": top.values for stream, top in best.items()})  # pyright: ignore[reportArgumentType]
     save_concepts(_concepts(codes, features, names or []), folder, rows=len(features))
     _write_thumbnails(features, folder / THUMBNAILS_FILE)
-    write_json(folder / FACTS_FILE, {"format_version": FORMAT_VERSION, "results": evaluation.results})
+    facts = {"results": evaluation.results, "files": checksums_of(folder, COMPARED_FILES)}
+    write_json(folder / FACTS_FILE, {"format_version": FORMAT_VERSION, **facts})
 
 
 def _statistics(latents: dict[str, dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """Row-weighted sums of the loss terms of some steps, kept on the device until they are read."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,24 @@ class TermSums:
     def count_step(self) -> None:
         """Note that a step is whole."""
         self.steps[self._names] = self.steps.get(self._names, 0) + 1
+
+    def state_dict(self) -> dict[str, list]:
+        """Return names, sums and steps, to go on from in another process."""
+        return {
+            "names": [list(names) for names in self.sums],
+            "sums": [sums.cpu() for sums in self.sums.values()],
+            "steps": [self.steps.get(names, 0) for names in self.sums],
+        }
+
+    def load_state_dicts(self, states: Sequence[dict[str, list]], rank: int, world_size: int) -> None:
+        """Go on from the sums of all processes of a run, which may have had more of them or fewer than now."""
+        for number, state in enumerate(states):
+            for names, sums, steps in zip(map(tuple, state["names"]), state["sums"], state["steps"], strict=True):
+                # Every process knows all names, since they share their sums name by name.
+                share = sums.to(self.device) if number % world_size == rank else torch.zeros_like(sums).to(self.device)
+                known = self.sums.get(names)
+                self.sums[names] = share if known is None else known + share
+                self.steps[names] = steps
 
     def first_broken_term(self) -> str | None:
         """Return the first term that is not finite in the step just added, or None."""

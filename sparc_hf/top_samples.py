@@ -1,12 +1,12 @@
 """The samples that activate a latent most, for every latent and stream, in one pass over a code table."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from sparc_hf.atomic_files import new_file
 from sparc_hf.codes import CodeTable
 
 TOP_SAMPLES_FILE = "top_samples.parquet"
@@ -80,7 +80,5 @@ def write_top_samples(best: dict[str, TopSamples], path: str | Path) -> None:
             "value": top.values[latents, ranks],
         }
         tables.append(pa.table(columns))
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
-    write_table(pa.concat_tables(tables), unfinished)
-    os.replace(unfinished, path)
+    with new_file(path) as file:
+        write_table(pa.concat_tables(tables), file, write_page_checksum=True)

@@ -6,12 +6,9 @@ import json
 import logging
 import math
 import os
-import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +19,20 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import tqdm
 from torch import Tensor
 
+from sparc_hf.atomic_files import write_json, writing
+from sparc_hf.checkpoints import Checkpoints
 from sparc_hf.configuration_sparc import SparcConfig
 from sparc_hf.features import FeatureBatches, FeatureDataset
+from sparc_hf.folder_lock import launched_rank, locked_folder
 from sparc_hf.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
 from sparc_hf.learning_rate import ScheduleAfterUpdate, schedule_of
 from sparc_hf.modeling_sparc import SparcModel
 from sparc_hf.optimizer import SparcAdam, UsaeAdamW, add_up_terms
 from sparc_hf.output_folder import check_output_folder
 from sparc_hf.random_numbers import seeded
-from sparc_hf.run_folder import (
-    LOG_FILE,
-    SETTINGS_FILE,
-    STATE_FILE,
-    checkpoints,
-    checkpoints_dir,
-    claim_output_dir,
-    cut_log,
-    newest_checkpoint,
-    save_model,
-    write_json,
-)
+from sparc_hf.run_folder import LOG_FILE, SETTINGS_FILE, claimed_run, cut_log, read_settings
 from sparc_hf.step_kernel import built_library, load_step_kernel
+from sparc_hf.stop_signals import StopSignals
 from sparc_hf.term_sums import TermSums
 from sparc_hf.training_arguments import SparcTrainingArguments
 from sparc_hf.training_rows import center_pre_biases, random_split, records_of
@@ -68,14 +58,20 @@ class TrainingInterrupted(RuntimeError):
         self.signal_number = signal_number
 
 
-def train(args: SparcTrainingArguments) -> SparcModel:
+def train(args: SparcTrainingArguments, complete: Callable[[Path], Any] | None = None) -> SparcModel:
     """Train on the feature dataset `args.features` and save the model in `args.output_dir`.
+
+    Args:
+        args: the settings.
+        complete: adds to the model's folder what else belongs to it, such as its card; called before the model
+            appears.
 
     Returns:
         The trained model, in eval mode on its device.
 
     Raises:
-        ValueError: for settings, features or an output folder that cannot be used.
+        ValueError: for settings, features or an output folder that cannot be used, or that another process uses.
+        OSError: saying what to do, where something cannot be written; the last checkpoint is kept.
         FloatingPointError: when the loss becomes NaN or infinite; names the step, the terms and the checkpoint to
             go back to. Nothing saved before is touched.
         TrainingInterrupted: after SIGTERM or Ctrl-C, once a checkpoint is saved.
@@ -83,11 +79,13 @@ def train(args: SparcTrainingArguments) -> SparcModel:
     SparcConfig(**args.model_settings())  # settings that contradict each other are told before any row is read
     check_output_folder(args.output_dir, "output_dir")
     _check_tracker(args.report_to)
-    held_out = FeatureDataset.load(args.eval_features) if args.eval_features else None
-    features = FeatureDataset.load(args.features)
-    if args.eval_fraction:
-        features, held_out = random_split(features, args.eval_fraction, args.seed)
-    return SparcTrainer(args, features, held_out).train()
+    verify = not args.no_verify
+    with locked_folder(args.output_dir, rank=launched_rank()):
+        held_out = FeatureDataset.load(args.eval_features, verify) if args.eval_features else None
+        features = FeatureDataset.load(args.features, verify)
+        if args.eval_fraction:
+            features, held_out = random_split(features, args.eval_fraction, args.seed)
+        return SparcTrainer(args, features, held_out).train(complete)
 
 
 def _check_tracker(name: str) -> None:
@@ -108,9 +106,10 @@ class SparcTrainer:
     """
 
     def __init__(self, args: SparcTrainingArguments, features: FeatureDataset, held_out: FeatureDataset | None = None):
-        self.args = args
-        self.output_dir = Path(args.output_dir)
-        claim_output_dir(self.output_dir, resume=args.resume, overwrite=args.overwrite)
+        self.args, self.rows = args, len(features)
+        self.run = claimed_run(args.output_dir, resume=args.resume, overwrite=args.overwrite)
+        if self.run.is_finished and args.overwrite and self._changes(read_settings(self.run.folder)):
+            self.run = claimed_run(args.output_dir, resume=False, overwrite=True)
         _check_tracker(args.report_to)
         self.streams = args.streams or features.stream_names
         records = records_of(features, self.streams)
@@ -122,7 +121,7 @@ class SparcTrainer:
             cpu=args.cpu,
             mixed_precision=precision,
             log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=str(self.output_dir),
+            project_dir=str(self.run.folder),
         )
         if precision != "no" and not self.accelerator.native_amp:
             # Accelerate would train in float32 without a word.
@@ -130,11 +129,13 @@ class SparcTrainer:
                 f"`mixed_precision` {precision} needs a GPU, but this run is on {self.accelerator.device.type}; "
                 "choose bf16 or no"
             )
+        self.checkpoints = Checkpoints(self.run.folder, self.accelerator, args.checkpoints_kept)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         features.check_rows(streams=self.streams)
+        if held_out is not None:
+            held_out.check_rows(streams=self.streams)
         self.batches = self._batches(features, shuffle=True)
         self.eval_batches = self._batches(held_out, shuffle=False) if held_out is not None else None
-        self.rows = len(features)
         self.config = SparcConfig(streams=records, **args.model_settings())
         with seeded(args.seed):
             self.model = SparcModel(self.config)
@@ -159,7 +160,8 @@ class SparcTrainer:
         self.scheduler = schedule_of(args, adam, self.total_steps)
         self.step = 0
         self._sums = TermSums(self.accelerator.device)
-        self._stop_signal = self._asked_to_stop = self._rows_since = 0
+        self._stop_signal = self._rows_since = 0
+        self._signals = StopSignals()
 
     def _takes_terms(self) -> bool:
         """Return whether gradients stay factored: to send less, or for the compiled step, which is loaded here."""
@@ -190,31 +192,61 @@ class SparcTrainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def train(self) -> SparcModel:
+    def train(self, complete: Callable[[Path], Any] | None = None) -> SparcModel:
         """Run from the start, or from the newest checkpoint with `args.resume`, to the end; see `train`."""
-        with seeded(self.args.seed):
-            return self._run()
+        with locked_folder(self.run.output, rank=self.rank), seeded(self.args.seed):
+            if self.run.is_finished:
+                return self._finished_model()
+            self._train(complete)
+        return self.model.eval()
 
-    def _run(self) -> SparcModel:
+    def _train(self, complete: Callable[[Path], Any] | None) -> None:
+        self.accelerator.wait_for_everyone()  # nothing changes before all have looked
+        if self.accelerator.is_main_process:
+            self._begin()
+        self.accelerator.wait_for_everyone()
         if self.args.resume:
             self._resume()
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            write_json(self.output_dir / SETTINGS_FILE, self._settings())
+            cut_log(self.run.folder / LOG_FILE, self.step)
         self.accelerator.init_trackers("sparc", config=_tracker_settings(self.args))
-        with self._stop_signals(), self._progress_bar() as self._bar:
+        with self._signals, self._progress_bar() as self._bar:
             self._clock, self._rows_since = time.perf_counter(), 0
-            for epoch in range(self.step // max(len(self.batches), 1), self.args.epochs):
+            first_epoch = self.step // max(len(self.batches), 1)
+            if self.step and self.step % len(self.batches) == 0:  # the run stopped before it could do this
+                self._report(self._evaluate(), first_epoch - 1)
+            for epoch in range(first_epoch, self.args.epochs):
                 self.batches.set_epoch(epoch)
                 self.batches.load_state_dict({"epoch": epoch, "batch": self.step - epoch * len(self.batches)})
                 for share in self.batches:
                     self._train_step(share, self.batches.global_batch_rows(self.step - epoch * len(self.batches)))
                     self._after_step(epoch)
                 self._report(self._evaluate(), epoch)
-        self._save_model()
-        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        return self.model.eval()
+        self._save_model(complete)
+        self.accelerator.wait_for_everyone()
+
+    def _begin(self) -> None:
+        """Make the run's folder ready, unless another process was there since this one looked."""
+        args = self.args
+        if self.run != claimed_run(args.output_dir, resume=self.run.is_resumed, overwrite=args.overwrite):
+            raise ValueError(f"another process has worked in {args.output_dir} since this one started; start again")
+        with writing(f"`{self.run.folder}`", "make room and start again"):
+            self.run.begin()
+            write_json(self.run.folder / SETTINGS_FILE, self._settings())
+
+    def _finished_model(self) -> SparcModel:
+        """Return the model of a run that was finished before this one started, which leaves nothing to do."""
+        if changed := self._changes(read_settings(self.run.folder)):
+            raise ValueError(
+                f"{self.run.folder} is finished, and not with these settings ({'; '.join(changed)}); replace it with "
+                "--overwrite, or choose another --output_dir"
+            )
+        if self.accelerator.is_main_process:
+            self.run.take_place()
+            logger.info("the run in %s is finished; its model stays as it is", self.run.output)
+        self.accelerator.wait_for_everyone()
+        return SparcModel.from_pretrained(self.run.output).to(self.accelerator.device).eval()
 
     def _train_step(self, share: dict[str, Tensor], rows_of_step: int) -> None:
         """Make one optimizer step from this process's share of the step's rows."""
@@ -310,13 +342,13 @@ class SparcTrainer:
         if not at_once:
             return
         broken = self._sums.first_broken_term()
-        verdict = torch.tensor([self._asked_to_stop, int(broken is not None)], device=self.accelerator.device)
+        verdict = torch.tensor([self._signals.number, int(broken is not None)], device=self.accelerator.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(verdict, op=torch.distributed.ReduceOp.MAX)
         self._stop_signal = int(verdict[0])
         if verdict[1]:
             where = f"`{broken}`" if broken else "another process's terms"
-            newest = newest_checkpoint(self.output_dir)
+            newest = self.checkpoints.newest()
             advice = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
             raise FloatingPointError(
                 f"the loss became NaN or infinite at step {self.step} (first in {where}); {advice}; "
@@ -346,7 +378,11 @@ class SparcTrainer:
             return
         self.accelerator.log(values, step=self.step)
         if self.accelerator.is_main_process:
-            with open(self.output_dir / LOG_FILE, "a", encoding="utf-8") as log:
+            path = self.run.folder / LOG_FILE
+            with (
+                writing(f"`{path}`", "make room, and continue with --resume from the last checkpoint"),
+                open(path, "a", encoding="utf-8") as log,
+            ):
                 log.write(json.dumps({"step": self.step, "epoch": epoch, **values}) + "\n")
 
     def _learning_rates(self) -> dict[str, float]:
@@ -379,78 +415,44 @@ class SparcTrainer:
         return {**self.args.to_dict(), "sparc_hf": __version__, "torch": torch.__version__, "rows": self.rows}
 
     def _save_checkpoint(self) -> Path:
-        """Save everything a resumed run needs, under a temporary name first; keep the newest few."""
-        folder = checkpoints_dir(self.output_dir) / f"step-{self.step:08d}"
-        unfinished = folder.with_name(folder.name + ".tmp")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished))
-        if self.accelerator.is_main_process:
-            torch.save(self.scheduler.state_dict(), unfinished / "schedule.pt")
-            write_json(unfinished / STATE_FILE, {"step": self.step, "settings": self._settings()})
-            # safetensors makes its files readable for their owner alone, whatever the umask says.
-            for weights in unfinished.glob("*.safetensors"):
-                shutil.copymode(unfinished / STATE_FILE, weights)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(unfinished, folder)
-            for old in checkpoints(self.output_dir)[: -self.args.checkpoints_kept]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-        return folder
+        state = {"settings": self._settings()}
+        return self.checkpoints.save(self.step, state, self.scheduler.state_dict(), self._sums.state_dict())
 
     def _resume(self) -> None:
-        folder = newest_checkpoint(self.output_dir)
-        if folder is None:
-            logger.warning("there is no checkpoint in %s, so training starts at the beginning", self.output_dir)
+        newest = self.checkpoints.newest_whole(verify=not self.args.no_verify)
+        if newest is None:
+            logger.warning("there is no checkpoint in %s, so training starts at the beginning", self.run.folder)
             return
-        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        changed = self.args.differences(saved["settings"])
-        if saved["settings"]["rows"] != self.rows:
-            changed.append(f"training rows: {saved['settings']['rows']} -> {self.rows}")
-        if changed:
+        folder, saved = newest
+        if changed := self._changes(saved["settings"]):
             raise ValueError(
                 f"cannot resume from {folder} with other settings ({'; '.join(changed)}); "
                 "use the former settings, or another --output_dir"
             )
-        self.accelerator.load_state(str(folder))
-        self.scheduler.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True))
+        schedule, sums = self.checkpoints.load(folder)
+        self.scheduler.load_state_dict(schedule)
+        self._sums.load_state_dicts(sums, self.rank, self.world_size)
         self.step = saved["step"]
-        if self.accelerator.is_main_process:
-            cut_log(self.output_dir / LOG_FILE, self.step)
 
-    def _save_model(self) -> None:
-        """Write the model's files into the output folder, each complete or not at all."""
+    def _changes(self, saved: dict[str, Any] | None) -> list[str]:
+        """Return what in the settings of an earlier run would make this one another."""
+        if saved is None or "rows" not in saved:
+            return ["it was not made by `sparc train`"]
+        rows = [f"training rows: {saved['rows']} -> {self.rows}"] if saved["rows"] != self.rows else []
+        return self.args.differences(saved) + rows
+
+    def _save_model(self, complete: Callable[[Path], Any] | None) -> None:
         if not self.accelerator.is_main_process:
             return
         self.model.zero_grad(set_to_none=True)
         # The last optimizer step moved the atoms a little off unit norm.
         self.model.prepare_atoms_for_step()
-        save_model(self.model, self.output_dir)
+        self.run.finish(self.model, complete)
 
     def _progress_bar(self) -> Any:
         # A log file gets a line now and then instead of ten a second.
         interval = 0.1 if sys.stderr.isatty() else 10.0
         return tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", mininterval=interval)
-
-    @contextlib.contextmanager
-    def _stop_signals(self) -> Iterator[None]:
-        """Turn SIGTERM and Ctrl-C into a wish to stop after the current step."""
-        self._asked_to_stop = 0
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: Any) -> None:
-            self._asked_to_stop = number
-
-        former = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
 
 def _tracker_settings(args: SparcTrainingArguments) -> dict[str, Any]:

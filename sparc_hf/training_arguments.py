@@ -123,6 +123,7 @@ class SparcTrainingArguments:
     resume: bool = flag("Continue from the newest checkpoint in the output folder.", False)
     overwrite: bool = flag("Replace a finished run in the output folder.", False)
     logging_every: int = flag("Steps between entries of the log, the trackers and the progress bar.", 50)
+    no_verify: bool = flag("Do not compare features and checkpoints with their checksums.", False)
     report_to: str = flag("Tracker: none, tensorboard, wandb or trackio (the JSON-lines log is always kept).", "none")
     cpu: bool = flag("Train on the CPU even where there is a GPU.", False)
 

@@ -103,6 +103,17 @@ def small_space(space_cache):
     return small_demo(space_cache)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Run in one thread, as forked children need it; with more, some processors add in another order too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the commands that are run
+        yield
+    torch.set_num_threads(threads)
+
+
 BROWSERS = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 BROWSER_OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"]

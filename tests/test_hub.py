@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -76,12 +77,13 @@ def test_a_card_without_results_or_settings(folder):
 
 
 def test_a_card_shows_its_own_models_figures_of_several(tmp_path):
-    """The file of several models, evaluated into the folder of the second."""
+    """The file of several models, in the folder of the second."""
     models = {"first": tiny_model(3), "second": tiny_model(3, seed=1)}
     evaluations = evaluate_models(models, planted_features(60), QUICK)
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-    write_report(evaluations, tmp_path / "second")
+    write_report(evaluations, tmp_path / "report")
+    shutil.copy(tmp_path / "report" / "results.json", tmp_path / "second")
     first, second = (
         f"{evaluations[name].results['joint']['reconstruction']['nmse']['dino']['clip_txt']:.3f}" for name in models
     )

@@ -1,5 +1,6 @@
 """HDF5 files of the earlier SPARC project as feature datasets."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -80,7 +81,9 @@ def test_streams_keep_their_order_and_take_what_is_known_of_them(tmp_path):
         "normalize": "l2",
     }
     assert str(features.table.schema.field("zeta").type.value_type) == "halffloat"
-    assert features.source["files"]["zeta"] == {"file": "zeta.h5", "bytes": files["zeta"].stat().st_size}
+    told = features.source["files"]["zeta"]
+    digest = hashlib.sha256(files["zeta"].read_bytes()).hexdigest()
+    assert told == {"file": "zeta.h5", "bytes": files["zeta"].stat().st_size, "sha256": digest}
 
 
 def test_files_of_different_lengths(tmp_path):

@@ -12,6 +12,13 @@ from conftest import ROOT
 PACKAGE = ROOT / "sparc_hf"
 FLOORS = {
     "version": 0,
+    "atomic_files": -2,
+    "folder_lock": -2,
+    "command_guards": 0,
+    "atomic_folders": -1,
+    "stop_signals": 0,
+    "picture_folder": 0,
+    "checkpoints": 4,
     "configuration_sparc": 0,
     "sparse_ops": 0,
     "training_arguments": 0,
@@ -68,7 +75,7 @@ FLOORS = {
     "legacy_usae": 5,
     "importers": 6,
     "training_rows": 3,
-    "training": 4,
+    "training": 5,
     "universality": 3,
     "retrieval": 4,
     "probing": 5,

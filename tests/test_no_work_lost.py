@@ -1,13 +1,13 @@
 """Kills, damaged shards, bad rows and full disks: nothing is lost, doubled or half-written."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from kill_points import files_of, in_child, outcome
 from PIL import Image
 from tiny_encoders import save_clip, save_dinov2
+from tqdm.auto import tqdm
 
 from sparc_hf.encoders import load_encoders
 from sparc_hf.extraction import extract_features
@@ -26,18 +28,8 @@ from sparc_hf.sample_reader import _end_with
 from sparc_hf.sources import parse_streams
 
 ROWS = 30
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"batch_size": 4, "rows_per_shard": 6, "workers": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Forked children need one thread; with more, some processors add in another order and the last bits differ."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # of the commands that are run
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +70,6 @@ def straight(dataset, encoders, tmp_path):
     return tmp_path / "straight"
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """All bytes of a finished dataset; the manifest has the checksum of every shard."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def in_child(work) -> multiprocessing.Process:
-    def run():
-        torch.set_num_threads(1)
-        work()
-
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    return child
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_at_a_random_moment(dataset, encoders, tmp_path, straight, seed):
     draws = random.Random(seed)
@@ -102,15 +79,31 @@ def test_killed_at_a_random_moment(dataset, encoders, tmp_path, straight, seed):
         extract_features(dataset, encoders, target, **SETTINGS)
 
     started = time.monotonic()
-    in_child(lambda: extract_features(dataset, encoders, tmp_path / "timed", **SETTINGS)).join()
+    assert outcome(in_child(lambda: extract_features(dataset, encoders, tmp_path / "timed", **SETTINGS))) == 0
     length = time.monotonic() - started
     for _ in range(3):
         child = in_child(work)
         time.sleep(draws.uniform(0, length))
         child.kill()
-        child.join()
+        assert outcome(child) in (0, -signal.SIGKILL)
     extract_features(dataset, encoders, target, **SETTINGS)
     assert files_of(target) == files_of(straight)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_killed_child_does_not_stop_the_progress_bars_of_others():
+    """The lock that tqdm makes when it is imported is one of all forked processes."""
+
+    def die_with_the_lock():
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert outcome(in_child(die_with_the_lock)) == -signal.SIGKILL
+    assert outcome(in_child(lambda: list(tqdm(range(3), desc="after a kill")))) == 0
+    bar = threading.Thread(target=lambda: list(tqdm(range(3), desc="after a kill")), daemon=True)
+    bar.start()
+    bar.join(10)
+    assert not bar.is_alive(), "a dead process holds the lock of this one"
 
 
 def test_workers_do_not_outlive_a_killed_parent():
@@ -143,15 +136,14 @@ def test_killed_before_every_rename(dataset, encoders, tmp_path, straight, monke
             monkeypatch.setattr(os, "replace", dying)
             extract_features(dataset, encoders, target, **{**SETTINGS, "workers": 0})
 
-        child = in_child(work)
-        child.join()
-        if child.exitcode == 0:
+        code = outcome(in_child(work))
+        if code == 0:
             break
-        assert child.exitcode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
         deaths += 1
         extract_features(dataset, encoders, target, **{**SETTINGS, "workers": 0})
         assert files_of(target) == files_of(straight)
-    assert deaths == 1 + 5 * 2 + 2 + 1  # settings; shard and entry; state and manifest; the folder
+    assert deaths == 1 + 5 * 2 + 3 + 1  # settings; shard and entry; info, state and manifest; the folder
 
 
 def damage(file: Path, kind: str) -> None:
@@ -285,7 +277,8 @@ def test_a_full_disk_is_named_and_loses_nothing(dataset, encoders, tmp_path, str
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(map(len, files_of(straight).values()))
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", str(disk)]
+    # The lock beside the folder and its note take room too.
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size // 2 + (1 << 13)}", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small disk can be mounted by root only")
     try:
