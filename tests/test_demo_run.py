@@ -13,7 +13,7 @@ from conftest import ROOT
 from sparc_hf import demo_run
 from sparc_hf.cli import main
 from sparc_hf.demo import ENCODERS_PATH
-from sparc_hf.demo.measure_encoders import code_queries
+from sparc_hf.demo_queries import code_queries
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,7 @@ FLOORS = {
     "masked_images": 3,
     "localization": 4,
     "concepts": 5,
+    "demo_queries": 5,
     "demo_run": 8,
     "stranger_input": 0,
     "space_guard": 1,

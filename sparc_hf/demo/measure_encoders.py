@@ -1,7 +1,4 @@
-"""Measure the demo encoders on held-out scenes: `python -m sparc_hf.demo.measure_encoders [--encoders FOLDER]`.
-
-With `--demo runs/demo` the questions are also put to the codes of the model that `sparc demo` made there.
-"""
+"""Measure the demo encoders on held-out scenes: `python -m sparc_hf.demo.measure_encoders [--encoders FOLDER]`."""
 
 import argparse
 import json
@@ -55,36 +52,6 @@ def clip_queries(folder: Path, scenes: int = 1000) -> dict[str, dict[str, dict[s
             "embeddings": precision_at_depth(retrieved, queries, samples),
             "chance": precision_by_chance(queries, samples),
         }
-    return figures
-
-
-@torch.no_grad()
-def code_queries(demo: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Return precision at 5 of the same questions by single-stream codes of a finished `sparc demo`, for each stream.
-
-    Args:
-        demo: the output folder of `sparc demo`; its held-out scenes are searched.
-    """
-    # The demo's scenes and encoders load without the model; only this figure needs it.
-    from sparc_hf.code_search import CodeSearch
-    from sparc_hf.codes import encode_features
-    from sparc_hf.encoders import load_encoders
-    from sparc_hf.features import FeatureDataset
-    from sparc_hf.modeling_sparc import SparcModel
-
-    model = SparcModel.from_pretrained(demo / "model").eval()
-    features = FeatureDataset.load(demo / "features" / "test")
-    seed = (features.source or {}).get("seed", 0)
-    samples = [make_scene(index, seed) for index in SPLITS["test"][: len(features)]]
-    search = CodeSearch(encode_features(model, features, encoding="single"))
-    encoder = load_encoders([record for record in model.config.streams if record["modality"] == "text"])["clip_txt"]
-    figures: dict[str, dict[str, dict[str, float]]] = {}
-    for kind, queries in QUERIES.items():
-        rows = encoder.rows(encoder.prepare([query.text for query in queries]))
-        codes = model.encode({encoder.name: rows})[encoder.name].to_dense().numpy()
-        for stream in model.config.stream_names:
-            retrieved = [[match.row for match in search.search(stream, code, DEPTH)] for code in codes]
-            figures.setdefault(kind, {})[stream] = precision_at_depth(retrieved, queries, samples)
     return figures
 
 
@@ -157,12 +124,9 @@ def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description="Measure the demo encoders on held-out scenes.")
     parser.add_argument("--encoders", type=Path, default=ENCODERS_PATH, help="folder with `clip/` and `dino/`")
-    parser.add_argument("--demo", type=Path, help="output folder of `sparc demo`, to search its codes too")
     args = parser.parse_args()
     clip, dino = args.encoders / "clip", args.encoders / "dino"
     figures = {"clip": clip_retrieval(clip), "queries": clip_queries(clip), "dino_shapes": shape_neighbours(dino)}
-    if args.demo:
-        figures["code_queries"] = code_queries(args.demo)
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 
