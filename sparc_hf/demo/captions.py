@@ -15,6 +15,9 @@ from sparc_hf.demo.taxonomy import (
 )
 
 SIZE_SYNONYMS = (("small", "little", "tiny"), ("medium", "mid-sized"), ("large", "big", "huge"))
+SIDE_WORDS = (("left",), ("right",))
+ROW_WORDS = (("top",), ("bottom",))
+VERTICAL_WORDS = (("above", "over"), ("below", "under"))
 NUMBER_WORDS = ("no", "one", "two", "three")
 OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a scene with ", "we see ", "a drawing of ")
 
@@ -47,7 +50,8 @@ class _Writer:
         return options[self.index(len(options))]
 
 
-def _article(phrase: str) -> str:
+def with_article(phrase: str) -> str:
+    """Return "a red circle" for "red circle", and "an" where it belongs."""
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
@@ -64,7 +68,7 @@ def _noun_phrase(facts: ObjectFacts, writer: _Writer, detail: float) -> str:
         words = [colour] * tell_colour + [texture] * tell_texture + words
     if writer.chance(0.6 * detail):
         words = [writer.pick(SIZE_SYNONYMS[facts.size]), *words]
-    return _article(" ".join(words))
+    return with_article(" ".join(words))
 
 
 def _place(facts: ObjectFacts, writer: _Writer) -> str:
@@ -87,7 +91,7 @@ def _relation(first: ObjectFacts, second: ObjectFacts, writer: _Writer) -> str:
         side = "left" if dx < 0 else "right"
         return writer.pick((f"to the {side} of", f"{side} of", "next to", "beside", "and", "with"))
     if abs(dy) > 1.3 * abs(dx):
-        side = ("above", "over") if dy < 0 else ("below", "under")
+        side = VERTICAL_WORDS[int(dy >= 0)]
         return writer.pick((*side, *side, "and", "with"))
     return writer.pick(("and", "with", "near", "together with"))
 
@@ -95,7 +99,7 @@ def _relation(first: ObjectFacts, second: ObjectFacts, writer: _Writer) -> str:
 def _background(background: int, tone: int, writer: _Writer) -> str:
     kind, shade = writer.pick(BACKGROUND_SYNONYMS[background]), writer.pick(TONE_SYNONYMS[tone])
     words = writer.pick((kind, shade, f"{shade} {kind}"))
-    return f"on {_article(words)} {writer.pick(('background', 'background', 'backdrop'))}"
+    return f"on {with_article(words)} {writer.pick(('background', 'background', 'backdrop'))}"
 
 
 def _one_object(facts: ObjectFacts, writer: _Writer) -> str:

@@ -1,5 +1,6 @@
 """The main job on the embedded world: make scenes, extract three streams, train, evaluate, save, report."""
 
+import hashlib
 import json
 import logging
 import os
@@ -10,13 +11,14 @@ from typing import Any
 
 from sparc_hf.codes.code_table import encode_features
 from sparc_hf.codes.concepts import name_concepts, save_concepts
+from sparc_hf.demo import ENCODERS_PATH
 from sparc_hf.demo.scenes import CLASS_NAMES, TAXONOMY, make_scenes_dataset
 from sparc_hf.encoders.stream_encoder import load_encoders
 from sparc_hf.evaluation.report import REPORT_FILES, write_report
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
-from sparc_hf.features.shards import FEATURE_FOLDER
+from sparc_hf.features.shards import FEATURE_FOLDER, sha256_of
 from sparc_hf.features.sources.source import parse_streams
 from sparc_hf.files.atomic_files import write_json
 from sparc_hf.files.atomic_folders import (
@@ -67,8 +69,8 @@ def run_demo(args: DemoArguments) -> str:
     """Run the whole way from scenes to an evaluated model and return the report that is printed.
 
     All is made in `<output>.partial`, which takes the place of `output` in one step when it is done; after a kill, the
-    next run goes on behind the features that are there. Features of an earlier run with the same scenes are used
-    again; the model is made anew.
+    next run goes on behind the features that are there. Features of an earlier run with the same scenes and the same
+    encoders are used again; the model is made anew.
 
     Raises:
         ValueError: for impossible sizes, or an output folder that another process uses or that cannot be replaced.
@@ -147,6 +149,12 @@ def _training_settings(args: DemoArguments, folder: Path) -> SparcTrainingArgume
     )
 
 
+def encoders_checksum() -> str:
+    """Return 16 hex digits of the files of both embedded encoders: features of other encoders mean something else."""
+    files = sorted(path for path in ENCODERS_PATH.glob("*/*") if path.is_file())
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:16]
+
+
 def world_features(output: Path, split: str, rows: int, seed: int, earlier: Path | None = None) -> FeatureDataset:
     """Return the features of a split of the embedded world, made in `output` where it does not have them.
 
@@ -158,6 +166,7 @@ def world_features(output: Path, split: str, rows: int, seed: int, earlier: Path
         earlier: the folder of an earlier run, whose features are used again where they are of the same scenes.
     """
     wanted = {"world": "sparc_hf.demo", "split": split, "seed": seed, "scenes": rows}
+    wanted["encoders"] = encoders_checksum()
     folder = output / "features" / split
     if (features := _features_of(folder, wanted)) is not None:
         return features

@@ -21,7 +21,7 @@ from sparc_hf.codes.concept_search import NUMBER, ConceptSearch, LatentMatch
 from sparc_hf.codes.concepts import Evidence, load_concepts
 from sparc_hf.codes.encoding import sample_code
 from sparc_hf.codes.search import Match
-from sparc_hf.demo.run import DemoArguments, run_demo
+from sparc_hf.demo.run import DemoArguments, encoders_checksum, run_demo
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.model.modeling_sparc import SparcModel
@@ -346,8 +346,8 @@ def _cache_folder(cache: str | None) -> Path:
 
 
 def _demo(cache: Path) -> tuple[str, str]:
-    """Return model and held-out features of the embedded demo, of this version of the package."""
-    folder = cache / f"demo-{__version__}"
+    """Return model and held-out features of the embedded demo, of this version of the package and its encoders."""
+    folder = cache / f"demo-{__version__}-{encoders_checksum()}"
     finished = folder / "finished"
     if not finished.exists():
         logger.info("preparing the embedded demo in %s; this takes a few minutes, once", folder)

@@ -3,13 +3,17 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
+from sparc_hf import demo_run
 from sparc_hf.cli import main
+from sparc_hf.demo import ENCODERS_PATH
+from sparc_hf.demo.encoder_training.code_queries import code_queries
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,13 @@ def test_the_demo_reaches_what_it_should(demo):
 
 
 @pytest.mark.slow
+def test_codes_find_the_shape_of_an_object(demo):
+    """Chance is 0.12, and the whole demo reaches more (docs/demo.md)."""
+    for figures in code_queries(demo / "runs/demo")["colour"].values():
+        assert figures["shape"] > 0.4
+
+
+@pytest.mark.slow
 def test_a_second_demo_uses_the_features_again(demo, capsys, monkeypatch):
     monkeypatch.chdir(demo)
     stamp = (demo / "runs/demo/features/train/sparc_features.json").stat().st_mtime_ns
@@ -49,6 +60,19 @@ def test_a_second_demo_uses_the_features_again(demo, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "8 active" in out
     assert "SparcModel.from_pretrained" in out
+
+
+def test_features_of_other_encoders_are_made_again(tmp_path, monkeypatch):
+    first = demo_run.world_features(tmp_path, "test", 6, 0).source
+    stamp = (tmp_path / "features/test/sparc_features.json").stat().st_mtime_ns
+    assert demo_run.world_features(tmp_path, "test", 6, 0).source == first
+    assert (tmp_path / "features/test/sparc_features.json").stat().st_mtime_ns == stamp
+    shutil.copytree(ENCODERS_PATH, tmp_path / "encoders")
+    with (tmp_path / "encoders/clip/config.json").open("a") as config:
+        config.write(" ")
+    monkeypatch.setattr(demo_run, "ENCODERS_PATH", tmp_path / "encoders")
+    assert demo_run.world_features(tmp_path, "test", 6, 0).source != first
+    assert (tmp_path / "features/test/sparc_features.json").stat().st_mtime_ns != stamp
 
 
 @pytest.mark.slow

@@ -1,4 +1,10 @@
-"""The demo CLIP: a small `CLIPModel` and its tokenizer, trained on scenes and their captions."""
+"""The demo CLIP: a small `CLIPModel` and its tokenizer, trained on scenes and their captions.
+
+Image-caption contrast alone learns what tells most scenes apart, colours, places and backgrounds, and stops before
+shapes. So the image tower starts from the vision-only encoder, which has seen silhouettes, each caption stands beside
+variants that are wrong by one word (as NegCLIP, arXiv 2210.01936), and now and then a phrase of one object takes the
+caption's place.
+"""
 
 import json
 import logging
@@ -13,8 +19,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    Dinov2WithRegistersModel,
+)
 
+from sparc_hf.demo.encoder_training.image_tower import copy_image_tower
+from sparc_hf.demo.encoder_training.word_swaps import WordSwaps, object_phrases
 from sparc_hf.demo.raster import IMAGE_SIZE
 
 logger = logging.getLogger(__name__)
@@ -33,7 +48,8 @@ class ClipRecipe:
     Attributes:
         steps: optimizer steps.
         batch_size: images per step.
-        captions_per_image: captions each image is matched with in a step; text is cheap beside images.
+        wrong_captions: variants of each caption that are wrong by one word.
+        phrase_share: how often a phrase of one object stands for the caption.
         learning_rate: peak, after a linear warm-up of 5 % and before a cosine decay to 0.
         hidden_size: width of both towers.
         vision_layers: blocks of the image tower.
@@ -43,10 +59,11 @@ class ClipRecipe:
         seed: of the initial weights and of the order of scenes.
     """
 
-    steps: int = 2000
+    steps: int = 1300
     batch_size: int = 128
-    captions_per_image: int = 2
-    learning_rate: float = 1.5e-3
+    wrong_captions: int = 3
+    phrase_share: float = 0.3
+    learning_rate: float = 1e-3
     hidden_size: int = 128
     vision_layers: int = 4
     text_layers: int = 3
@@ -89,6 +106,7 @@ def build_clip(tokenizer: CLIPTokenizer, recipe: ClipRecipe) -> CLIPModel:
         "intermediate_size": 4 * width,
         "num_attention_heads": width // 32,
         "projection_dim": width,
+        "hidden_act": "gelu",
     }
     config = CLIPConfig(
         vision_config={
@@ -135,11 +153,22 @@ def encode_captions(tokenizer: CLIPTokenizer, captions: Sequence[Sequence[str]])
     return np.asarray(ids, dtype=np.int64).reshape(len(captions), -1, CONTEXT_LENGTH)
 
 
-def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Symmetric cross-entropy of matching rows; unit rows [batch, dim] on both sides, `scale` 0-dim."""
+def contrastive_loss(
+    images: torch.Tensor, texts: torch.Tensor, wrong: torch.Tensor, valid: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Symmetric cross-entropy of matching rows, in which an image also has to tell its caption from wrong variants.
+
+    Args:
+        images: unit rows [batch, dim].
+        texts: unit rows [batch, dim].
+        wrong: unit rows [batch, variants, dim].
+        valid: bool [batch, variants], which of them count.
+        scale: 0-dim, factor of the cosines.
+    """
     logits = scale * images @ texts.T
+    hard = (scale * torch.einsum("bd,bvd->bv", images, wrong)).masked_fill(~valid, -torch.inf)
     target = torch.arange(len(images), device=images.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return (F.cross_entropy(torch.cat([logits, hard], dim=1), target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def learning_rate_share(step: int, steps: int, warm_up: float = 0.05) -> float:
@@ -170,33 +199,63 @@ def index_batches(rows: int, batch_size: int, steps: int, rng: np.random.Generat
         yield batch
 
 
-def _clip_step(model: Any, pixels: torch.Tensor, ids: torch.Tensor, pad_from: int) -> torch.Tensor:
-    """Loss of images [batch, 3, 64, 64] against captions [batch, captions, tokens]."""
-    batch, captions, _ = ids.shape
-    flat = ids.flatten(0, 1)
-    lengths = (flat == pad_from).int().argmax(dim=1) + 1
-    flat = flat[:, : int(lengths.max())]
-    mask = (torch.arange(flat.shape[1], device=flat.device) < lengths[:, None]).long()
+class CaptionSampler:
+    """Draws the texts of a step: a caption or a phrase of every scene, and variants that are wrong by one word."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, captions: Sequence[Sequence[str]], recipe: ClipRecipe):
+        self._recipe = recipe
+        self._captions = encode_captions(tokenizer, captions)
+        self._swaps = WordSwaps(tokenizer, self._captions)
+        phrases = [object_phrases(of_scene) for of_scene in captions]
+        self._counts = np.array([len(of_scene) for of_scene in phrases])
+        self._phrases = encode_captions(tokenizer, [[phrase] for of_scene in phrases for phrase in of_scene])[:, 0]
+
+    def draw(self, scenes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return token ids int64 [scenes, 1 + variants, tokens], the true text first, and bool [scenes, variants]."""
+        texts = self._captions[scenes, rng.integers(0, self._captions.shape[1], len(scenes))]
+        counts = self._counts[scenes]
+        short = (rng.random(len(scenes)) < self._recipe.phrase_share) & (counts > 0)
+        first = np.cumsum(self._counts)[scenes] - counts
+        texts[short] = self._phrases[(first + (rng.random(len(scenes)) * counts).astype(np.int64))[short]]
+        wrong, valid = self._swaps.swapped(texts, scenes, self._recipe.wrong_captions, rng)
+        return np.concatenate([texts[:, None], wrong], axis=1), valid
+
+
+def _embed_texts(model: Any, ids: torch.Tensor, end: int, groups: int = 3) -> torch.Tensor:
+    """Unit rows [texts, dim] of token ids [texts, tokens], texts of like length together, which saves padding."""
+    lengths = (ids == end).int().argmax(dim=1) + 1
+    order = lengths.argsort()
+    rows = []
+    for members in order.tensor_split(groups):
+        width = int(lengths[members].max())
+        mask = (torch.arange(width, device=ids.device) < lengths[members, None]).long()
+        rows.append(model.get_text_features(input_ids=ids[members, :width], attention_mask=mask).pooler_output)
+    return F.normalize(torch.cat(rows)[order.argsort()], dim=-1)
+
+
+def _clip_step(model: Any, pixels: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor, end: int) -> torch.Tensor:
+    """Loss of images [batch, 3, 64, 64] against texts [batch, 1 + variants, tokens], the true one first."""
     images = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-    texts = F.normalize(model.get_text_features(input_ids=flat, attention_mask=mask).pooler_output, dim=-1)
-    texts = texts.view(batch, captions, -1)
+    texts = _embed_texts(model, ids.flatten(0, 1), end).view(*ids.shape[:2], -1)
     scale = model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
-    losses = [contrastive_loss(images, texts[:, number], scale) for number in range(captions)]
-    return torch.stack(losses).mean()
+    return contrastive_loss(images, texts[:, 0], texts[:, 1:], valid, scale)
 
 
 def train_clip(
     images: np.ndarray,
     captions: Sequence[Sequence[str]],
+    image_tower: Dinov2WithRegistersModel | None = None,
     *,
     recipe: ClipRecipe | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[CLIPModel, CLIPProcessor]:
-    """Train both towers from nothing.
+    """Train both towers.
 
     Args:
         images: uint8 [scenes, 64, 64, 3].
         captions: the captions of each scene, equally many for all.
+        image_tower: the vision-only encoder the image tower starts from; without one it starts from nothing, as the
+            text tower does.
         recipe: settings, default `ClipRecipe()`.
         device: where to train.
 
@@ -207,9 +266,11 @@ def train_clip(
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     tokenizer = build_tokenizer(caption for of_scene in captions for caption in of_scene)
-    token_ids = encode_captions(tokenizer, captions)
+    texts = CaptionSampler(tokenizer, captions, recipe)
     end = int(tokenizer.convert_tokens_to_ids(_SPECIAL_TOKENS[1]))  # pyright: ignore[reportArgumentType]
     model: Any = build_clip(tokenizer, recipe)
+    if image_tower is not None:
+        copy_image_tower(image_tower, model)
     model.to(device).train()
     optimizer = adamw(model, recipe.learning_rate, recipe.weight_decay)
     progress = tqdm(
@@ -218,10 +279,8 @@ def train_clip(
     for step, rows in enumerate(progress):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * learning_rate_share(step, recipe.steps)
-        chosen = rng.permuted(np.tile(np.arange(token_ids.shape[1]), (len(rows), 1)), axis=1)
-        chosen = chosen[:, : recipe.captions_per_image]
-        ids = torch.from_numpy(token_ids[rows[:, None], chosen]).to(device)
-        loss = _clip_step(model, to_pixels(images[rows], device), ids, end)
+        ids, valid = (torch.from_numpy(array).to(device) for array in texts.draw(rows, rng))
+        loss = _clip_step(model, to_pixels(images[rows], device), ids, valid, end)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from sparc_hf.demo import ENCODERS_PATH
 from sparc_hf.demo.encoder_training.dino import DinoRecipe, build_dino
+from sparc_hf.demo.encoder_training.queries import DEPTH, QUERIES, precision_at_depth, precision_by_chance
 from sparc_hf.demo.scenes import SPLITS, Scene, make_scene
 from sparc_hf.demo.taxonomy import SHAPES
 
@@ -30,16 +31,27 @@ def clip_retrieval(folder: Path, scenes: int = 1000) -> dict[str, float]:
     """
     samples = [make_scene(index) for index in SPLITS["test"][:scenes]]
     captions = [scene.captions[0] for scene in samples]
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    tokens = AutoTokenizer.from_pretrained(folder)(captions, padding=True, truncation=True, return_tensors="pt")
-    texts = F.normalize(model.get_text_features(**tokens).pooler_output, dim=1)
-    pooled = _encode(folder, [scene.image for scene in samples], lambda x: model.get_image_features(x).pooler_output)
-    similarity = F.normalize(pooled, dim=1) @ texts.T
+    similarity = _clip_images(folder, samples) @ _clip_texts(folder, captions).T
     own = similarity.diagonal()
     figures = {"ceiling": sum(captions.count(caption) == 1 for caption in captions) / scenes}
     for name, rows in (("image_to_text", similarity), ("text_to_image", similarity.T)):
         ranks = (rows >= own[:, None]).sum(dim=1)
         figures |= {f"{name}_r_at_{depth}": (ranks <= depth).float().mean().item() for depth in (1, 5)}
+    return figures
+
+
+def clip_queries(folder: Path, scenes: int = 1000) -> dict[str, dict[str, dict[str, float]]]:
+    """Return precision at 5 of questions for objects over held-out scenes by CLIP's embeddings, and by chance."""
+    samples = [make_scene(index) for index in SPLITS["test"][:scenes]]
+    images = _clip_images(folder, samples)
+    figures = {}
+    for kind, queries in QUERIES.items():
+        texts = _clip_texts(folder, [query.text for query in queries])
+        retrieved = (texts @ images.T).topk(DEPTH, dim=1).indices.tolist()
+        figures[kind] = {
+            "embeddings": precision_at_depth(retrieved, queries, samples),
+            "chance": precision_by_chance(queries, samples),
+        }
     return figures
 
 
@@ -79,27 +91,42 @@ def shape_neighbours(folder: Path, bank: int = 3000, queries: int = 1000) -> dic
 
 
 def _single_objects(split: str, count: int) -> list[Scene]:
-    found: list[Scene] = []
+    single: list[Scene] = []
     for index in SPLITS[split]:
         scene = make_scene(index)
-        found += [scene] if len(scene.objects) == 1 else []
-        if len(found) == count:
-            return found
+        single += [scene] if len(scene.objects) == 1 else []
+        if len(single) == count:
+            return single
     raise ValueError(f"the split `{split}` has fewer than {count} scenes with one object")
 
 
+@torch.no_grad()
 def _encode(folder: Path, images: list[Any], pooled: Callable[[Tensor], Tensor], batch: int = 250) -> Tensor:
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     pixels = processor(images, return_tensors="pt")["pixel_values"]
     return torch.cat([pooled(part) for part in pixels.split(batch)])
 
 
+def _clip_images(folder: Path, scenes: list[Scene]) -> Tensor:
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    images = [scene.image for scene in scenes]
+    return F.normalize(_encode(folder, images, lambda x: model.get_image_features(x).pooler_output), dim=1)
+
+
+@torch.no_grad()
+def _clip_texts(folder: Path, texts: list[str]) -> Tensor:
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True, return_tensors="pt")
+    return F.normalize(model.get_text_features(**tokens).pooler_output, dim=1)
+
+
 def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description="Measure the demo encoders on held-out scenes.")
     parser.add_argument("--encoders", type=Path, default=ENCODERS_PATH, help="folder with `clip/` and `dino/`")
-    folder = parser.parse_args().encoders
-    figures = {"clip": clip_retrieval(folder / "clip"), "dino_shapes": shape_neighbours(folder / "dino")}
+    args = parser.parse_args()
+    clip, dino = args.encoders / "clip", args.encoders / "dino"
+    figures = {"clip": clip_retrieval(clip), "queries": clip_queries(clip), "dino_shapes": shape_neighbours(dino)}
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 

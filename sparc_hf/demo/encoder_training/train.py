@@ -1,7 +1,8 @@
 """Train both demo encoders: `python -m sparc_hf.demo.encoder_training.train --output FOLDER`.
 
 The shipped ones, `sparc_hf/demo/encoders/`, are what this makes with its defaults. It takes about half an hour
-on two CPU cores and uses a GPU where there is one.
+on two CPU cores and uses a GPU where there is one. CLIP's image tower starts from the vision-only encoder as it was
+saved, so that one is trained first; `--only clip` takes it from the output folder.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import Dinov2WithRegistersModel
 
 from sparc_hf.demo.encoder_training.clip import save_clip, train_clip
 from sparc_hf.demo.encoder_training.dino import save_dino, train_dino
@@ -40,13 +42,17 @@ def main() -> None:
     parser.add_argument("--only", choices=("clip", "dino"), help="train one of them")
     parser.add_argument("--scenes", type=int, default=SCENES, help=f"training scenes (default {SCENES})")
     args = parser.parse_args()
+    clip, dino = args.output / "clip", args.output / "dino"
+    if args.only == "clip" and not dino.is_dir():
+        parser.error(f"CLIP's image tower starts from the vision-only encoder, but there is no {dino}; train it first")
     logging.basicConfig(level=logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, captions = draw_scenes("encoders", args.scenes)
-    if args.only != "dino":
-        save_clip(*train_clip(images, captions, device=device), args.output / "clip")
     if args.only != "clip":
-        save_dino(*train_dino(images, device=device), args.output / "dino")
+        save_dino(*train_dino(images, device=device), dino)
+    if args.only != "dino":
+        image_tower = Dinov2WithRegistersModel.from_pretrained(dino, dtype=torch.float32)
+        save_clip(*train_clip(images, captions, image_tower, device=device), clip)
     logger.info("saved in %s", args.output)
 
 
