@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "pipeline": {"model", "encoders", "codes"},
     "evaluation": {"model", "model_folder", "encoders", "features", "codes", "maps", "metrics"},
     "hub": {"model", "model_folder", "features", "codes", "evaluation"},
-    "demo": {"model_folder", "encoders", "features", "training", "codes", "evaluation", "hub"},
+    "demo": {"model", "model_folder", "encoders", "features", "training", "codes", "evaluation", "hub"},
     "space": {"model", "model_folder", "encoders", "features", "codes", "maps", "evaluation", "demo"},
 }
 # The face and the command line stand on top of everything.

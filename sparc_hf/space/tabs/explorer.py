@@ -13,56 +13,68 @@ from sparc_hf.space.tabs.controls import EXPLAINING, FIRST_ORDER, Pane, answered
 from sparc_hf.space.visitor_input import checked_number, checked_text
 
 
+class LatentAnswers:
+    """What the explorer answers: lists of latents, and one latent with its samples.
+
+    Args:
+        data: what is shown.
+    """
+
+    def __init__(self, data: SpaceData):
+        self.data = data
+        self.samples_with_maps = functools.lru_cache(maxsize=128)(self._samples_with_maps)
+
+    @answered
+    def find(self, search: str, order: str) -> str:
+        return page.latents_table(self.data, self.data.match_latents(checked_text(search), order))
+
+    @answered
+    def turned(self, event: gr.EventData, search: str, order: str) -> str:
+        number = checked_number((event._data or {}).get("page"), 10**6, "page")
+        return page.latents_table(self.data, self.data.match_latents(checked_text(search), order), number)
+
+    def samples(self, latent: int, wanted: bool) -> str:
+        return self.samples_with_maps(latent) if wanted else page.latent_samples(self.data, self.data.latent(latent))
+
+    def _samples_with_maps(self, latent: int) -> str:
+        facts = self.data.latent(latent)
+        rows = {stream: [row for row, _ in samples] for stream, samples in facts.samples.items()}
+        return page.latent_samples(self.data, facts, latent_maps(self.data, latent, rows))
+
+    @answered
+    def show(self, number: str) -> tuple[str, str]:
+        latent = checked_number(number, self.data.num_latents, "latent")
+        return page.latent_page(self.data, self.data.latent(latent)), self.samples(latent, False)
+
+    @answered
+    def show_maps(self, number: str, wanted: bool) -> str:
+        return self.samples(checked_number(number, self.data.num_latents, "latent"), wanted)
+
+    @answered
+    def shown_again(self, number: str, wanted: bool) -> str:
+        latent = checked_number(number, self.data.num_latents, "latent")
+        samples = self.samples(latent, wanted)
+        return page.latent_with_samples(self.data, self.data.latent(latent), samples, with_maps=wanted)
+
+    @answered
+    def opened(self, number: Any) -> tuple[Any, str, str]:
+        latent = checked_number(number, self.data.num_latents, "latent")
+        return gr.Tabs(selected="explorer"), str(latent), self.shown_again(str(latent), False)
+
+    @answered
+    def clicked(self, event: gr.EventData) -> tuple[Any, ...]:
+        chosen = event._data or {}
+        return self.opened(chosen.get("open", chosen.get("latent")))
+
+    @answered
+    def linked(self, request: gr.Request) -> tuple[Any, ...]:
+        number = dict(request.query_params).get("latent")
+        return (gr.skip(),) * 3 if number is None else self.opened(number)
+
+
 def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[Callable], None]:
     """Build the explorer and return what makes another fragment's event open the latent that was chosen there."""
-
-    @answered
-    def find(search: str, order: str) -> str:
-        return page.latents_table(data, data.match_latents(checked_text(search), order))
-
-    @answered
-    def turned(event: gr.EventData, search: str, order: str) -> str:
-        number = checked_number((event._data or {}).get("page"), 10**6, "page")
-        return page.latents_table(data, data.match_latents(checked_text(search), order), number)
-
-    def samples(latent: int, wanted: bool) -> str:
-        return samples_with_maps(latent) if wanted else page.latent_samples(data, data.latent(latent))
-
-    @functools.lru_cache(maxsize=128)
-    def samples_with_maps(latent: int) -> str:
-        facts = data.latent(latent)
-        rows = {stream: [row for row, _ in samples] for stream, samples in facts.samples.items()}
-        return page.latent_samples(data, facts, latent_maps(data, latent, rows))
-
-    @answered
-    def show(number: str) -> tuple[str, str]:
-        latent = checked_number(number, data.num_latents, "latent")
-        return page.latent_page(data, data.latent(latent)), samples(latent, False)
-
-    @answered
-    def show_maps(number: str, wanted: bool) -> str:
-        return samples(checked_number(number, data.num_latents, "latent"), wanted)
-
-    @answered
-    def shown_again(number: str, wanted: bool) -> str:
-        latent = checked_number(number, data.num_latents, "latent")
-        return page.latent_with_samples(data, data.latent(latent), samples(latent, wanted), with_maps=wanted)
-
-    @answered
-    def opened(number: Any) -> tuple[Any, str, str]:
-        latent = checked_number(number, data.num_latents, "latent")
-        return gr.Tabs(selected="explorer"), str(latent), shown_again(str(latent), False)
-
-    @answered
-    def clicked(event: gr.EventData) -> tuple[Any, ...]:
-        chosen = event._data or {}
-        return opened(chosen.get("open", chosen.get("latent")))
-
-    @answered
-    def linked(request: gr.Request) -> tuple[Any, ...]:
-        number = dict(request.query_params).get("latent")
-        return (gr.skip(),) * 3 if number is None else opened(number)
-
+    answers = LatentAnswers(data)
     latents = data.match_latents("", FIRST_ORDER)
     first = str(latents[0].latent if latents else 0)
     with gr.Row(elem_classes="explorer"):
@@ -75,16 +87,21 @@ def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[Ca
             with gr.Row():
                 number = gr.Textbox(first, label="Latent number", max_lines=1, elem_id="number")
                 wanted = gr.Checkbox(True, label="maps on images", elem_id="with-maps")
-            latent = fragment(shown_again(first, False), elem_id="latent")
+            latent = fragment(answers.shown_again(first, False), elem_id="latent")
             arrived = gr.HTML(visible=False)
     searched = {"show_progress": "hidden"}
-    table.ask(functools.partial(gr.on, [search.submit, search.change, order.input]), find, [search, order], **searched)
-    table.ask(table.shown.select, turned, [search, order], **searched)
+    table.ask(
+        functools.partial(gr.on, [search.submit, search.change, order.input]),
+        answers.find,
+        [search, order],
+        **searched,
+    )
+    table.ask(table.shown.select, answers.turned, [search, order], **searched)
 
     # Heading and samples are one fragment, and maps are for the latent that it shows, whatever the number's box says.
     def draw_maps(listener: Callable) -> None:
         listener(
-            shown_again,
+            answers.shown_again,
             [latent, wanted],
             arrived,
             js="(shown, wanted) => [sparc.latentOf(shown), wanted]",
@@ -101,19 +118,19 @@ def explorer_tab(data: SpaceData, tabs: gr.Tabs, app: gr.Blocks) -> Callable[[Ca
             trigger_mode="multiple",
         )
 
-    def open_from(listener: Callable, handler: Callable = clicked, inputs: Any = None) -> None:
+    def open_from(listener: Callable, handler: Callable = answers.clicked, inputs: Any = None) -> None:
         event = listener(handler, inputs, [tabs, number, latent], api_visibility="private", trigger_mode="always_last")
         event.success(None, latent, None, js="(shown) => sparc.opened(shown)", trigger_mode="multiple")
         draw_maps(event.success)
 
-    open_from(number.submit, opened, number)
+    open_from(number.submit, answers.opened, number)
     open_from(table.shown.click)
     open_from(latent.click)
     draw_maps(wanted.input)
-    link = app.load(linked, None, [tabs, number, latent], api_visibility="private")
+    link = app.load(answers.linked, None, [tabs, number, latent], api_visibility="private")
     link.success(None, None, None, js="() => location.search.includes('latent=') && sparc.reveal('latent-page')")
     draw_maps(link.success)
-    endpoint("find_latents", find, [search, order])
-    endpoint("latent", show, [number], pieces=2)
-    endpoint("latent_maps", show_maps, [number, wanted], **EXPLAINING)
+    endpoint("find_latents", answers.find, [search, order])
+    endpoint("latent", answers.show, [number], pieces=2)
+    endpoint("latent_maps", answers.show_maps, [number, wanted], **EXPLAINING)
     return open_from

@@ -29,17 +29,7 @@ def retrieve_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> No
 
     @answered
     def retrieved(picture: str | None, caption: str, sample: str, source: str, target: str) -> str:
-        query: Any = None
-        if sample and sample.strip():
-            query = checked_number(sample, len(data.features), "sample")
-            refuse_second_query(data, source, query, picture, checked_text(caption))
-        elif data.modality(source) == "text":
-            query = checked_text(caption, needed=True)
-        elif picture:
-            query, _ = checked_image(picture)
-        else:
-            raise InputRefused("Choose an image first, or pick a sample.")
-        return page.retrieval_page(data, source, target, query)
+        return page.retrieval_page(data, source, target, checked_query(data, picture, caption, sample, source))
 
     @answered
     def sample_picked(event: gr.EventData) -> tuple[Any, str, str]:
@@ -48,25 +38,17 @@ def retrieve_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> No
 
     take = picked(data)
 
-    def first_streams(direction: str) -> tuple[str, str]:
-        sources, targets = (data.streams_of(kind) for kind in directions[direction])
-        encoders = {stream: data.model.config.stream(stream).get("encoder") for stream in data.streams}
-        pairs = [(source, target) for source in sources for target in targets if source != target]
-        # Images across models; between images and captions, the model that knows both comes first.
-        within = [pair for pair in pairs if sources != targets and encoders[pair[0]] == encoders[pair[1]]]
-        return (within or pairs or [(sources[0], targets[0])])[0]
-
     @answered
     def streams(direction: str) -> tuple[Any, Any]:
         if direction not in directions:
             raise InputRefused("Choose one of the directions.")
         sources, targets = (data.streams_of(kind) for kind in directions[direction])
-        source, target = first_streams(direction)
+        source, target = first_streams(data, directions[direction])
         return gr.Dropdown(sources, value=source), gr.Dropdown(targets, value=target)
 
     known = data.streams
     first = next(iter(directions), None)
-    source_first, target_first = first_streams(first) if first is not None else (known[0], known[-1])
+    source_first, target_first = first_streams(data, directions[first]) if first is not None else (known[0], known[-1])
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             direction = gr.Radio(
@@ -100,6 +82,33 @@ def retrieve_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> No
         direction.input(streams, direction, [source, target], api_visibility="private", show_progress="hidden")
     open_latent(pane.shown.click)
     endpoint("retrieve", retrieved, inputs)
+
+
+def first_streams(data: SpaceData, kinds: tuple[str, str]) -> tuple[str, str]:
+    """Return the query's stream and the searched one that a direction, such as ("text", "image"), starts with."""
+    sources, targets = (data.streams_of(kind) for kind in kinds)
+    encoders = {stream: data.model.config.stream(stream).get("encoder") for stream in data.streams}
+    pairs = [(source, target) for source in sources for target in targets if source != target]
+    # Images across models; between images and captions, the model that knows both comes first.
+    within = [pair for pair in pairs if sources != targets and encoders[pair[0]] == encoders[pair[1]]]
+    return (within or pairs or [(sources[0], targets[0])])[0]
+
+
+def checked_query(data: SpaceData, picture: str | None, caption: str, sample: str, source: str) -> Any:
+    """Return the number of a sample, a caption or an image, whichever a visitor asks with.
+
+    Raises:
+        InputRefused: for none or two of them, or one that cannot be used.
+    """
+    if sample and sample.strip():
+        number = checked_number(sample, len(data.features), "sample")
+        refuse_second_query(data, source, number, picture, checked_text(caption))
+        return number
+    if data.modality(source) == "text":
+        return checked_text(caption, needed=True)
+    if picture:
+        return checked_image(picture)[0]
+    raise InputRefused("Choose an image first, or pick a sample.")
 
 
 def refuse_second_query(data: SpaceData, source: str, sample: int, picture: str | None, caption: str) -> None:
