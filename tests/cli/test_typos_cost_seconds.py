@@ -1,5 +1,6 @@
 """Wrong flags are told before any row is read for its checksum, any encoder loaded, or anything encoded."""
 
+import importlib
 import json
 import socket
 import subprocess
@@ -25,18 +26,20 @@ RECORDS = [
 # What costs minutes on real data, by where it is looked up.
 EXPENSIVE = (
     "sparc_hf.codes.code_table.encode_features",
-    "sparc_hf.maps.contact_sheets.encode_features",
+    "sparc_hf.cli.concepts.encode_features",
     "sparc_hf.cli.retrieve.encode_features",
     "sparc_hf.evaluation.suite._encoded",
     "sparc_hf.encoders.stream_encoder.frozen_model",
     "sparc_hf.training.trainer.SparcTrainer.train",
-    "sparc_hf.features.extraction.extract_features",
+    "sparc_hf.cli.extract.extract_features",
     "sparc_hf.demo.run.extract_features",
     "sparc_hf.space.data.open_space",
     "sparc_hf.hub.push.write_parquet_split",
-    "sparc_hf.hub.push.prepare_model",
-    "sparc_hf.legacy.importing.import_features",
+    "sparc_hf.cli.push.prepare_model",
+    "sparc_hf.cli.import_files.import_features",
 )
+# A module that is imported while another is patched would keep what it found there.
+MODULES = [importlib.import_module(".".join(name.split(".")[:3])) for name in (*EXPENSIVE, "sparc_hf.cli.explain")]
 
 
 class Expensive(BaseException):
@@ -228,7 +231,7 @@ def test_checksums_are_compared_after_the_model_is_found(world, monkeypatch, cap
 
 def test_nobody_signed_in_is_told_before_rows_are_written(world, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sparc_hf.hub.push.write_parquet_split", begun)
-    monkeypatch.setattr("sparc_hf.hub.push.prepare_model", begun)
+    monkeypatch.setattr("sparc_hf.cli.push.prepare_model", begun)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for what in ("--features {w}/features", "--model {w}/model"):
         assert main(f"push --repo me/x {what}".format(w=world).split()) == 2
@@ -350,8 +353,6 @@ def test_large_class_ids_are_evaluated(world, tmp_path, capsys):
 
 def test_every_expensive_name_is_there():
     """The test above would pass for names that are looked up elsewhere."""
-    import importlib
-
     for name in EXPENSIVE:
         parts = name.split(".")
         thing = importlib.import_module(".".join(parts[:3]))
