@@ -27,7 +27,9 @@ def pair(widths: list[int], seed: int, **sizes) -> tuple[SparcModel, DenseSparc,
             model.pre_bias[name].normal_(std=0.1)
     dense = DenseSparc(config).train()
     dense.load_state_dict(model.state_dict())
-    return model, dense, {name: torch.randn(5, width) for name, width in zip(streams, widths, strict=True)}
+    rows = {name: torch.randn(5, width) for name, width in zip(streams, widths, strict=True)}
+    # Errors are relative: of a row of almost nothing they would be little but rounding.
+    return model, dense, {name: x / x.norm(dim=1, keepdim=True).clamp(max=1) for name, x in rows.items()}
 
 
 @settings(deadline=None, max_examples=50)

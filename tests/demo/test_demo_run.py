@@ -10,9 +10,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-from sparc_hf import demo_run
 from sparc_hf.cli import main
 from sparc_hf.demo import ENCODERS_PATH
+from sparc_hf.demo import run as demo_run
 from sparc_hf.demo.encoder_training.code_queries import code_queries
 
 

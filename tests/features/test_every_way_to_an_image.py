@@ -11,6 +11,7 @@ from photographs import odd_files, photograph, tagged
 from PIL import Image
 
 from sparc_hf import SparcConfig, SparcModel, SparcPipeline
+from sparc_hf.cli import explain as cli_explain
 from sparc_hf.cli import main
 from sparc_hf.codes.encoding import sample_codes
 from sparc_hf.encoders.stream_encoder import load_encoders
@@ -19,7 +20,6 @@ from sparc_hf.evaluation.masked_images import open_masked_images
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sources.source import parse_streams
-from sparc_hf.maps import explanation as explain
 from sparc_hf.maps.attribution import ConceptTarget, image_maps
 from sparc_hf.maps.contact_sheets import concept_heatmaps
 from sparc_hf.maps.explanation import explain_sample
@@ -133,7 +133,7 @@ def test_explanations_lie_on_the_turned_picture(world, forms):
 def test_the_commands_explain_and_retrieve(world, forms, tmp_path, capsys, monkeypatch):
     model, encoders, folder = world
     seen = []
-    monkeypatch.setattr(explain, "explain_sample", lambda *a, **k: seen.append(a[2]) or explain_sample(*a, **k))
+    monkeypatch.setattr(cli_explain, "explain_sample", lambda *a, **k: seen.append(a[2]) or explain_sample(*a, **k))
     paths = [str(path) for name, path, _ in forms if name in ("tag 1", "tag 6", "16-bit.png", "transparent.png")]
     command = ["explain", "--model", f"{folder}/model", "--output", f"{tmp_path}/panels", "--latents", "3"]
     assert main([*command, "--shifts", "1", "--image", *paths]) == 0
