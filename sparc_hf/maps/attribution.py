@@ -113,7 +113,8 @@ def image_maps(
         images: PIL images of any mode and size.
         targets: the same for all images, or a list an image.
         method: "relevance"; "grad_cam", at the first norm of the last block; or "patch_codes", which encodes each
-            patch token by itself, without gradients, and reads the latents there.
+            patch token by itself, without gradients, and reads the latents there. Streams of patch tokens have the
+            last only (`map_method`).
         start_layer: first block that relevance counts, from the end where negative.
         shifts: with n above 1, the mean of maps of the image shifted by 0, 1/n, ... of a patch along both axes, which
             shows more than one map's grid does and costs n * n times its time.
@@ -137,11 +138,12 @@ def image_maps(
         part = slice(start, start + batch_size)
         for name, form in forms.items():
             encoder = encoders[name]
+            kind = map_method(encoder, method)
             pixels = encoder.prepare(images[part])["pixel_values"]
             offsets = [(row, column) for row in range(shifts) for column in range(shifts)]
             maps = [
                 _moved_back(
-                    form.of_image(_moved(pixels, offset, shifts, encoder), part, method, start_layer), offset, shifts
+                    form.of_image(_moved(pixels, offset, shifts, encoder), part, kind, start_layer), offset, shifts
                 )
                 for offset in offsets
             ]

@@ -15,7 +15,7 @@ from sparc_hf.encoders.inputs import upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.encoders.trace import visible_box
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.maps.attribution import ConceptTarget, image_maps, map_method, map_on_image
+from sparc_hf.maps.attribution import ConceptTarget, image_maps, map_on_image
 from sparc_hf.maps.explanation import SHOWN_SIDE, check_latents
 from sparc_hf.maps.picture_folder import PictureFolder
 from sparc_hf.maps.plots import SheetCell, contact_sheet, heatmap_grid
@@ -92,12 +92,11 @@ def _maps_of(
     shown = {row: image for row, image in images.items() if image is not None}
     if encoder is None or method is None or not shown:
         return {}
-    kind = map_method(encoder, method)
     target = [ConceptTarget((latent,))]
-    maps = image_maps(model, {encoder.name: encoder}, list(shown.values()), target, kind, shifts=shifts)[encoder.name]
+    maps = image_maps(model, {encoder.name: encoder}, list(shown.values()), target, method, shifts=shifts)
     return {
         row: map_on_image(grid[0], visible_box(encoder, image), image.size)[0]
-        for (row, image), grid in zip(shown.items(), maps, strict=True)
+        for (row, image), grid in zip(shown.items(), maps[encoder.name], strict=True)
     }
 
 
@@ -156,11 +155,8 @@ def concept_heatmaps(
     values: dict[tuple[str, str], list[float]] = {}
     images = [upright_rgb(image) for image in images]
     targets = [ConceptTarget((latent,)) for latent in latents]
-    found: dict[str, np.ndarray] = {}
-    for name, encoder in encoders.items():
-        if encoder.modality == "image":
-            kind = map_method(encoder, method)
-            found |= image_maps(model, {name: encoder}, images, targets, kind, shifts=shifts)
+    seeing = {name: encoder for name, encoder in encoders.items() if encoder.modality == "image"}
+    found = image_maps(model, seeing, images, targets, method, shifts=shifts) if seeing else {}
     codes = [sample_codes(model, {name: encoders[name] for name in found}, image, "") for image in images]
     side = 64
     for at, latent in enumerate(latents):

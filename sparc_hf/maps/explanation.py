@@ -17,7 +17,6 @@ from sparc_hf.maps.attribution import (
     SimilarityTarget,
     Target,
     image_maps,
-    map_method,
     map_on_image,
     word_scores,
 )
@@ -103,11 +102,7 @@ def explain_sample(
     used = {name: encoders[name] for name in [*images, *texts]}
     maps: dict[str, dict[str, np.ndarray]] = {}
     if image is not None and shown is not None and images and for_images:
-        found = {}
-        for stream in images:
-            needed = {stream: encoders[stream]} | {text: encoders[text] for text in texts}
-            kind = map_method(encoders[stream], method)
-            found |= image_maps(model, needed, [image], list(for_images.values()), kind, shifts=shifts)
+        found = image_maps(model, used, [image], list(for_images.values()), method, shifts=shifts)
         for stream, of_stream in found.items():
             box = visible_box(encoders[stream], shown)
             for title, grid in zip(for_images, of_stream[0], strict=True):

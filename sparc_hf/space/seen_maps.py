@@ -141,8 +141,7 @@ def latent_maps(data: SpaceData, latent: int, rows: Mapping[str, Sequence[int]])
             try:
                 with data.explaining:
                     target = [ConceptTarget((latent,))]
-                    kind = map_method(encoder)
-                    maps = image_maps(data.model, {stream: encoder}, list(images.values()), target, kind)
+                    maps = image_maps(data.model, {stream: encoder}, list(images.values()), target)
                     views = seen_images(encoder, list(images.values()))
             except ValueError as error:  # a backbone without maps; its samples are shown plain
                 logger.warning("%s", error)
@@ -174,10 +173,10 @@ def _add_maps(data: SpaceData, found: Explanation, image: Image.Image, caption: 
         view = seen_images(encoder, [image])[0]
         maps = []
         if targets:
-            method = map_method(encoder)
-            fine = method == "relevance" and min(view.size) <= COARSE_GRID * min(encoder.patch_size)
+            coarse = min(view.size) <= COARSE_GRID * min(encoder.patch_size)
+            shifts = 2 if coarse and map_method(encoder) == "relevance" else 1
             try:
-                maps = image_maps(data.model, involved, [image], targets, method, shifts=2 if fine else 1)[stream][0]
+                maps = image_maps(data.model, involved, [image], targets, shifts=shifts)[stream][0]
             except ValueError as error:
                 found.remarks.append(f"{stream} has no map: {error}")
                 targets = baseline = []
