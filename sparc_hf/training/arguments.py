@@ -1,7 +1,9 @@
 """What one training run is told, as a dataclass whose fields are the flags of `sparc train` and `train.py`."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
+
+from sparc_hf.model.configuration_sparc import SparcConfig
 
 MODEL_FIELDS = (
     "num_latents",
@@ -35,9 +37,7 @@ TRAJECTORY_FIELDS = (
     "seed",
 )
 CHOICES = {
-    "objective": ("sparc", "usae"),
-    "distance": ("l1", "l2"),
-    "selection": ("global", "local"),
+    **{name: get_args(SparcConfig.__annotations__[name]) for name in ("objective", "distance", "selection")},
     "lr_schedule": ("constant", "cosine", "linear"),
     "mixed_precision": ("no", "bf16", "fp16"),
     "step_kernel": ("auto", "on", "off"),
@@ -68,19 +68,24 @@ class SparcTrainingArguments:
         default=None, metadata={"help": "Streams to train on (default: all in the dataset)."}
     )
 
-    num_latents: int = flag("Latents in the shared code space (N).", 8192)
-    k: int = flag("Active latents per code.", 64)
-    auxk: int = flag("Dead latents decoded by the auxiliary term; 0 turns it off.", 64)
-    auxk_coef: float = flag("Weight of the auxiliary term.", 1 / 32)
-    cross_coef: float = flag("Weight of the cross-reconstruction term.", 1.0)
-    dead_after_steps: int = flag("Steps without firing after which a latent counts as dead.", 1000)
-    dead_threshold: float = flag("Value above which a latent fires.", 1e-3)
-    selection: str = flag("Top-k selection: one for all streams (global) or one per stream (local).", "global")
+    num_latents: int = flag("Latents in the shared code space (N).", SparcConfig.num_latents)
+    k: int = flag("Active latents per code.", SparcConfig.k)
+    auxk: int = flag("Dead latents decoded by the auxiliary term; 0 turns it off.", SparcConfig.auxk)
+    auxk_coef: float = flag("Weight of the auxiliary term.", SparcConfig.auxk_coef)
+    cross_coef: float = flag("Weight of the cross-reconstruction term.", SparcConfig.cross_coef)
+    dead_after_steps: int = flag(
+        "Steps without firing after which a latent counts as dead.", SparcConfig.dead_after_steps
+    )
+    dead_threshold: float = flag("Value above which a latent fires.", SparcConfig.dead_threshold)
+    selection: str = flag(
+        "Top-k selection: one for all streams (global) or one per stream (local).", SparcConfig.selection
+    )
 
     objective: str = flag(
-        "Training objective: sparc, or usae (Universal Sparse Autoencoders; needs --selection local).", "sparc"
+        "Training objective: sparc, or usae (Universal Sparse Autoencoders; needs --selection local).",
+        SparcConfig.objective,
     )
-    distance: str = flag("Distance of the usae objective: l1 or l2.", "l1")
+    distance: str = flag("Distance of the usae objective: l1 or l2.", SparcConfig.distance)
 
     batch_size: int = flag("Rows per optimizer step, over all processes and micro-batches together.", 256)
     epochs: int = flag("Passes over the training rows.", 50)
@@ -146,8 +151,7 @@ class SparcTrainingArguments:
             raise ValueError(
                 f"`schedule_after_update` needs `lr_schedule` cosine with it, but that is {self.lr_schedule!r}"
             )
-        if self.objective == "usae" and self.selection != "local":
-            raise ValueError("`objective` usae selects latents in every stream alone: give `selection` local with it")
+        SparcConfig.from_dict(self.model_settings())  # refuses what a model cannot be
         if self.objective == "usae" and self.center:
             raise ValueError("`center` sets pre-biases, which `objective` usae has not; leave it off")
         if self.learning_rate <= 0:

@@ -123,7 +123,7 @@ def test_two_processes_equal_one(tmp_path, planted_folder):
 
 
 def test_what_does_not_fit_the_objective_is_refused(tmp_path, planted_folder):
-    with pytest.raises(ValueError, match="`selection` local"):
+    with pytest.raises(ValueError, match=r"set `selection=.local.`"):
         arguments(tmp_path / "run", planted_folder, selection="global")
     with pytest.raises(ValueError, match="`center` sets pre-biases"):
         arguments(tmp_path / "run", planted_folder, center=True)
