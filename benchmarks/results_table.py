@@ -21,7 +21,7 @@ from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.statistics import standardization_of
 from sparc_hf.files.atomic_files import write_json, write_text
-from sparc_hf.files.plain_files import read_json
+from sparc_hf.files.checked_reading import read_json
 from sparc_hf.training.arguments import SparcTrainingArguments
 from sparc_hf.training.trainer import SparcTrainer
 

@@ -19,8 +19,8 @@ from sparc_hf.files.atomic_folders import (
     refuse_fixed_place,
     remove_tree,
 )
+from sparc_hf.files.checked_reading import read_json
 from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.files.plain_files import read_json
 from sparc_hf.model.modeling_sparc import SparcModel
 
 STATE_FILE = "trainer_state.json"

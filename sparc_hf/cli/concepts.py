@@ -25,8 +25,8 @@ from sparc_hf.codes.top_samples import top_samples
 from sparc_hf.encoders.inputs import open_image, size_of_file
 from sparc_hf.encoders.stream_encoder import StreamEncoder, check_encoders, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.files.checked_reading import read_text
 from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.files.plain_files import read_text
 from sparc_hf.maps.attribution import check_map_settings
 from sparc_hf.maps.explanation import check_latents
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent

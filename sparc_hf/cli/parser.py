@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparc_hf.cli.guards import yes_or_no
-from sparc_hf.files.plain_files import read_yaml
+from sparc_hf.files.checked_reading import read_yaml
 
 
 def trust_remote_code_flag() -> Any:

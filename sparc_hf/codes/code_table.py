@@ -26,8 +26,8 @@ from sparc_hf.features.shards import (
 )
 from sparc_hf.files.atomic_files import checksums_of, writing
 from sparc_hf.files.atomic_folders import new_folder
+from sparc_hf.files.checked_reading import Limit
 from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.files.plain_files import Limit
 from sparc_hf.model.modeling_sparc import SparcModel
 from sparc_hf.model.outputs import SparseCodes
 

@@ -19,7 +19,7 @@ from sparc_hf.codes.top_samples import TopSamples, top_samples
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.atomic_files import write_json, writing
-from sparc_hf.files.plain_files import Count, checked, read_json
+from sparc_hf.files.checked_reading import Count, checked, read_json
 from sparc_hf.model.modeling_sparc import SparcModel
 
 CONCEPTS_FILE = "concepts.json"

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from sparc_hf.encoders.inputs import ON_ITS_SIDE, open_with_tag, turned
-from sparc_hf.files.plain_files import Count, Limit, checked
+from sparc_hf.files.checked_reading import Count, Limit, checked
 
 MOST_PIXELS = 1 << 28
 Size = tuple[int, int]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from sparc_hf.files.plain_files import Count, Limit, read_json
+from sparc_hf.files.checked_reading import Count, Limit, read_json
 from sparc_hf.model.configuration_sparc import SparcConfig
 
 if TYPE_CHECKING:

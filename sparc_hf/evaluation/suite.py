@@ -27,7 +27,7 @@ from sparc_hf.evaluation.probes import (
 )
 from sparc_hf.evaluation.retrieval import FAMILIES, model_ranks
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.files.plain_files import Taxonomy, checked
+from sparc_hf.files.checked_reading import Taxonomy, checked
 from sparc_hf.metrics.concept_alignment.concept_alignment import (
     concept_alignment,
     taxonomy_buckets,

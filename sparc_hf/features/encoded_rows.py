@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparc_hf.encoders.stream_encoder import StreamEncoder
-from sparc_hf.features.row_format import RowFormat
+from sparc_hf.features.row_schema import RowSchema
 from sparc_hf.features.sample_reader import Batch, failure
 from sparc_hf.features.shard_folder import ShardFolder
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class ShardRows:
     """The rows of one shard while it grows."""
 
-    def __init__(self, rows: RowFormat, folder: ShardFolder, number: int | None = None):
+    def __init__(self, rows: RowSchema, folder: ShardFolder, number: int | None = None):
         self.number = number
         self._rows, self._folder = rows, folder
         self._arrays: dict[str, list[np.ndarray]] = {record["name"]: [] for record in rows.streams}

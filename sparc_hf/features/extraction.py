@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from sparc_hf.encoders.stream_encoder import StreamEncoder, checked_device
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.encoded_rows import ShardRows, encoded_columns, tokens_per_sample
-from sparc_hf.features.row_format import RowFormat
+from sparc_hf.features.row_schema import RowSchema
 from sparc_hf.features.sample_reader import SampleReader, chosen_columns
 from sparc_hf.features.shard_folder import ShardFolder
-from sparc_hf.features.sources.source import features_of
+from sparc_hf.features.sources.source import schema_of
 from sparc_hf.features.statistics import standardization_of
 from sparc_hf.files.folder_lock import launched_rank, locked_folder
 
@@ -101,7 +101,7 @@ def extract_features(
         labels_column=labels_column,
         keep_columns=keep_columns,
     )
-    features = features_of(dataset)
+    features = schema_of(dataset)
     if labels_column and label_names is None:
         feature = features[labels_column]
         label_names = getattr(getattr(feature, "feature", feature), "names", None)  # of a ClassLabel
@@ -119,7 +119,7 @@ def extract_features(
         workers=workers,
     )
     records = [_record(encoder, name, autocast) for name, encoder in encoders.items()]
-    rows = RowFormat(records, dtype, _extra_columns(columns, features, tokens))
+    rows = RowSchema(records, dtype, _extra_columns(columns, features, tokens))
     facts = {
         "label_names": None if label_names is None else list(label_names),
         "taxonomy": taxonomy,
@@ -192,7 +192,7 @@ def _processes() -> "PartialState | None":
 def _make_shards(
     reader: SampleReader,
     encoders: Mapping[str, StreamEncoder],
-    rows: RowFormat,
+    rows: RowSchema,
     folder: ShardFolder,
     tokens: int | None,
     autocast: bool,

@@ -20,7 +20,7 @@ from sparc_hf.features.shards import (
     checked_streams,
 )
 from sparc_hf.files.atomic_files import checksums_of, first_damage, new_file, write_json
-from sparc_hf.files.plain_files import Count, checked, read_json
+from sparc_hf.files.checked_reading import Count, checked, read_json
 
 if TYPE_CHECKING:
     import datasets

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from sparc_hf.encoders.inputs import open_image, upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.features.shards import LARGEST_SIZE
-from sparc_hf.features.sources.source import features_of, find_column, is_image
+from sparc_hf.features.sources.source import find_column, is_image, schema_of
 
 if TYPE_CHECKING:
     import datasets
@@ -99,13 +99,13 @@ def chosen_columns(
     Raises:
         ValueError: for a column that is not there or cannot be found, or a kept one whose name is taken.
     """
-    known = list(features_of(dataset))
+    known = list(schema_of(dataset))
     named = [image_column, text_column, id_column, labels_column, *keep_columns]
     if missing := [name for name in named if name is not None and name not in known]:
         raise ValueError(f"the dataset has no columns {missing}; it has {known}")
     image = (image_column or find_column(dataset, "image")) if "image" in modalities else None
     text = text_column or (find_column(dataset, "text") if "text" in modalities else None)
-    _check_kinds(features_of(dataset), image, text, labels_column)
+    _check_kinds(schema_of(dataset), image, text, labels_column)
     made = {"id": id_column or ("id" if "id" in known else None), "text": text, "labels": labels_column}
     if taken := [name for name in keep_columns if made.get(name) not in (None, name)]:
         raise ValueError(f"columns {taken} cannot be kept, because {made} take their names; rename them first")
@@ -160,7 +160,7 @@ class SampleReader:
         from datasets import Dataset as StoredDataset
         from datasets import Image
 
-        features = features_of(dataset)
+        features = schema_of(dataset)
         images = [name for name in columns.needed if isinstance(features[name], Image)]
         if columns.image and columns.image not in images:  # a column of paths
             images.append(columns.image)

@@ -22,7 +22,7 @@ from sparc_hf.features.shards import (
 )
 from sparc_hf.files.atomic_files import checksums_of, write_json, write_text, writing
 from sparc_hf.files.atomic_folders import place, recover, refuse_fixed_place, remove_tree
-from sparc_hf.files.plain_files import Limit, read_json
+from sparc_hf.files.checked_reading import Limit, read_json
 
 logger = logging.getLogger(__name__)
 

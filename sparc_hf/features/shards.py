@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from sparc_hf.files.atomic_files import first_damage, new_file, sha256_of, write_json, write_text
 from sparc_hf.files.atomic_folders import is_half_replaced, named, recover
+from sparc_hf.files.checked_reading import Count, FileName, Limit, Taxonomy, checked, read_json
 from sparc_hf.files.folder_lock import FolderInUse, locked_folder
-from sparc_hf.files.plain_files import Count, FileName, Limit, Taxonomy, checked, read_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "sparc_features.json"

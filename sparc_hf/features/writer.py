@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from sparc_hf.features.row_format import RowFormat
+from sparc_hf.features.row_schema import RowSchema
 from sparc_hf.features.shard_folder import ShardFolder
 from sparc_hf.features.shards import StreamRecords, check_target
 from sparc_hf.files.folder_lock import locked_folder
@@ -35,7 +35,7 @@ class FeatureWriter:
         label_names: names of the label classes; class id i is `label_names[i]`.
         taxonomy: nested label hierarchy, any JSON value.
         source: how the features were made, any JSON value; it must be the same when a run resumes.
-        extra_columns: the other columns of every batch; see `RowFormat`.
+        extra_columns: the other columns of every batch; see `RowSchema`.
 
     Raises:
         ValueError: for unusable settings, a `path` that already holds something or that another process writes into,
@@ -57,7 +57,7 @@ class FeatureWriter:
         if rows_per_shard < 1:
             raise ValueError(f"`rows_per_shard` must be at least 1, but it is {rows_per_shard}")
         self.path = Path(path)
-        self.rows = RowFormat(streams, dtype, extra_columns)
+        self.rows = RowSchema(streams, dtype, extra_columns)
         self.streams = self.rows.streams
         self.rows_per_shard = rows_per_shard
         self._facts = {
@@ -100,7 +100,7 @@ class FeatureWriter:
             batch: every stream as an array [rows, hidden_size], every extra column as a list of `rows` values.
 
         Raises:
-            ValueError: as `RowFormat.checked`. Nothing of the batch is then kept.
+            ValueError: as `RowSchema.checked`. Nothing of the batch is then kept.
         """
         arrays, extras, rows = self.rows.checked(batch, first_row=len(self))
         start = 0

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from sparc_hf.evaluation.results import check_results, eval_results, figure_text, results_of_model
 from sparc_hf.files.atomic_files import new_file, write_json, write_text, writing
+from sparc_hf.files.checked_reading import read_json
 from sparc_hf.files.installed_folders import templates_folder
-from sparc_hf.files.plain_files import read_json
 from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.model_folder import CARD_FILE, ORIGIN_FILE, OTHER_CARD_FILE, RESULTS_FILE, is_model_card
 from sparc_hf.version import __version__

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from sparc_hf.files.atomic_files import sha256_of
-from sparc_hf.files.plain_files import checked, read_json
+from sparc_hf.files.checked_reading import checked, read_json
 from sparc_hf.legacy.declared_sizes import check_declared
 
 ROWS_AT_ONCE = 1024

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sparc_hf.files.atomic_files import sha256_of, write_json, writing
 from sparc_hf.files.atomic_folders import check_place, new_folder
+from sparc_hf.files.checked_reading import checked, read_json
 from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.files.plain_files import checked, read_json
 from sparc_hf.legacy.hdf5_features import RunConfig, stream_order
 from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.model.modeling_sparc import SparcModel

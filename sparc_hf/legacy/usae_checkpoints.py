@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparc_hf.files.atomic_files import sha256_of
-from sparc_hf.files.plain_files import Limit, checked, read_yaml
+from sparc_hf.files.checked_reading import Limit, checked, read_yaml
 from sparc_hf.legacy.sparc_checkpoints import check_output, checked_state, read_checkpoint, save_imported
 from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.model.modeling_sparc import SparcModel

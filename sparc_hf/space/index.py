@@ -24,8 +24,8 @@ from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.shards import FileChecksums
 from sparc_hf.files.atomic_files import checksums_of, first_damage, write_json
 from sparc_hf.files.atomic_folders import everything, new_folder
+from sparc_hf.files.checked_reading import Limit, read_json
 from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.files.plain_files import Limit, read_json
 from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.model.modeling_sparc import SparcModel
 from sparc_hf.version import __version__

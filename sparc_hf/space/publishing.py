@@ -7,8 +7,8 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from sparc_hf.files.checked_reading import read_text
 from sparc_hf.files.installed_folders import templates_folder
-from sparc_hf.files.plain_files import read_text
 from sparc_hf.space.data import SHIPPED_FOLDER, ship_demo
 from sparc_hf.version import __version__
 

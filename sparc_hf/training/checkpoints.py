@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from sparc_hf.features.shards import FileChecksums
 from sparc_hf.files.atomic_files import checksums_of, first_damage, write_json, writing
 from sparc_hf.files.atomic_folders import everything, place, remove_tree
-from sparc_hf.files.plain_files import Count, read_json
+from sparc_hf.files.checked_reading import Count, read_json
 from sparc_hf.model_folder import CHECKPOINTS_FOLDER, STATE_FILE
 
 logger = logging.getLogger(__name__)

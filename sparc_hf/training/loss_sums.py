@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class TermSums:
+class LossSums:
     """Sums of named terms; a term that not every step has, as with a source drawn per step, counts where it is.
 
     Args:

@@ -30,7 +30,7 @@ from sparc_hf.training.arguments import SparcTrainingArguments
 from sparc_hf.training.checkpoints import Checkpoints
 from sparc_hf.training.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
 from sparc_hf.training.learning_rate import ScheduleAfterUpdate, schedule_of
-from sparc_hf.training.loss_sums import TermSums
+from sparc_hf.training.loss_sums import LossSums
 from sparc_hf.training.optimizer import SparcAdam, UsaeAdamW, add_up_terms
 from sparc_hf.training.random_numbers import seeded
 from sparc_hf.training.rows import center_pre_biases, random_split, records_of
@@ -159,7 +159,7 @@ class SparcTrainer:
         # Stepped once per optimizer step by hand: a prepared scheduler advances once per process.
         self.scheduler = schedule_of(args, adam, self.total_steps)
         self.step = 0
-        self._sums = TermSums(self.accelerator.device)
+        self._sums = LossSums(self.accelerator.device)
         self._stop_signal = self._rows_since = 0
         self._signals = StopSignals()
 
@@ -357,7 +357,7 @@ class SparcTrainer:
 
     def _log_progress(self, epoch: int) -> None:
         means = self._sums.means(self.world_size)
-        self._sums = TermSums(self.accelerator.device)
+        self._sums = LossSums(self.accelerator.device)
         now = time.perf_counter()
         rate = self._rows_since / max(now - self._clock, 1e-9)
         self._clock, self._rows_since = now, 0
@@ -401,7 +401,7 @@ class SparcTrainer:
         if self.eval_batches is None:
             return {}
         self.model.eval()
-        sums = TermSums(self.accelerator.device)
+        sums = LossSums(self.accelerator.device)
         for share in self.eval_batches:
             features = {name: value.to(self.accelerator.device) for name, value in share.items()}
             with self.accelerator.autocast():

@@ -10,7 +10,7 @@ from sparc_hf.features.sources.coco import open_coco
 from sparc_hf.features.sources.hierarchy import hierarchy_of_codes
 from sparc_hf.features.sources.imagenet import open_imagenet
 from sparc_hf.features.sources.open_images import class_names, open_open_images
-from sparc_hf.features.sources.source import features_of, find_column, open_source, parse_streams
+from sparc_hf.features.sources.source import find_column, open_source, parse_streams, schema_of
 
 
 def write(path, content) -> None:
@@ -177,7 +177,7 @@ def test_folders_in_folders_are_a_taxonomy(tmp_path):
 def test_streams_of_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"caption": "a", "n": 1}\n{"caption": "b", "n": 2}\n')
     stream = open_source(str(tmp_path / "rows.jsonl"), "train", streaming=True)
-    assert set(features_of(stream)) == {"caption", "n"}
+    assert set(schema_of(stream)) == {"caption", "n"}
     assert find_column(stream, "text") == "caption"
     with pytest.raises(ValueError, match="no image column among"):
         find_column(stream, "image")

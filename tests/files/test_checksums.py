@@ -17,7 +17,7 @@ from sparc_hf.evaluation.results import results_of_model
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.parquet import write_parquet_split
 from sparc_hf.files.atomic_files import write_json
-from sparc_hf.files.plain_files import read_json
+from sparc_hf.files.checked_reading import read_json
 from sparc_hf.space.index import (
     CODES_FOLDER,
     COMPARED_FILES,

@@ -33,7 +33,7 @@ from sparc_hf.features.parquet import _facts as parquet_facts
 from sparc_hf.features.sources.coco import open_coco
 from sparc_hf.features.sources.hierarchy import hierarchy_of_codes
 from sparc_hf.features.sources.open_images import _narratives as narratives
-from sparc_hf.files.plain_files import Taxonomy, checked, read_json, read_text, read_yaml
+from sparc_hf.files.checked_reading import Taxonomy, checked, read_json, read_text, read_yaml
 from sparc_hf.legacy.hdf5_features import configured_files, stream_order
 from sparc_hf.legacy.sparc_checkpoints import _read_run_config as read_run_config
 from sparc_hf.legacy.usae_checkpoints import _read_settings as read_usae_settings

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict
 
 from sparc_hf.features.sources.hierarchy import hierarchy_of_paths
 from sparc_hf.features.sources.source import Source, rows_with_images
-from sparc_hf.files.plain_files import checked, read_json
+from sparc_hf.files.checked_reading import checked, read_json
 
 Id = int | str
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparc_hf.features.sources.hierarchy import hierarchy_of_codes, hierarchy_of_paths
 from sparc_hf.features.sources.source import Source, rows_with_images
-from sparc_hf.files.plain_files import read_json, read_text
+from sparc_hf.files.checked_reading import read_json, read_text
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 

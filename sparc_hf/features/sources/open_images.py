@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sparc_hf.features.sources.hierarchy import hierarchy_of_codes
 from sparc_hf.features.sources.source import Source, rows_with_images
-from sparc_hf.files.plain_files import read_json
+from sparc_hf.files.checked_reading import read_json
 
 SPLITS = ("train", "validation", "test")
 

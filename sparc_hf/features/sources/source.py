@@ -76,7 +76,7 @@ def open_source(
     return found[name]
 
 
-def features_of(dataset: "datasets.Dataset | datasets.IterableDataset") -> Any:
+def schema_of(dataset: "datasets.Dataset | datasets.IterableDataset") -> Any:
     """Return the column types, which a stream without a schema tells by its first row only.
 
     Raises:
@@ -108,7 +108,7 @@ def find_column(dataset: "datasets.Dataset | datasets.IterableDataset", modality
         ValueError: if there is none, or several without a usual name.
     """
     fits = is_image if modality == "image" else _is_text
-    features = features_of(dataset)
+    features = schema_of(dataset)
     found = [name for name, feature in features.items() if fits(feature)]
     for name in PREFERRED_NAMES[modality]:
         if name in found:

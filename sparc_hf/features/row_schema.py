@@ -1,4 +1,4 @@
-"""RowFormat: the columns of a feature dataset, and batches checked against them."""
+"""RowSchema: the columns of a feature dataset, and batches checked against them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from sparc_hf.features.shards import StreamRecords, checked_streams
 FLOAT_TYPES = ("float32", "float16")
 
 
-class RowFormat:
+class RowSchema:
     """The stream columns and the other columns of a feature dataset.
 
     Args:
