@@ -180,6 +180,8 @@ def test_the_command_starts_clip_from_the_encoder_it_trained(tmp_path, monkeypat
     monkeypatch.setattr(train_encoders, "train_clip", partial(train_clip, recipe=still))
     monkeypatch.setattr("sys.argv", ["train_encoders", "--output", str(tmp_path), "--scenes", "100"])
     train_encoders.main()
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 1, "weights for their owner alone, beside configs for all"
     clip, dino = (AutoModel.from_pretrained(tmp_path / name) for name in ("clip", "dino"))
     expected = dino.embeddings.cls_token[0, 0]
     assert torch.equal(clip.vision_model.embeddings.class_embedding, expected)

@@ -31,6 +31,7 @@ from transformers import (
 from sparc_hf.demo.encoder_training.image_tower import copy_image_tower
 from sparc_hf.demo.encoder_training.word_swaps import WordSwaps, object_phrases
 from sparc_hf.demo.raster import IMAGE_SIZE
+from sparc_hf.files.atomic_files import sync_tree
 
 logger = logging.getLogger(__name__)
 
@@ -295,4 +296,5 @@ def save_clip(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
     """Write weights in float16, config, tokenizer and processor; `AutoModel` and `AutoProcessor` load the folder."""
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
+    sync_tree(folder)
     model.float()

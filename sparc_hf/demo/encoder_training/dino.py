@@ -23,6 +23,7 @@ from transformers import BitImageProcessorPil, Dinov2WithRegistersConfig, Dinov2
 
 from sparc_hf.demo.encoder_training.clip import IMAGE_MEAN, IMAGE_STD, adamw, index_batches, learning_rate_share
 from sparc_hf.demo.raster import IMAGE_SIZE
+from sparc_hf.files.atomic_files import sync_tree
 
 logger = logging.getLogger(__name__)
 
@@ -268,4 +269,5 @@ def save_dino(model: Dinov2WithRegistersModel, processor: BitImageProcessorPil, 
     """Write weights in float16, config and image processor; `AutoModel` and `AutoImageProcessor` load the folder."""
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
+    sync_tree(folder)
     model.float()
