@@ -71,6 +71,13 @@ def test_rooms_import_only_what_they_may(path):
     assert not unwanted, f"{path.relative_to(PACKAGE)} imports {sorted(unwanted)}"
 
 
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_others_use_has_a_public_name(path):
+    private = [name for name in imported_names(path) if name.startswith("sparc_hf.") and ".__" not in name]
+    private = [name for name in private if name.rpartition(".")[2].startswith("_")]
+    assert not private, f"{path.relative_to(PACKAGE)} imports {private}"
+
+
 def test_the_table_has_no_circle():
     floors = {}
     while len(floors) < len(MAY_IMPORT):

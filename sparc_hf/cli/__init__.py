@@ -78,7 +78,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "make scenes, extract features, train and evaluate, all from what ships with the package",
         "sparc_hf.demo.run:DemoArguments",
-        _function("sparc_hf.cli.demo:run_demo"),
+        _function("sparc_hf.demo.run:run_demo"),
         writes=("output",),
     ),
     "extract": Command(

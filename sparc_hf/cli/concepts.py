@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparc_hf.cli.parser import trust_remote_code_flag
 from sparc_hf.codes.code_table import CodeTable, check_streams, encode_features
@@ -28,21 +28,18 @@ from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.checked_reading import read_text
 from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.maps.attribution import check_map_settings
+from sparc_hf.maps.contact_sheets import (
+    SHEET_SAMPLES,
+    concept_heatmaps,
+    shown_image,
+    strongest_latents,
+    write_latent_sheets,
+)
 from sparc_hf.maps.explanation import check_latents
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent
 from sparc_hf.maps.picture_folder import PictureFolder, picture_folder
 from sparc_hf.maps.plots import SheetCell, contact_sheet
 from sparc_hf.model.modeling_sparc import SparcModel
-
-if TYPE_CHECKING:
-    pass
-from sparc_hf.maps.contact_sheets import (
-    SHEET_SAMPLES,
-    _shown,
-    concept_heatmaps,
-    strongest_latents,
-    write_latent_sheets,
-)
 
 
 @dataclass
@@ -233,7 +230,7 @@ def _draw(
     if args.heatmaps:
         rows = range(min(args.heatmap_images, len(features)))
         found = [open_image(path) for path in args.images] or [features.image(row) for row in rows]
-        images = [image for one in found if (image := _shown(one)) is not None]
+        images = [image for one in found if (image := shown_image(one)) is not None]
         if not images:
             raise ValueError(f"`{args.features}` has no images to draw heatmaps on; name files as `images`")
         strongest = strongest_latents(model, codes, args.heatmaps)

@@ -143,11 +143,12 @@ def _localizer(args: Any, models: Iterable[Any]) -> Callable[[Any], dict[str, An
 
 def _masked_images(args: Any) -> "MaskedImages":
     """Open what `--masks` names; by default 500 images of the embedded world, and all of anything else."""
-    from sparc_hf.demo.scenes import make_scenes_dataset
     from sparc_hf.encoders.pretrained import DEMO_PREFIX
     from sparc_hf.evaluation.masked_images import open_masked_images
 
     if args.masks.startswith(DEMO_PREFIX):
+        from sparc_hf.demo.scenes import make_scenes_dataset
+
         scenes = make_scenes_dataset(args.masks.removeprefix(DEMO_PREFIX), args.mask_rows or 500)
         return open_masked_images(scenes)
     return open_masked_images(args.masks, args.mask_images, args.mask_rows)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -11,22 +11,16 @@ from tqdm.auto import tqdm
 from sparc_hf.cli.parser import trust_remote_code_flag
 from sparc_hf.codes.concept_search import EXACT_NAME, ConceptSearch, LatentMatch
 from sparc_hf.codes.concepts import concepts_of
+from sparc_hf.codes.encoding import sample_codes
 from sparc_hf.encoders.inputs import open_image, size_of_file
 from sparc_hf.encoders.stream_encoder import check_encoders, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.maps.attribution import (
-    MAP_METHODS,
-    check_map_settings,
-)
+from sparc_hf.maps.attribution import MAP_METHODS, check_map_settings
+from sparc_hf.maps.explanation import active_latents, check_latents, explain_sample
 from sparc_hf.maps.picture_folder import picture_folder
 from sparc_hf.maps.plots import ExplainedTarget
 from sparc_hf.model.modeling_sparc import SparcModel
-
-if TYPE_CHECKING:
-    pass
-from sparc_hf.codes.encoding import sample_codes
-from sparc_hf.maps.explanation import active_latents, check_latents, explain_sample
 
 
 @dataclass

@@ -1,27 +1,23 @@
 """`sparc extract`: run frozen encoders over a source into a feature dataset."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from sparc_hf.cli.parser import trust_remote_code_flag
 from sparc_hf.encoders.stream_encoder import checked_device, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.features.extraction import check_sizes, extract_features, launched_processes
 from sparc_hf.features.sample_reader import chosen_columns
 from sparc_hf.features.shards import MANIFEST_NAME, check_target
 from sparc_hf.features.sources.coco import open_coco
 from sparc_hf.features.sources.imagenet import open_imagenet
 from sparc_hf.features.sources.open_images import open_open_images
 from sparc_hf.features.sources.source import Source, open_source, parse_streams
+from sparc_hf.files.folder_lock import launched_rank
 from sparc_hf.files.output_folder import check_output_folder
-
-if TYPE_CHECKING:
-    pass
-
-from sparc_hf.features.extraction import _check_sizes, _processes, extract_features
 
 
 @dataclass
@@ -138,7 +134,7 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     Raises:
         ValueError: for unusable arguments, and as `extract_features`.
     """
-    _check_sizes(args.batch_size, args.rows_per_shard, args.workers)
+    check_sizes(args.batch_size, args.rows_per_shard, args.workers)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"`limit` must be at least 1 row, but it is {args.limit}")
     check_output_folder(args.output)
@@ -162,7 +158,7 @@ def run_extraction(args: ExtractionArguments) -> FeatureDataset:
     if args.limit is not None:
         rows = getattr(dataset, "num_rows", None)
         dataset = dataset.take(args.limit if rows is None else min(args.limit, rows))
-    processes = _processes()
+    processes = launched_processes()
     default = processes.device if processes else "cuda" if torch.cuda.is_available() else "cpu"
     modalities = {record["modality"] for record in records}
     columns: dict[str, Any] = {
@@ -217,10 +213,8 @@ def _source(args: ExtractionArguments) -> Source:
 
 
 def run_extract(args: Any) -> dict[str, Any] | None:
-    from sparc_hf.cli.extract import run_extraction
-
     features = run_extraction(args)
-    if int(os.environ.get("RANK", "0")) > 0:  # of several processes one speaks
+    if launched_rank() > 0:  # of several processes one speaks
         return None
     skipped = features.rows_skipped
     return {"features": args.output, "rows": len(features), "rows_skipped": skipped, "streams": features.streams}

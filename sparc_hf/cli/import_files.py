@@ -1,6 +1,6 @@
 """`sparc import`: bring features and checkpoints of the two earlier projects into today's formats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,19 +10,15 @@ from sparc_hf.features.shards import check_target
 from sparc_hf.features.sources.source import parse_streams
 from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.legacy.hdf5_features import AnalysisCache, FeatureFiles, configured_files, is_analysis_cache
+from sparc_hf.legacy.importing import LegacyFeatures, import_features
 from sparc_hf.legacy.npz_activations import ActivationTree, has_activations
 
 if TYPE_CHECKING:
     from sparc_hf.model.modeling_sparc import SparcModel
 
-from sparc_hf.legacy.importing import (
-    CHECKPOINT_FILES,
-    HDF5_SUFFIXES,
-    LegacyFeatures,
-    _checkpoint_of,
-    _stream_files,
-    import_features,
-)
+HDF5_SUFFIXES = (".h5", ".hdf5")
+CHECKPOINT_SUFFIXES = (".pth", ".pt")
+CHECKPOINT_FILES = ("msae_checkpoint.pth", "**/uni_*_checkpoint_*.pth")
 
 
 @dataclass
@@ -116,9 +112,6 @@ def run_import(args: ImportArguments, complete: Callable[[Path], Any] | None = N
 
 
 def run_import_files(args: Any) -> dict[str, Any]:
-    from sparc_hf.cli.import_files import run_import
-    from sparc_hf.features.dataset import FeatureDataset
-
     cards = []
 
     def write_card(folder: Path) -> None:
@@ -140,3 +133,21 @@ def run_import_files(args: Any) -> dict[str, Any]:
         "streams": config.stream_names,
         "card": str(cards[0]),
     }
+
+
+def _stream_files(sources: Sequence[str]) -> dict[str, Path] | None:
+    """Return stream name -> file from `name=file` strings, or None for one source of another kind."""
+    pairs = [source.partition("=") for source in sources]
+    named = [bool(equals) and name.isidentifier() for name, equals, _ in pairs]
+    if len(sources) == 1 and not named[0]:
+        return None
+    if not all(named) or len({name for name, _, _ in pairs}) != len(pairs):
+        raise ValueError(f"several sources must be name=file.h5, each name once, but they are {list(sources)}")
+    return {name: Path(file) for name, _, file in pairs}
+
+
+def _checkpoint_of(path: Path) -> Path | None:
+    """Return the checkpoint that a path is or holds; of a Universal SAE run, one of its models."""
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        return path
+    return next((file for pattern in CHECKPOINT_FILES for file in sorted(path.glob(pattern))), None)

@@ -15,8 +15,8 @@ from sparc_hf.files.installed_folders import space_folder
 from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.hub.push import (
     MODEL_FILES,
-    _check_login,
-    _check_name,
+    check_login,
+    check_repository_name,
     prepare_features,
     prepare_metric,
     prepare_model,
@@ -25,8 +25,6 @@ from sparc_hf.hub.push import (
 from sparc_hf.space.publishing import PACKAGE_FOLDER, PACKAGE_WAYS, SHIPPED_FOLDER, prepare_space
 
 KINDS = ("model", "features", "metric", "space")
-
-
 # Files of a former push that go with the next where they are not in it.
 REPLACED = {
     "model": list(MODEL_FILES),
@@ -88,9 +86,9 @@ def run_push(args: PushArguments) -> dict[str, Any]:
     given = [kind for kind in KINDS if getattr(args, kind)]
     if len(given) != 1:
         raise ValueError(f"give one of --model, --features, --metric and --space, but there are {given or 'none'}")
-    _check_name(args.repo)
+    check_repository_name(args.repo)
     if args.dry_run is None:
-        _check_login(args.repo)
+        check_login(args.repo)
     else:
         check_output_folder(args.dry_run, "dry_run")
     with _folder_for(args.dry_run) as folder:

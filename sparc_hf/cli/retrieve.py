@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from sparc_hf.cli.parser import trust_remote_code_flag
 from sparc_hf.codes.code_table import check_streams, encode_features
@@ -111,7 +110,6 @@ def _encoding_stream(args: RetrieveArguments, model: SparcModel) -> dict[str, An
     return chosen[0]
 
 
-@torch.no_grad()
 def _encoded(args: RetrieveArguments, model: SparcModel, record: dict[str, Any]) -> np.ndarray:
     """Return the code [N] of an image or a text; of patch tokens the largest values."""
     encoder = load_encoders([record], trust_remote_code=args.trust_remote_code)[record["name"]]

@@ -37,6 +37,17 @@ from sparc_hf.model_folder import SETTINGS_FILE, is_ours, read_settings
 from sparc_hf.training.arguments import SparcTrainingArguments
 from sparc_hf.training.trainer import SparcTrainer
 
+logger = logging.getLogger(__name__)
+# The folders of a demo, and what in them is the demo's own.
+DEMO_FOLDERS = {
+    "features": named("train", "test"),
+    "features/train": FEATURE_FOLDER.owns,
+    "features/test": FEATURE_FOLDER.owns,
+    "model": is_ours,
+    "evaluation": REPORT_FILES,
+}
+STREAMS = ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")
+
 
 @dataclass
 class DemoArguments:
@@ -50,19 +61,6 @@ class DemoArguments:
     epochs: int = field(default=30, metadata={"help": "Passes over the training scenes."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Adam's learning rate."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes, the weights and the row order."})
-
-
-logger = logging.getLogger(__name__)
-
-# The folders of a demo, and what in them is the demo's own.
-DEMO_FOLDERS = {
-    "features": named("train", "test"),
-    "features/train": FEATURE_FOLDER.owns,
-    "features/test": FEATURE_FOLDER.owns,
-    "model": is_ours,
-    "evaluation": REPORT_FILES,
-}
-STREAMS = ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")
 
 
 def run_demo(args: DemoArguments) -> str:

@@ -1,15 +1,12 @@
-"""The figures of a results.json: which of its models a folder is, and whether they can be that model's."""
+"""The figures of a results.json: how they are called and shown, and which of its models a folder is."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from sparc_hf.files.checked_reading import Count, Limit, read_json
 from sparc_hf.model.configuration_sparc import SparcConfig
-
-if TYPE_CHECKING:
-    pass
 
 Matrix = Annotated[
     dict[str, dict[str, float | None]],
@@ -17,6 +14,16 @@ Matrix = Annotated[
         "a number for every pair of streams", lambda rows: rows and all(set(row) == set(rows) for row in rows.values())
     ),
 ]
+METRIC_NAMES = {
+    "nmse_self": "Self-reconstruction nmse",
+    "nmse_cross": "Cross-reconstruction nmse",
+    "dead_share": "Dead latents, mean share over streams",
+    "jaccard": "Label Jaccard between streams, mean over all latents",
+    "jaccard_live": "Label Jaccard between streams, mean over live latents",
+    "self_reconstruction_r_at_1": "Self-reconstruction retrieval R@1",
+    "latent_alignment_r_at_1": "Counterpart retrieval by codes R@1",
+    "cross_reconstruction_r_at_1": "Counterpart retrieval by cross-reconstruction R@1",
+}
 
 
 class Figure(TypedDict):
@@ -104,18 +111,6 @@ def _models_of(path: Path) -> dict[str, dict[str, Any]]:
         return read_json(path, ResultsFile)["models"]
     except ValueError as error:
         raise ValueError(f"{path} is not a results.json of `sparc evaluate`: {error}") from error
-
-
-METRIC_NAMES = {
-    "nmse_self": "Self-reconstruction nmse",
-    "nmse_cross": "Cross-reconstruction nmse",
-    "dead_share": "Dead latents, mean share over streams",
-    "jaccard": "Label Jaccard between streams, mean over all latents",
-    "jaccard_live": "Label Jaccard between streams, mean over live latents",
-    "self_reconstruction_r_at_1": "Self-reconstruction retrieval R@1",
-    "latent_alignment_r_at_1": "Counterpart retrieval by codes R@1",
-    "cross_reconstruction_r_at_1": "Counterpart retrieval by cross-reconstruction R@1",
-}
 
 
 def eval_results(results: Mapping[str, Any]) -> list[Any]:

@@ -88,7 +88,7 @@ def extract_features(
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"`on_error` must be stop or skip, but it is {on_error!r}")
-    _check_sizes(batch_size, rows_per_shard, workers)
+    check_sizes(batch_size, rows_per_shard, workers)
     if not encoders or not getattr(dataset, "num_rows", 1):
         raise ValueError(f"nothing to extract: {len(encoders)} streams and {getattr(dataset, 'num_rows', '?')} rows")
     tokens = tokens_per_sample(encoders)
@@ -147,7 +147,7 @@ def _fill(
     finish: Callable[[ShardFolder], None],
 ) -> bool:
     """Make the shards of a folder, all processes together, and finish it; return False where it was finished."""
-    processes = _processes()
+    processes = launched_processes()
     with locked_folder(path, rank=launched_rank()):
         with processes.main_process_first() if processes else nullcontext():
             folder = ShardFolder(path, settings, repair=repair)
@@ -164,12 +164,12 @@ def _fill(
     return True
 
 
-def _check_sizes(batch_size: int, rows_per_shard: int, workers: int) -> None:
+def check_sizes(batch_size: int, rows_per_shard: int, workers: int) -> None:
     if min(batch_size, rows_per_shard) < 1 or workers < 0:
         raise ValueError("`batch_size` and `rows_per_shard` must be at least 1 and `workers` at least 0")
 
 
-def _processes() -> "PartialState | None":
+def launched_processes() -> "PartialState | None":
     """Return the processes of a launcher, or None where this is the only one.
 
     Raises:

@@ -16,6 +16,8 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from sparc_hf.files.atomic_files import WriteError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -81,7 +83,7 @@ def _acquired(path: Path, wait: bool) -> BaseFileLock:
             return _acquired_at(place, path, wait)
         except OSError as error:
             if error.errno not in CLOSED or (number == 0 and not path.is_dir()) or number == 1:
-                raise OSError(error.errno, f"nothing can be written to `{path}`: {error.strerror}") from error
+                raise WriteError(error.errno, f"nothing can be written to `{path}`: {error.strerror}") from error
     raise AssertionError("unreachable: the last place returns or raises")
 
 
@@ -97,6 +99,9 @@ def _acquired_at(file: Path, path: Path, wait: bool) -> BaseFileLock:
             lock.release()  # the file we locked had just been removed by its holder
             continue
         except Timeout:
+            if not file.exists():  # its holder has just gone; or no file can be made here, and this says why
+                os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o664))
+                continue
             died = _is_dead(holder) and time.monotonic() - started < AFTER_A_KILL
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:

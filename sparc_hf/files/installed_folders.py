@@ -2,10 +2,6 @@
 
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def package_folder() -> Path:
@@ -15,17 +11,17 @@ def package_folder() -> Path:
 
 def templates_folder() -> Path:
     """Return where the card templates lie: inside an installed wheel, or beside the package in a checkout."""
-    here = package_folder()
-    for folder in (here / "hub_cards", here.parent / "hub_cards"):
-        if (folder / "model_card.md").exists():
-            return folder
-    raise FileNotFoundError("the card templates are missing; install sparc-hf again")
+    return _folder_with("hub_cards", "model_card.md", "the card templates are missing")
 
 
 def space_folder() -> Path:
     """Return where the package's own Space lies: inside an installed wheel, or beside the package in a checkout."""
+    return _folder_with("spaces_app", "app.py", "the Space's app is missing")
+
+
+def _folder_with(name: str, file: str, fault: str) -> Path:
     here = package_folder()
-    for folder in (here / "spaces_app", here.parent / "spaces_app"):
-        if (folder / "app.py").is_file():
+    for folder in (here / name, here.parent / name):
+        if (folder / file).is_file():
             return folder
-    raise FileNotFoundError("the Space's app is missing; install sparc-hf again")
+    raise FileNotFoundError(f"{fault}; install sparc-hf again")

@@ -165,7 +165,7 @@ def push_folder(
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
-    _check_login(repo)
+    check_login(repo)
     with _refusals(repo):
         api.create_repo(
             repo, repo_type=kind, private=private, exist_ok=True, space_sdk="gradio" if kind == "space" else None
@@ -189,7 +189,7 @@ def push_folder(
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _check_login(repo: str) -> None:
+def check_login(repo: str) -> None:
     """Ask the Hub who is there, before anything is prepared for it."""
     from huggingface_hub import HfApi
 
@@ -228,7 +228,7 @@ def _refusals(repo: str) -> Iterator[None]:
         raise ValueError(f"cannot reach the Hub ({told}); nothing was changed, so push again later") from error
 
 
-def _check_name(repo: str) -> None:
+def check_repository_name(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

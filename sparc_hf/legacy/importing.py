@@ -1,9 +1,8 @@
-"""What the two earlier projects left behind, told apart by its files and brought into today's formats."""
+"""Features that the two earlier projects left behind, brought into today's format."""
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
@@ -12,12 +11,6 @@ from sparc_hf.features.writer import FeatureWriter
 from sparc_hf.legacy.hdf5_features import AnalysisCache, FeatureFiles
 from sparc_hf.legacy.npz_activations import ActivationTree
 
-if TYPE_CHECKING:
-    pass
-
-HDF5_SUFFIXES = (".h5", ".hdf5")
-CHECKPOINT_SUFFIXES = (".pth", ".pt")
-CHECKPOINT_FILES = ("msae_checkpoint.pth", "**/uni_*_checkpoint_*.pth")
 LegacyFeatures = FeatureFiles | AnalysisCache | ActivationTree
 
 
@@ -62,21 +55,3 @@ def import_features(
                 writer.append(block)
                 progress.update(len(block["id"]))
     return FeatureDataset.load(output, verify=False)  # these very files were just written
-
-
-def _stream_files(sources: Sequence[str]) -> dict[str, Path] | None:
-    """Return stream name -> file from `name=file` strings, or None for one source of another kind."""
-    pairs = [source.partition("=") for source in sources]
-    named = [bool(equals) and name.isidentifier() for name, equals, _ in pairs]
-    if len(sources) == 1 and not named[0]:
-        return None
-    if not all(named) or len({name for name, _, _ in pairs}) != len(pairs):
-        raise ValueError(f"several sources must be name=file.h5, each name once, but they are {list(sources)}")
-    return {name: Path(file) for name, _, file in pairs}
-
-
-def _checkpoint_of(path: Path) -> Path | None:
-    """Return the checkpoint that a path is or holds; of a Universal SAE run, one of its models."""
-    if path.suffix in CHECKPOINT_SUFFIXES:
-        return path
-    return next((file for pattern in CHECKPOINT_FILES for file in sorted(path.glob(pattern))), None)

@@ -59,7 +59,7 @@ def latent_sheet(
         encoder = encoders.get(stream)
         records = {record["name"]: record for record in features.streams}
         is_text = (encoder.modality if encoder else records.get(stream, {}).get("modality")) == "text"
-        images = {row: None if is_text else _shown(features.image(row)) for row in chosen}
+        images = {row: None if is_text else shown_image(features.image(row)) for row in chosen}
         heats = _maps_of(model, encoder, images, latent, method, shifts)
         rows[stream] = [
             SheetCell(
@@ -73,7 +73,7 @@ def latent_sheet(
     return contact_sheet(title or f"latent {latent}", rows)
 
 
-def _shown(image: Image.Image | None) -> Image.Image | None:
+def shown_image(image: Image.Image | None) -> Image.Image | None:
     """Make an image no larger than a figure needs, so that a sheet of photographs stays small."""
     if image is not None:
         image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))

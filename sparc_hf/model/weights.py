@@ -32,6 +32,12 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}")
 BLOCK = 2**20
 
 Stamps = dict[str, tuple[int, int]]
+_LOADING_FAULTS = {
+    "missing_keys": "missing",
+    "unexpected_keys": "unexpected",
+    "mismatched_keys": "mis-shaped",
+    "mistyped_keys": "of another number type",
+}
 
 
 class WeightFiles:
@@ -166,14 +172,6 @@ def _named(name: str, variant: str | None) -> str:
 
 def _shards(index: str) -> list[str]:
     return sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-
-
-_LOADING_FAULTS = {
-    "missing_keys": "missing",
-    "unexpected_keys": "unexpected",
-    "mismatched_keys": "mis-shaped",
-    "mistyped_keys": "of another number type",
-}
 
 
 def reject_loading_faults(info: Mapping[str, Any], path: str) -> None:

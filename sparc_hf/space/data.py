@@ -213,16 +213,15 @@ class SpaceData:
         self._check_stream(source)
         return self.index.search.query(source, sample) if isinstance(sample, int) else self.code(source, sample)
 
-    def nearest(self, target: str, code: np.ndarray, count: int = 12, *, without: int | None = None) -> list[Match]:
-        """Return the indexed samples whose code in a stream is most like a code [N], but for the row `without`.
-
-        Raises:
-            ValueError: for an unknown stream.
-        """
-        self._check_stream(target)
-        return self.index.search.search(target, code, count, without=without)
-
-    def retrieve(self, source: str, target: str, sample: Image.Image | str | int, count: int = 12) -> list[Match]:
+    def retrieve(
+        self,
+        source: str,
+        target: str,
+        sample: Image.Image | str | int,
+        count: int = 12,
+        *,
+        code: np.ndarray | None = None,
+    ) -> list[Match]:
         """Return the indexed samples whose code in the target stream is most like a query's in the source stream.
 
         Args:
@@ -230,12 +229,15 @@ class SpaceData:
             target: stream that is searched.
             sample: as in `query_code`; an indexed sample is left out of its own stream.
             count: most samples to return.
+            code: what `query_code` returned for it, where that is known.
 
         Raises:
-            ValueError: as `query_code`.
+            ValueError: as `query_code`, for the searched stream too.
         """
+        self._check_stream(target)
+        code = self.query_code(source, sample) if code is None else code
         own = sample if isinstance(sample, int) and source == target else None
-        return self.nearest(target, self.query_code(source, sample), count, without=own)
+        return self.index.search.search(target, code, count, without=own)
 
     def _check_stream(self, stream: str) -> None:
         if stream not in self.streams:

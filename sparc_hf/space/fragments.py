@@ -148,7 +148,7 @@ def sample_strip(data: SpaceData, rows: Iterable[int]) -> str:
 def retrieval_page(data: SpaceData, source: str, target: str, query: Image.Image | str | int) -> str:
     """Return a query with its strongest latents, and what it finds; see `SpaceData.retrieve`."""
     code = data.query_code(source, query)
-    matches = data.nearest(target, code, without=query if isinstance(query, int) and source == target else None)
+    matches = data.retrieve(source, target, query, code=code)
     picture = data.image(query) if isinstance(query, int) else query if isinstance(query, Image.Image) else None
     caption = (data.caption(query) or "") if isinstance(query, int) else query if isinstance(query, str) else ""
     remarks = unread_remark(data, source, query) if isinstance(query, str) else []

@@ -271,7 +271,7 @@ class SparcTrainer:
         parts = {name: value.tensor_split(pieces) for name, value in share.items()}
         micro_batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
         selected: list[Any] = [None] * pieces
-        if pieces > 1 and not self.is_usae:
+        if pieces > 1 and self.model.objective.knows_dead_latents:
             with self.accelerator.autocast():
                 # Rows go to the device twice rather than stay there: less memory is what accumulation is for.
                 selected = self.model.begin_step(map(self._on_device, micro_batches))
@@ -403,9 +403,8 @@ class SparcTrainer:
         self.model.eval()
         sums = LossSums(self.accelerator.device)
         for share in self.eval_batches:
-            features = {name: value.to(self.accelerator.device) for name, value in share.items()}
             with self.accelerator.autocast():
-                output = self.model(features)
+                output = self.model(self._on_device(share))
             rows = next(iter(share.values())).shape[0]
             sums.add(output.loss, output.losses, rows / len(self.eval_batches.features))
         sums.count_step()

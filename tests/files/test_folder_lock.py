@@ -156,6 +156,12 @@ def test_a_lock_in_the_folder_where_none_can_be_beside_it(tmp_path, monkeypatch)
         locked_folder(tmp_path / "new").__enter__()
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which no file can be made")
+def test_where_no_file_can_be_made_nobody_is_said_to_hold_it():
+    with pytest.raises(OSError, match=r"^nothing can be written to `/proc/new`"), locked_folder("/proc/new"):
+        pass
+
+
 def test_a_read_only_disk_is_one_sentence(tmp_path, capsys):
     planted_features(20).save(tmp_path / "features")
     disk = tmp_path / "disk"
