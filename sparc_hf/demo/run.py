@@ -163,15 +163,15 @@ def world_features(output: Path, split: str, rows: int, seed: int, earlier: Path
         seed: of the scenes.
         earlier: the folder of an earlier run, whose features are used again where they are of the same scenes.
     """
-    wanted = {"world": "sparc_hf.demo", "split": split, "seed": seed, "scenes": rows}
-    wanted["encoders"] = encoders_checksum()
+    source = {"world": "sparc_hf.demo", "split": split, "seed": seed, "scenes": rows}
+    source["encoders"] = encoders_checksum()
     folder = output / "features" / split
-    if (features := _features_of(folder, wanted)) is not None:
+    if (features := _features_of(folder, source)) is not None:
         return features
     remove_tree(folder)
     # What a run with other sizes left half-way is no use to this one.
     remove_tree(folder.with_name(folder.name + ".partial"))
-    if earlier is not None and _features_of(earlier / "features" / split, wanted) is not None:
+    if earlier is not None and _features_of(earlier / "features" / split, source) is not None:
         with new_folder(folder, named()) as copied:
             carry_over(earlier / "features" / split, copied, named())
         return FeatureDataset.load(folder)
@@ -185,11 +185,11 @@ def world_features(output: Path, split: str, rows: int, seed: int, earlier: Path
         keep_columns=("image",),
         label_names=CLASS_NAMES,
         taxonomy=TAXONOMY,
-        source=wanted,
+        source=source,
     )
 
 
-def _features_of(folder: Path, wanted: dict[str, Any]) -> FeatureDataset | None:
+def _features_of(folder: Path, source: dict[str, Any]) -> FeatureDataset | None:
     """Return the features in a folder if they are whole and of these scenes."""
     if not folder.exists():
         return None
@@ -198,13 +198,13 @@ def _features_of(folder: Path, wanted: dict[str, Any]) -> FeatureDataset | None:
     except (ValueError, OSError) as error:
         logger.warning("%s; they are made again", error)
         return None
-    return features if {key: (features.source or {}).get(key) for key in wanted} == wanted else None
+    return features if {key: (features.source or {}).get(key) for key in source} == source else None
 
 
 def _report(args: DemoArguments, results: dict[str, Any], seconds: dict[str, float]) -> str:
     output = Path(args.output)
     joint, single = results["joint"]["headline"], results["single"]["headline"]
-    shown = (
+    table = (
         ("dead latents, mean over streams", "dead_share", ".1%"),
         ("label Jaccard between streams", "jaccard", ".3f"),
         ("counterpart retrieval by codes, R@1", "latent_alignment_r_at_1", ".3f"),
@@ -219,7 +219,7 @@ def _report(args: DemoArguments, results: dict[str, Any], seconds: dict[str, flo
         f"{'':44}{'joint':>10}{'single':>10}",
         *(
             f"{words:44}{joint[name]['value']:>10{form}}{single[name]['value']:>10{form}}"
-            for words, name, form in shown
+            for words, name, form in table
         ),
         "",
         "joint: all streams of a sample choose its latents together, which gives the counterpart partly away;",

@@ -18,11 +18,11 @@ from sparc_hf.demo.encoder_training.clip import (
     build_tokenizer,
     contrastive_loss,
     encode_captions,
-    to_pixels,
     train_clip,
 )
 from sparc_hf.demo.encoder_training.dino import DinoRecipe, build_dino, train_dino
 from sparc_hf.demo.encoder_training.image_tower import copy_image_tower
+from sparc_hf.demo.encoder_training.steps import normalised, to_pixels
 from sparc_hf.demo.encoder_training.train import draw_scenes
 from sparc_hf.demo.encoder_training.word_swaps import WordSwaps, object_phrases
 from sparc_hf.demo.taxonomy import (
@@ -102,7 +102,7 @@ def test_the_copied_tower_computes_what_its_source_does(scenes):
     clip = build_clip(build_tokenizer(scenes[1][0]), ClipRecipe()).eval()
     copy_image_tower(source, clip)
     clip.vision_model.pre_layrnorm = torch.nn.Identity()
-    pixels = to_pixels(scenes[0][:3])
+    pixels = normalised(to_pixels(scenes[0][:3]))
     with torch.no_grad():
         expected = source(pixel_values=pixels).last_hidden_state
         found = clip.vision_model.post_layernorm(clip.vision_model(pixel_values=pixels).last_hidden_state)
@@ -157,7 +157,9 @@ def test_training_learns_which_word_is_wrong():
         swaps = WordSwaps(processor.tokenizer, token_ids)
         wrong, valid = swaps.swapped(token_ids[:, 0], np.arange(16), 3, np.random.default_rng(7))
         with torch.no_grad():
-            rows = F.normalize(clip.get_image_features(pixel_values=to_pixels(images)).pooler_output, dim=-1)
+            rows = F.normalize(
+                clip.get_image_features(pixel_values=normalised(to_pixels(images))).pooler_output, dim=-1
+            )
             flat = torch.from_numpy(np.concatenate([token_ids[:, :1], wrong], axis=1)).flatten(0, 1)
             texts = F.normalize(clip.get_text_features(input_ids=flat).pooler_output, dim=-1).view(16, 4, -1)
         cosines = torch.einsum("bd,bvd->bv", rows, texts)

@@ -7,18 +7,15 @@ caption's place.
 """
 
 import json
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -29,48 +26,32 @@ from transformers import (
 )
 
 from sparc_hf.demo.encoder_training.image_tower import copy_image_tower
+from sparc_hf.demo.encoder_training.steps import IMAGE_PROCESSING, Recipe, normalised, take_steps, to_pixels
 from sparc_hf.demo.encoder_training.word_swaps import WordSwaps, object_phrases
 from sparc_hf.demo.raster import IMAGE_SIZE
-from sparc_hf.files.atomic_files import sync_tree
-
-logger = logging.getLogger(__name__)
 
 CONTEXT_LENGTH = 32
-IMAGE_MEAN = (0.5, 0.5, 0.5)
-IMAGE_STD = (0.25, 0.25, 0.25)
 _SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
+# As CLIP limits it (arXiv 2103.00020, section 2.5), because training is unstable beyond.
 _MAX_LOGIT_SCALE = math.log(100)
 
 
 @dataclass(frozen=True)
-class ClipRecipe:
+class ClipRecipe(Recipe):
     """Settings of the CLIP training; the defaults made the shipped encoder.
 
     Attributes:
-        steps: optimizer steps.
-        batch_size: images per step.
         wrong_captions: variants of each caption that are wrong by one word.
         phrase_share: how often a phrase of one object stands for the caption.
-        learning_rate: peak, after a linear warm-up of 5 % and before a cosine decay to 0.
-        hidden_size: width of both towers.
         vision_layers: blocks of the image tower.
         text_layers: blocks of the text tower.
-        patch_size: in pixels.
-        weight_decay: of AdamW.
-        seed: of the initial weights and of the order of scenes.
     """
 
     steps: int = 1300
-    batch_size: int = 128
     wrong_captions: int = 3
     phrase_share: float = 0.3
-    learning_rate: float = 1e-3
-    hidden_size: int = 128
     vision_layers: int = 4
     text_layers: int = 3
-    patch_size: int = 8
-    weight_decay: float = 0.05
-    seed: int = 0
 
 
 def build_tokenizer(captions: Iterable[str], vocabulary_size: int = 1200) -> CLIPTokenizer:
@@ -129,27 +110,9 @@ def build_clip(tokenizer: CLIPTokenizer, recipe: ClipRecipe) -> CLIPModel:
     return CLIPModel(config)
 
 
-def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
-    """Tokenizer and image processor (64 pixels, no crop) in one."""
-    image_processor = CLIPImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        do_center_crop=False,
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
-    )
-    return CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
-
-
-def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
-    """uint8 [batch, 64, 64, 3] -> float32 [batch, 3, 64, 64], normalised as the image processors do."""
-    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
-    return (pixels - mean) / std
-
-
 def encode_captions(tokenizer: CLIPTokenizer, captions: Sequence[Sequence[str]]) -> np.ndarray:
     """Token ids int64 [scenes, captions per scene, 32]."""
-    flat = [caption for of_scene in captions for caption in of_scene]
+    flat = [caption for captions_of_scene in captions for caption in captions_of_scene]
     ids = tokenizer(flat, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
     return np.asarray(ids, dtype=np.int64).reshape(len(captions), -1, CONTEXT_LENGTH)
 
@@ -172,34 +135,6 @@ def contrastive_loss(
     return (F.cross_entropy(torch.cat([logits, hard], dim=1), target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def learning_rate_share(step: int, steps: int, warm_up: float = 0.05) -> float:
-    """Linear warm-up over a share of the steps, then a cosine to 0; in 0..1."""
-    start = max(1, int(warm_up * steps))
-    if step < start:
-        return (step + 1) / start
-    return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
-
-
-def adamw(module: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
-
-
-def index_batches(rows: int, batch_size: int, steps: int, rng: np.random.Generator) -> Iterable[np.ndarray]:
-    """`steps` arrays of `batch_size` row numbers, epoch by epoch in random order."""
-    queue = np.empty(0, dtype=np.int64)
-    for _ in range(steps):
-        if len(queue) < batch_size:
-            queue = np.concatenate([queue, rng.permutation(rows)])
-        batch, queue = queue[:batch_size], queue[batch_size:]
-        yield batch
-
-
 class CaptionSampler:
     """Draws the texts of a step: a caption or a phrase of every scene, and variants that are wrong by one word."""
 
@@ -207,9 +142,9 @@ class CaptionSampler:
         self._recipe = recipe
         self._captions = encode_captions(tokenizer, captions)
         self._swaps = WordSwaps(tokenizer, self._captions)
-        phrases = [object_phrases(of_scene) for of_scene in captions]
-        self._counts = np.array([len(of_scene) for of_scene in phrases])
-        self._phrases = encode_captions(tokenizer, [[phrase] for of_scene in phrases for phrase in of_scene])[:, 0]
+        phrases = [object_phrases(texts) for texts in captions]
+        self._counts = np.array([len(texts) for texts in phrases])
+        self._phrases = encode_captions(tokenizer, [[phrase] for texts in phrases for phrase in texts])[:, 0]
 
     def draw(self, scenes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids int64 [scenes, 1 + variants, tokens], the true text first, and bool [scenes, variants]."""
@@ -234,7 +169,7 @@ def _embed_texts(model: Any, ids: torch.Tensor, end: int, groups: int = 3) -> to
     return F.normalize(torch.cat(rows)[order.argsort()], dim=-1)
 
 
-def _clip_step(model: Any, pixels: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor, end: int) -> torch.Tensor:
+def _clip_loss(model: Any, pixels: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor, end: int) -> torch.Tensor:
     """Loss of images [batch, 3, 64, 64] against texts [batch, 1 + variants, tokens], the true one first."""
     images = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
     texts = _embed_texts(model, ids.flatten(0, 1), end).view(*ids.shape[:2], -1)
@@ -266,35 +201,17 @@ def train_clip(
     recipe = recipe or ClipRecipe()
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    tokenizer = build_tokenizer(caption for of_scene in captions for caption in of_scene)
+    tokenizer = build_tokenizer(caption for captions_of_scene in captions for caption in captions_of_scene)
     texts = CaptionSampler(tokenizer, captions, recipe)
     end = int(tokenizer.convert_tokens_to_ids(_SPECIAL_TOKENS[1]))  # pyright: ignore[reportArgumentType]
     model: Any = build_clip(tokenizer, recipe)
     if image_tower is not None:
         copy_image_tower(image_tower, model)
     model.to(device).train()
-    optimizer = adamw(model, recipe.learning_rate, recipe.weight_decay)
-    progress = tqdm(
-        index_batches(len(images), recipe.batch_size, recipe.steps, rng), total=recipe.steps, desc="clip", unit="step"
-    )
-    for step, rows in enumerate(progress):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * learning_rate_share(step, recipe.steps)
+
+    def loss_of(rows: np.ndarray) -> torch.Tensor:
         ids, valid = (torch.from_numpy(array).to(device) for array in texts.draw(rows, rng))
-        loss = _clip_step(model, to_pixels(images[rows], device), ids, valid, end)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0 or step == recipe.steps - 1:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-            logger.debug("clip step %d: loss %.4f", step, loss.item())
-    return model.eval(), build_processor(tokenizer)
+        return _clip_loss(model, normalised(to_pixels(images[rows], device)), ids, valid, end)
 
-
-def save_clip(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
-    """Write weights in float16, config, tokenizer and processor; `AutoModel` and `AutoProcessor` load the folder."""
-    model.half().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    sync_tree(folder)
-    model.float()
+    take_steps("clip", model, loss_of, len(images), recipe, rng)
+    return model.eval(), CLIPProcessor(image_processor=CLIPImageProcessorPil(**IMAGE_PROCESSING), tokenizer=tokenizer)

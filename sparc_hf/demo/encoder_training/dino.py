@@ -7,9 +7,7 @@ with clusters of a fixed rule). Other objectives were tried in the same time: co
 place and background or, strongly distorted, did not start to learn, and so did predicting the silhouettes' pixels.
 """
 
-import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +19,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from sparc_hf.demo.encoder_training.clip import IMAGE_MEAN, IMAGE_STD, adamw, index_batches, learning_rate_share
+from sparc_hf.demo.encoder_training.steps import IMAGE_PROCESSING, Recipe, normalised, take_steps, to_pixels
 from sparc_hf.demo.raster import IMAGE_SIZE
-from sparc_hf.files.atomic_files import sync_tree
-
-logger = logging.getLogger(__name__)
 
 SILHOUETTE = 16
 # Square of pixels; smaller blobs are specks of the background, larger ones parts of it.
@@ -34,36 +29,24 @@ BORDER_PIXELS = 4
 
 
 @dataclass(frozen=True)
-class DinoRecipe:
+class DinoRecipe(Recipe):
     """Settings of the self-supervised training; the defaults made the shipped encoder.
 
     Attributes:
-        steps: optimizer steps.
-        batch_size: scenes per step.
-        learning_rate: peak, after a linear warm-up of 5 % and before a cosine decay to 0.
-        hidden_size: width.
         layers: blocks.
-        patch_size: in pixels.
         registers: register tokens.
         silhouette_clusters: clusters of silhouettes.
         colour_clusters: clusters of colours.
         colour_weight: weight of the colour clusters beside the silhouette clusters.
-        weight_decay: of AdamW.
-        seed: of the initial weights, the order of scenes and the distortions.
     """
 
     steps: int = 2600
-    batch_size: int = 128
     learning_rate: float = 1.5e-3
-    hidden_size: int = 128
     layers: int = 4
-    patch_size: int = 8
     registers: int = 4
     silhouette_clusters: int = 64
     colour_clusters: int = 16
     colour_weight: float = 0.2
-    weight_decay: float = 0.05
-    seed: int = 0
 
 
 class Blobs(NamedTuple):
@@ -87,14 +70,14 @@ def find_blobs(image: np.ndarray, patch_size: int) -> Blobs:
     distance = np.linalg.norm(smooth - np.median(pixels.reshape(-1, 3), axis=0), axis=2)
     # Opening removes lines and grains of the background.
     opened = ndimage.binary_opening(distance > 0.25, np.ones((3, 3)))
-    parts, count = ndimage.label(opened)  # pyright: ignore[reportGeneralTypeIssues]
-    kept = [blob for blob in range(1, count + 1) if _is_object(parts == blob)]
-    if not kept:
+    areas, count = ndimage.label(opened)  # pyright: ignore[reportGeneralTypeIssues]
+    labels = [blob for blob in range(1, count + 1) if _is_object(areas == blob)]
+    if not labels:
         patches = (IMAGE_SIZE // patch_size) ** 2
         return Blobs(np.full(patches, -1), np.empty((0, SILHOUETTE**2), np.float32), np.empty((0, 3), np.float32))
-    masks = np.stack([parts == blob for blob in kept])
-    cells = masks.reshape(len(kept), IMAGE_SIZE // patch_size, patch_size, IMAGE_SIZE // patch_size, patch_size)
-    covered = cells.mean(axis=(2, 4)).reshape(len(kept), -1)
+    masks = np.stack([areas == blob for blob in labels])
+    cells = masks.reshape(len(labels), IMAGE_SIZE // patch_size, patch_size, IMAGE_SIZE // patch_size, patch_size)
+    covered = cells.mean(axis=(2, 4)).reshape(len(labels), -1)
     owner = np.where(covered.max(axis=0) >= 0.25, covered.argmax(axis=0), -1)
     return Blobs(
         owner,
@@ -129,12 +112,13 @@ class _Targets:
     """
 
     def __init__(self, images: np.ndarray, recipe: DinoRecipe):
-        found = [find_blobs(image, recipe.patch_size) for image in tqdm(images, desc="finding blobs", unit="scene")]
-        counts = np.array([len(blobs.colours) for blobs in found])
+        progress = tqdm(images, desc="finding blobs", unit="scene")
+        blobs_of = [find_blobs(image, recipe.patch_size) for image in progress]
+        counts = np.array([len(blobs.colours) for blobs in blobs_of])
         self.usable = np.flatnonzero(counts)
         sizes = (recipe.silhouette_clusters, recipe.colour_clusters)
-        silhouettes = np.concatenate([blobs.silhouettes for blobs in found])
-        colours = np.concatenate([blobs.colours for blobs in found])
+        silhouettes = np.concatenate([blobs.silhouettes for blobs in blobs_of])
+        colours = np.concatenate([blobs.colours for blobs in blobs_of])
         labels = [
             kmeans2(values, size, minit="++", seed=recipe.seed, iter=30)[1]  # pyright: ignore[reportCallIssue]
             for values, size in zip((silhouettes, colours), sizes, strict=True)
@@ -147,7 +131,10 @@ class _Targets:
         clusters = np.concatenate([np.zeros((1, 2), np.int64), np.stack(labels, axis=1) + 1])
         first = np.cumsum(counts) - counts
         self.patches = np.stack(
-            [clusters[np.where(b.owner < 0, 0, b.owner + start + 1)] for b, start in zip(found, first, strict=True)]
+            [
+                clusters[np.where(blobs.owner < 0, 0, blobs.owner + start + 1)]
+                for blobs, start in zip(blobs_of, first, strict=True)
+            ]
         )
 
 
@@ -165,16 +152,6 @@ def build_dino(recipe: DinoRecipe) -> Dinov2WithRegistersModel:
     return Dinov2WithRegistersModel(config)
 
 
-def build_image_processor() -> BitImageProcessorPil:
-    """Image processor for 64 pixels, without a crop."""
-    return BitImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        do_center_crop=False,
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
-    )
-
-
 def distort(images: Tensor, draws: torch.Generator) -> Tensor:
     """Return images [batch, 3, 64, 64] in 0..1 with other light, contrast and noise; some with mixed channels."""
     batch = len(images)
@@ -184,18 +161,13 @@ def distort(images: Tensor, draws: torch.Generator) -> Tensor:
 
     mixing = uniform(-1, 1, 3, 3)
     mixing = mixing / mixing.abs().sum(dim=2, keepdim=True)
-    kept = (uniform(0, 1) < 0.7)[:, None, None]
-    mixing = torch.where(kept, torch.eye(3, device=images.device).expand_as(mixing), mixing)
+    keeps_colours = (uniform(0, 1) < 0.7)[:, None, None]
+    mixing = torch.where(keeps_colours, torch.eye(3, device=images.device).expand_as(mixing), mixing)
     middle = images.mean(dim=(2, 3), keepdim=True)
     mixed = torch.einsum("bij,bjhw->bihw", mixing, images - middle) * uniform(0.8, 1.3, 1, 1, 1)
-    light = torch.where(kept[..., None], middle + uniform(-0.1, 0.1, 1, 1, 1), uniform(0.25, 0.75, 3, 1, 1))
+    light = torch.where(keeps_colours[..., None], middle + uniform(-0.1, 0.1, 1, 1, 1), uniform(0.25, 0.75, 3, 1, 1))
     noise = torch.randn(images.shape, generator=draws, device=images.device) * uniform(0, 0.05, 1, 1, 1)
     return (mixed + light + noise).clamp(0, 1)
-
-
-def _normalised(images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
-    return (images - mean) / std
 
 
 class _Heads(nn.Module):
@@ -205,18 +177,18 @@ class _Heads(nn.Module):
         super().__init__()
         sizes = (recipe.silhouette_clusters, recipe.colour_clusters)
         self.weights = (1.0, recipe.colour_weight)
-        self.of_image = nn.ModuleList([nn.Linear(recipe.hidden_size, size) for size in sizes])
-        self.of_patch = nn.ModuleList([nn.Linear(recipe.hidden_size, size + 1) for size in sizes])
+        self.image_heads = nn.ModuleList([nn.Linear(recipe.hidden_size, size) for size in sizes])
+        self.patch_heads = nn.ModuleList([nn.Linear(recipe.hidden_size, size + 1) for size in sizes])
 
     def loss(self, cls: Tensor, patches: Tensor, image_targets: list[Tensor], patch_targets: Tensor) -> Tensor:
         """Cross-entropies of cls [batch, hidden] and patches [batch, patches, hidden]; blobs and rest weigh alike."""
         total = cls.new_zeros(())
         on_blob = patch_targets[..., 0] > 0
         for kind, weight in enumerate(self.weights):
-            total = total + weight * F.cross_entropy(self.of_image[kind](cls), image_targets[kind])
-            for part in (on_blob, ~on_blob):
-                logits = self.of_patch[kind](patches[part])
-                total = total + weight / 2 * F.cross_entropy(logits, patch_targets[..., kind][part])
+            total = total + weight * F.cross_entropy(self.image_heads[kind](cls), image_targets[kind])
+            for inside in (on_blob, ~on_blob):
+                logits = self.patch_heads[kind](patches[inside])
+                total = total + weight / 2 * F.cross_entropy(logits, patch_targets[..., kind][inside])
         return total
 
 
@@ -241,33 +213,17 @@ def train_dino(
     model: Any = build_dino(recipe)
     model.to(device).train()
     heads = _Heads(recipe).to(device)
-    optimizer = adamw(nn.ModuleList([model, heads]), recipe.learning_rate, recipe.weight_decay)
-    order = index_batches(len(targets.usable), recipe.batch_size, recipe.steps, rng)
-    progress = tqdm(order, total=recipe.steps, desc="dino", unit="step")
-    for step, positions in enumerate(progress):
+
+    def loss_of(positions: np.ndarray) -> Tensor:
         rows = targets.usable[positions]
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * learning_rate_share(step, recipe.steps)
-        batch = torch.from_numpy(images[rows]).to(device).permute(0, 3, 1, 2).float() / 255
-        tokens = model(pixel_values=_normalised(distort(batch, draws))).last_hidden_state
-        loss = heads.loss(
+        pixels = normalised(distort(to_pixels(images[rows], device), draws))
+        tokens = model(pixel_values=pixels).last_hidden_state
+        return heads.loss(
             tokens[:, 0],
             tokens[:, 1 + recipe.registers :],
             [torch.from_numpy(shares[rows]).to(device) for shares in targets.images],
             torch.from_numpy(targets.patches[rows]).to(device),
         )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0 or step == recipe.steps - 1:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval(), build_image_processor()
 
-
-def save_dino(model: Dinov2WithRegistersModel, processor: BitImageProcessorPil, folder: Path) -> None:
-    """Write weights in float16, config and image processor; `AutoModel` and `AutoImageProcessor` load the folder."""
-    model.half().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    sync_tree(folder)
-    model.float()
+    take_steps("dino", model, loss_of, len(targets.usable), recipe, rng, heads)
+    return model.eval(), BitImageProcessorPil(**IMAGE_PROCESSING)

@@ -104,7 +104,7 @@ def _single_objects(split: str, count: int) -> list[Scene]:
 def _encode(folder: Path, images: list[Any], pooled: Callable[[Tensor], Tensor], batch: int = 250) -> Tensor:
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     pixels = processor(images, return_tensors="pt")["pixel_values"]
-    return torch.cat([pooled(part) for part in pixels.split(batch)])
+    return torch.cat([pooled(block) for block in pixels.split(batch)])
 
 
 def _clip_images(folder: Path, scenes: list[Scene]) -> Tensor:

@@ -35,12 +35,12 @@ QUERIES: dict[str, list[ObjectQuery]] = {"colour": _queries(COLOUR_IDS), "textur
 
 def right_scenes(queries: Sequence[ObjectQuery], scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
     """Tell which scenes have the shape, the attribute, and both in one object; each bool [queries, scenes]."""
-    facts = [{(o.shape, attribute) for o in scene.objects for attribute in (o.colour, o.texture)} for scene in scenes]
-    labels = [set(scene.labels) for scene in scenes]
+    pairs = [{(o.shape, attribute) for o in scene.objects for attribute in (o.colour, o.texture)} for scene in scenes]
+    classes = [set(scene.labels) for scene in scenes]
     return {
-        "shape": np.array([[query.shape in of_scene for of_scene in labels] for query in queries]),
-        "attribute": np.array([[query.attribute in of_scene for of_scene in labels] for query in queries]),
-        "both": np.array([[(query.shape, query.attribute) in of_scene for of_scene in facts] for query in queries]),
+        "shape": np.array([[query.shape in ids for ids in classes] for query in queries]),
+        "attribute": np.array([[query.attribute in ids for ids in classes] for query in queries]),
+        "both": np.array([[(query.shape, query.attribute) in ids for ids in pairs] for query in queries]),
     }
 
 

@@ -14,8 +14,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Dinov2WithRegistersModel
 
-from sparc_hf.demo.encoder_training.clip import save_clip, train_clip
-from sparc_hf.demo.encoder_training.dino import save_dino, train_dino
+from sparc_hf.demo.encoder_training.clip import train_clip
+from sparc_hf.demo.encoder_training.dino import train_dino
+from sparc_hf.demo.encoder_training.steps import save_encoder
 from sparc_hf.demo.raster import IMAGE_SIZE
 from sparc_hf.demo.scenes import SPLITS, make_scene
 
@@ -28,9 +29,9 @@ def draw_scenes(split: str, scenes: int) -> tuple[np.ndarray, list[tuple[str, ..
     """Return images, uint8 [scenes, 64, 64, 3], and the captions of the first scenes of a split."""
     images = np.empty((scenes, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     captions = []
-    for number, index in enumerate(tqdm(SPLITS[split][:scenes], desc=f"drawing {split} scenes", unit="scene")):
+    for row, index in enumerate(tqdm(SPLITS[split][:scenes], desc=f"drawing {split} scenes", unit="scene")):
         scene = make_scene(index)
-        images[number] = np.asarray(scene.image)
+        images[row] = np.asarray(scene.image)
         captions.append(scene.captions)
     return images, captions
 
@@ -49,10 +50,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, captions = draw_scenes("encoders", args.scenes)
     if args.only != "clip":
-        save_dino(*train_dino(images, device=device), dino)
+        save_encoder(*train_dino(images, device=device), dino)
     if args.only != "dino":
         image_tower = Dinov2WithRegistersModel.from_pretrained(dino, dtype=torch.float32)
-        save_clip(*train_clip(images, captions, image_tower, device=device), clip)
+        save_encoder(*train_clip(images, captions, image_tower, device=device), clip)
     logger.info("saved in %s", args.output)
 
 

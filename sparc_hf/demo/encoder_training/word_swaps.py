@@ -65,9 +65,9 @@ class WordSwaps:
         for group, classes in enumerate((*OBJECT_GROUPS, *OTHER_GROUPS)):
             # The plural of a shape is the class of its singular.
             first = 0 if classes is _PLURALS else 100 * group
-            for number, words in enumerate(classes):
+            for place, words in enumerate(classes):
                 tokens = [vocabulary[f"{word}</w>"] for word in words if f"{word}</w>" in vocabulary]
-                self._group[tokens], self._class[tokens] = group, first + number
+                self._group[tokens], self._class[tokens] = group, first + place
         self._words = np.flatnonzero(self._group >= 0)
         self._articles = np.array([vocabulary["a</w>"], vocabulary["an</w>"]])
         words = sorted(vocabulary, key=vocabulary.__getitem__)
