@@ -161,8 +161,8 @@ class CodeTable:
 
     def rows(self, start: int, stop: int) -> "CodeTable":
         """Return the table of rows `start` to `stop`, exclusive, without copying."""
-        part = self.table.slice(start, max(stop - start, 0))
-        return CodeTable(part, num_latents=self.num_latents, encoding=self.encoding)
+        table = self.table.slice(start, max(stop - start, 0))
+        return CodeTable(table, num_latents=self.num_latents, encoding=self.encoding)
 
     def save(self, path: str | Path, *, rows_per_shard: int = 16384, overwrite: bool = False) -> None:
         """Write the table as a folder, which appears under its name only when it is whole.
@@ -180,9 +180,9 @@ class CodeTable:
         if stream not in self.streams:
             raise ValueError(f"the code table has no stream `{stream}`; it has {self.streams}")
         chunked = self.table.column(column)
-        parts = [np.asarray(chunk.flatten()) for chunk in chunked.chunks if len(chunk)]
-        parts = parts or [np.empty(0, chunked.type.value_type.to_pandas_dtype())]
-        flat = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        arrays = [np.asarray(chunk.flatten()) for chunk in chunked.chunks if len(chunk)]
+        arrays = arrays or [np.empty(0, chunked.type.value_type.to_pandas_dtype())]
+        flat = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return flat.reshape(-1, chunked.type.list_size)
 
 
@@ -244,7 +244,7 @@ class CodeTableWriter:
         """Append rows, as a table of the columns of a `CodeTable`."""
         self._schema = codes.schema
         self._pending.append(codes)
-        if sum(part.num_rows for part in self._pending) >= self.rows_per_shard:
+        if sum(table.num_rows for table in self._pending) >= self.rows_per_shard:
             with self._writing():
                 self._flush()
 
@@ -350,10 +350,10 @@ def decoded_rows(model: SparcModel, codes: CodeTable, source: str, target: str, 
     indices, values = codes.indices(source), codes.values(source)
     rows = np.empty((len(codes), model.config.hidden_sizes[target]), np.float32)
     for start in range(0, len(codes), batch_size):
-        part = slice(start, start + batch_size)
+        block = slice(start, start + batch_size)
         # Copied, because mapped files are read-only.
-        latents, strengths = torch.from_numpy(indices[part].astype(np.int64)), torch.from_numpy(values[part].copy())
-        rows[part] = model.decode(SparseCodes(latents, strengths, codes.num_latents), to=target).float().cpu().numpy()
+        latents, strengths = torch.from_numpy(indices[block].astype(np.int64)), torch.from_numpy(values[block].copy())
+        rows[block] = model.decode(SparseCodes(latents, strengths, codes.num_latents), to=target).float().cpu().numpy()
     return rows
 
 

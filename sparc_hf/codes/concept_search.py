@@ -138,7 +138,7 @@ def _entries_of(concept: Concept) -> list[_Entry]:
     """Return what a latent can be found by, its name first."""
     texts = [] if concept.name is None else [(0, concept.name, concept.score)]
     for field, evidence in enumerate((concept.labels, concept.words, concept.vocabulary), start=1):
-        texts += [(field, one.name, one.z) for one in evidence]
+        texts += [(field, item.name, item.z) for item in evidence]
     return [_Entry(field, text, _folded(text), z) for field, text, z in texts]
 
 

@@ -95,7 +95,7 @@ def name_concepts(
     features: FeatureDataset,
     *,
     samples: int = 20,
-    kept: int = 5,
+    per_latent: int = 5,
     vocabulary: Mapping[int, Sequence[SimilarWord]] | None = None,
 ) -> list[Concept]:
     """Name every latent that fires.
@@ -104,7 +104,7 @@ def name_concepts(
         codes: single-stream codes of the features.
         features: the rows, with labels, captions, or both.
         samples: top samples of a latent in a stream whose captions count, and whose names are kept.
-        kept: most labels and words to keep of a latent.
+        per_latent: most labels and words to keep of a latent.
         vocabulary: latent -> words that raise it, see `vocabulary_evidence`.
 
     Raises:
@@ -119,28 +119,28 @@ def name_concepts(
     texts = features.text
     best = top_samples(codes, samples)
     firing: dict[str, Any] = {stream: codes.csr(stream).astype(bool) for stream in codes.streams}
-    labels = _label_evidence(firing, features, kept) if has_labels else {}
-    words = _word_evidence(best, texts, kept) if texts is not None else {}
-    found = []
+    labels = _label_evidence(firing, features, per_latent) if has_labels else {}
+    words = _word_evidence(best, texts, per_latent) if texts is not None else {}
+    concepts = []
     fired = {stream: np.asarray(active.sum(axis=0)).ravel() for stream, active in firing.items()}
     for latent in np.flatnonzero(np.sum(list(fired.values()), axis=0)).tolist():
         own_labels, own_words = labels.get(latent, []), words.get(latent, [])
         own_vocabulary = list((vocabulary or {}).get(latent, []))
         evidence = [*own_labels[:1], *own_words[:1], *own_vocabulary[:1]]
-        named = next((one for one in evidence if one.z >= SURE), None)
-        found.append(
+        best_evidence = next((item for item in evidence if item.z >= SURE), None)
+        concepts.append(
             Concept(
                 latent=latent,
-                name=named.name if named else None,
-                score=named.z if named else 0.0,
+                name=best_evidence.name if best_evidence else None,
+                score=best_evidence.z if best_evidence else 0.0,
                 fires={stream: float(counts[latent] / len(features)) for stream, counts in fired.items()},
                 labels=own_labels,
                 words=own_words,
                 samples={stream: _sample_names(top.rows[latent], features) for stream, top in best.items()},
-                vocabulary=own_vocabulary[:kept],
+                vocabulary=own_vocabulary[:per_latent],
             )
         )
-    return found
+    return concepts
 
 
 def surest_concepts(concepts: Sequence[Concept], count: int) -> list[Concept]:
@@ -176,7 +176,7 @@ def vocabulary_words(text: str, prompt: str = "{}") -> list[str]:
 
 @torch.no_grad()
 def vocabulary_evidence(
-    model: SparcModel, encoder: StreamEncoder, words: Sequence[str], *, prompt: str = "{}", kept: int = 5
+    model: SparcModel, encoder: StreamEncoder, words: Sequence[str], *, prompt: str = "{}", per_latent: int = 5
 ) -> dict[int, list[SimilarWord]]:
     """Return latent -> the words whose texts raise it most, through a text stream.
 
@@ -185,7 +185,7 @@ def vocabulary_evidence(
         encoder: of the text stream.
         words: the vocabulary, at least two words.
         prompt: the text of a word, which stands in place of {}.
-        kept: most words to keep of a latent.
+        per_latent: most words to keep of a latent.
 
     Raises:
         ValueError: for a stream that encodes no text, or fewer than two different words.
@@ -200,7 +200,7 @@ def vocabulary_evidence(
     every = torch.arange(model.config.num_latents)
     values = model.preactivations(encoder.name, rows, every).cpu().numpy()
     z = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-9)
-    order = np.argsort(-z, axis=0, kind="stable")[:kept]
+    order = np.argsort(-z, axis=0, kind="stable")[:per_latent]
     return {
         latent: [
             SimilarWord(words[at], round(float(values[at, latent]), 5), round(float(z[at, latent]), 3))
@@ -220,6 +220,7 @@ def log_odds_z(inside: np.ndarray, inside_total: float, everywhere: np.ndarray, 
         everywhere: counts in all samples, [...]; they are also the prior, scaled to the latent's size.
         total: all counts in all samples.
     """
+    # A hundredth of a count keeps the logarithm finite for what occurs nowhere.
     prior = everywhere * (inside_total / max(total, 1)) + 0.01
     prior_total = inside_total + 0.01 * np.size(everywhere)
     outside, outside_total = everywhere - inside, total - inside_total
@@ -232,7 +233,7 @@ def log_odds_z(inside: np.ndarray, inside_total: float, everywhere: np.ndarray, 
     return (log_odds(inside, inside_total) - log_odds(outside, outside_total)) / spread
 
 
-def _label_evidence(firing: Mapping[str, Any], features: FeatureDataset, kept: int) -> dict[int, list[Evidence]]:
+def _label_evidence(firing: Mapping[str, Any], features: FeatureDataset, per_latent: int) -> dict[int, list[Evidence]]:
     """Return latent -> its labels; the samples of all streams count together."""
     labels = features.labels_csr().astype(np.float64)
     counts = np.sum([(active.astype(np.float64).T @ labels).toarray() for active in firing.values()], axis=0)
@@ -240,38 +241,38 @@ def _label_evidence(firing: Mapping[str, Any], features: FeatureDataset, kept: i
     streams, rows = len(firing), len(features)
     everywhere = np.asarray(labels.sum(axis=0)).ravel() * streams
     names = list(features.label_names or [])
-    found = {}
+    evidence = {}
     for latent in np.flatnonzero(sizes).tolist():
         # A label is a yes or no of each sample: the whole is the samples, not the labels.
         z = log_odds_z(counts[latent], sizes[latent], everywhere, rows * streams)
         base = np.maximum(everywhere, 1) / (rows * streams)
         lift = counts[latent] / sizes[latent] / base
-        found[latent] = _strongest(names, lift, counts[latent], z, kept)
-    return found
+        evidence[latent] = _strongest(names, lift, counts[latent], z, per_latent)
+    return evidence
 
 
-def _word_evidence(best: Mapping[str, TopSamples], texts: Sequence[str], kept: int) -> dict[int, list[Evidence]]:
+def _word_evidence(best: Mapping[str, TopSamples], texts: Sequence[str], per_latent: int) -> dict[int, list[Evidence]]:
     """Return latent -> the words of its top samples' captions, each counted once a sample."""
     words_of = [sorted({word for word in WORD.findall(text.lower()) if word not in STOP_WORDS}) for text in texts]
     vocabulary = sorted({word for words in words_of for word in words})
-    number = {word: at for at, word in enumerate(vocabulary)}
-    everywhere = np.bincount([number[word] for words in words_of for word in words], minlength=len(vocabulary))
+    place = {word: at for at, word in enumerate(vocabulary)}
+    everywhere = np.bincount([place[word] for words in words_of for word in words], minlength=len(vocabulary))
     streams, rows = len(best), len(texts)
-    found = {}
+    evidence = {}
     for latent in range(len(next(iter(best.values())).rows)):
-        chosen = [row for top in best.values() for row in top.rows[latent] if row >= 0]
-        if not chosen or not vocabulary:
+        rows_of_latent = [row for top in best.values() for row in top.rows[latent] if row >= 0]
+        if not rows_of_latent or not vocabulary:
             continue
-        seen = [number[word] for row in chosen for word in words_of[row]]
+        seen = [place[word] for row in rows_of_latent for word in words_of[row]]
         counts = np.bincount(seen, minlength=len(vocabulary)).astype(np.float64)
-        z = log_odds_z(counts, len(chosen), everywhere * streams, rows * streams)
-        lift = counts / len(chosen) / (np.maximum(everywhere, 1) / rows)
-        found[latent] = _strongest(vocabulary, lift, counts, z, kept)
-    return found
+        z = log_odds_z(counts, len(rows_of_latent), everywhere * streams, rows * streams)
+        lift = counts / len(rows_of_latent) / (np.maximum(everywhere, 1) / rows)
+        evidence[latent] = _strongest(vocabulary, lift, counts, z, per_latent)
+    return evidence
 
 
-def _strongest(names: list[str], lift: np.ndarray, counts: np.ndarray, z: np.ndarray, kept: int) -> list[Evidence]:
-    order = np.argsort(-z, kind="stable")[:kept].tolist()
+def _strongest(names: list[str], lift: np.ndarray, counts: np.ndarray, z: np.ndarray, most: int) -> list[Evidence]:
+    order = np.argsort(-z, kind="stable")[:most].tolist()
     return [
         Evidence(names[at], round(float(lift[at]), 3), int(counts[at]), round(float(z[at]), 3))
         for at in order
@@ -327,10 +328,10 @@ def load_concepts(folder: str | os.PathLike) -> list[Concept]:
             entry["name"],
             entry["score"],
             entry["fires"],
-            labels=[Evidence(one["name"], one["lift"], one["count"], one["z"]) for one in entry["labels"]],
-            words=[Evidence(one["name"], one["lift"], one["count"], one["z"]) for one in entry["words"]],
+            labels=[Evidence(item["name"], item["lift"], item["count"], item["z"]) for item in entry["labels"]],
+            words=[Evidence(item["name"], item["lift"], item["count"], item["z"]) for item in entry["words"]],
             samples=entry.get("samples", {}),
-            vocabulary=[SimilarWord(one["name"], one["value"], one["z"]) for one in entry.get("vocabulary", [])],
+            vocabulary=[SimilarWord(item["name"], item["value"], item["z"]) for item in entry.get("vocabulary", [])],
         )
         for entry in entries
     ]
@@ -378,10 +379,10 @@ def concepts_of(model: SparcModel) -> list[Concept]:
     if not folder.is_dir():
         revision = getattr(model.config, "_commit_hash", None)
         missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = cached_file(where, CONCEPTS_FILE, revision=revision, **missing)
-        if found is None:
+        file = cached_file(where, CONCEPTS_FILE, revision=revision, **missing)
+        if file is None:
             return []
-        folder = Path(found).parent
+        folder = Path(file).parent
     concepts = load_concepts(folder)
     if wrong := [concept.latent for concept in concepts if concept.latent >= model.config.num_latents]:
         raise ValueError(

@@ -44,8 +44,8 @@ class CodeSearch:
         if not 0 <= row < codes.shape[0]:
             raise ValueError(f"the samples are numbered from 0 to {codes.shape[0] - 1}, and {row} is none of them")
         dense = np.zeros(self.num_latents, np.float32)
-        part = slice(codes.indptr[row], codes.indptr[row + 1])
-        dense[codes.indices[part]] = codes.data[part]
+        entries = slice(codes.indptr[row], codes.indptr[row + 1])
+        dense[codes.indices[entries]] = codes.data[entries]
         return dense
 
     def search(self, stream: str, query: np.ndarray, count: int = 12, *, without: int | None = None) -> list[Match]:
@@ -67,11 +67,11 @@ class CodeSearch:
         scores = codes @ query
         if without is not None:
             scores[without] = 0
-        found = np.flatnonzero(scores > 0)
-        if len(found) > count:
-            least = np.partition(scores[found], -count)[-count]
-            found = found[scores[found] >= least]
-        rows = found[np.argsort(-scores[found], kind="stable")][:count]
+        rows = np.flatnonzero(scores > 0)
+        if len(rows) > count:
+            least = np.partition(scores[rows], -count)[-count]
+            rows = rows[scores[rows] >= least]
+        rows = rows[np.argsort(-scores[rows], kind="stable")][:count]
         return [self._match(codes, int(row), query, float(scores[row])) for row in rows]
 
     def _stream(self, stream: str):
@@ -80,8 +80,8 @@ class CodeSearch:
         return self._codes[stream]
 
     def _match(self, codes, row: int, query: np.ndarray, score: float) -> Match:
-        part = slice(codes.indptr[row], codes.indptr[row + 1])
-        latents = codes.indices[part]
-        brought = codes.data[part] * query[latents]
+        entries = slice(codes.indptr[row], codes.indptr[row + 1])
+        latents = codes.indices[entries]
+        brought = codes.data[entries] * query[latents]
         order = [at for at in np.argsort(-brought, kind="stable") if brought[at] > 0]
         return Match(row, min(score, 1.0), [(int(latents[at]), float(brought[at] / score)) for at in order])

@@ -55,13 +55,14 @@ def _merge(top: TopSamples, indices: np.ndarray, values: np.ndarray, first_row: 
     latents = np.concatenate([np.repeat(touched, known.sum(axis=1)), latents])
     strengths = np.concatenate([top.values[touched][known], strengths])
     rows = np.concatenate([top.rows[touched][known], rows])
+    # By latent, the strongest first, equal ones by row: lexsort takes its last key first.
     order = np.lexsort((rows, -strengths, latents))
     latents, strengths, rows = latents[order], strengths[order], rows[order]
     starts = np.searchsorted(latents, touched)
     rank = np.arange(len(latents)) - np.repeat(starts, np.diff([*starts, len(latents)]))
-    kept = rank < top.rows.shape[1]
-    top.values[latents[kept], rank[kept]] = strengths[kept]
-    top.rows[latents[kept], rank[kept]] = rows[kept]
+    among_best = rank < top.rows.shape[1]
+    top.values[latents[among_best], rank[among_best]] = strengths[among_best]
+    top.rows[latents[among_best], rank[among_best]] = rows[among_best]
 
 
 def write_top_samples(best: dict[str, TopSamples], path: str | Path) -> None:

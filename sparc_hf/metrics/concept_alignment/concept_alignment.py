@@ -116,10 +116,10 @@ def jaccard_of_counts(counts: Mapping[str, np.ndarray], active: Mapping[str, np.
     totals = {stream: count.sum(axis=1).astype(np.float64) for stream, count in counts.items()}
     shape = len(next(iter(active.values())))
     scores, pairs = np.zeros(shape), np.zeros(shape)
-    for one, other in itertools.combinations(counts, 2):
-        both = active[one] & active[other]
-        smaller = np.minimum(counts[one], counts[other]).sum(axis=1).astype(np.float64)
-        larger = totals[one] + totals[other] - smaller
+    for first, second in itertools.combinations(counts, 2):
+        both = active[first] & active[second]
+        smaller = np.minimum(counts[first], counts[second]).sum(axis=1).astype(np.float64)
+        larger = totals[first] + totals[second] - smaller
         scores += np.where(both, smaller / np.maximum(larger, 1), 0)
         pairs += both
     return scores / np.maximum(pairs, 1)
@@ -150,10 +150,10 @@ def taxonomy_buckets(label_names: Sequence[str], taxonomy: Mapping[str, Any]) ->
             f"{len(missing)} of {len(label_names)} classes are not in the taxonomy, the first is {missing[0]!r}; its "
             f"`LabelName` entries must be the dataset's label names"
         )
-    number = {name: position for position, name in enumerate(lines)}
+    bucket_of_name = {name: position for position, name in enumerate(lines)}
     paths = [[*lines[name], name] for name in label_names]
     depths = max(len(path) for path in paths)
-    return np.array([[number[path[min(depth, len(path) - 1)]] for path in paths] for depth in range(depths)])
+    return np.array([[bucket_of_name[path[min(depth, len(path) - 1)]] for path in paths] for depth in range(depths)])
 
 
 def _lines(taxonomy: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -200,15 +200,15 @@ def _lifted(
     Returns:
         stream -> [N, buckets], and the column each class went to.
     """
-    numbers, position = np.unique(buckets, return_inverse=True)
+    used, position = np.unique(buckets, return_inverse=True)
     width = int(columns.max()) + 1
     parent = np.zeros(width, np.int64)
     parent[columns] = position
     if not np.array_equal(parent[columns], position):  # no hierarchy: classes of one column part again
         deeper, parent, width = counts, position, len(buckets)
-    if width == len(numbers) and np.array_equal(parent, np.arange(width)):
+    if width == len(used) and np.array_equal(parent, np.arange(width)):
         return deeper, position
-    into = np.zeros((width, len(numbers)), np.float32)
+    into = np.zeros((width, len(used)), np.float32)
     into[np.arange(width), parent] = 1
     return {stream: count @ into.astype(count.dtype) for stream, count in deeper.items()}, position
 

@@ -84,7 +84,7 @@ def probe_rows(labels: CSR, class_id: int, seed: int = 0) -> tuple[np.ndarray, n
     rows = np.concatenate([positives, negatives])
     has = np.repeat([1, 0], count)
     # Both shares are given, as in the earlier notebook: rounding may leave one row over.
-    fitted, others, _, left = train_test_split(
+    fitted, others, _, held_out = train_test_split(
         rows,
         has,
         train_size=FITTED_SHARE,
@@ -92,8 +92,8 @@ def probe_rows(labels: CSR, class_id: int, seed: int = 0) -> tuple[np.ndarray, n
         stratify=has,
         random_state=2000 + class_id + seed,
     )
-    chosen_by, measured = train_test_split(others, test_size=0.5, stratify=left, random_state=3000 + class_id + seed)
-    return np.asarray(fitted), np.asarray(chosen_by), np.asarray(measured)
+    validation, test = train_test_split(others, test_size=0.5, stratify=held_out, random_state=3000 + class_id + seed)
+    return np.asarray(fitted), np.asarray(validation), np.asarray(test)
 
 
 def concept_probe(codes: CSR, labels: CSR, *, min_count: int = 50, seed: int = 0) -> dict[str, Any]:
@@ -124,15 +124,15 @@ def concept_probe(codes: CSR, labels: CSR, *, min_count: int = 50, seed: int = 0
     classes = probed_classes(labels, min_count)
     active = csr_array(((codes.data > 0).astype(np.float32), codes.indices, codes.indptr), shape=codes.shape)
     together = (labels.T.tocsr().astype(np.float32) @ active).tocsr()
-    found = [_probe(codes, labels, int(task), together[[task]].toarray()[0], seed) for task in classes]
-    columns = np.array(found, dtype=np.float64).reshape(-1, 4).T
+    probes = [_probe(codes, labels, int(task), together[[task]].toarray()[0], seed) for task in classes]
+    columns = np.array(probes, dtype=np.float64).reshape(-1, 4).T
     figures = dict(zip(("loss", "accuracy", "ap"), columns[1:], strict=True))
     means = {f"mean_{name}": float(values.mean()) if len(values) else float("nan") for name, values in figures.items()}
     return {"classes": classes, "latent": columns[0].astype(np.int64), **figures, **means}
 
 
 def classify(
-    rows: Any, labels: CSR, parts: Sequence[np.ndarray], *, steps: int = 1500, seed: int = 0
+    rows: Any, labels: CSR, split: Sequence[np.ndarray], *, steps: int = 1500, seed: int = 0
 ) -> dict[str, Any]:
     """Train a linear multi-label classifier and return its average precision on rows it has not seen.
 
@@ -142,7 +142,7 @@ def classify(
     Args:
         rows: features, dense or sparse [rows, width]; brought to unit mean norm.
         labels: sparse 0/1 [rows, classes].
-        parts: row numbers to fit on, to choose by, and to measure on.
+        split: row numbers to fit on, to choose by, and to measure on.
         steps: batches of 256 rows, drawn anew each time.
         seed: of the draws.
 
@@ -154,11 +154,11 @@ def classify(
         ValueError: for labels of other rows, a part without rows, or no steps.
     """
     labels = checked_labels(labels, rows.shape[0])
-    fitted, chosen_by, measured = parts
-    if not all(map(len, parts)) or steps < 1:
+    fitted, validation, test = split
+    if not all(map(len, split)) or steps < 1:
         raise ValueError(
             f"a classifier needs rows to fit on, to choose by and to measure on, and at least one step, but there are "
-            f"{len(fitted)}, {len(chosen_by)} and {len(measured)} rows and {steps} steps"
+            f"{len(fitted)}, {len(validation)} and {len(test)} rows and {steps} steps"
         )
     draws = np.random.default_rng(seed)
     width, classes = rows.shape[1], labels.shape[1]
@@ -166,9 +166,9 @@ def classify(
     # Without the usual first weights, which would be drawn from the caller's random numbers.
     layer = cast(torch.nn.Linear, torch.nn.utils.skip_init(torch.nn.Linear, width, classes))
     torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.constant_(layer.bias, -3.0)
+    torch.nn.init.constant_(layer.bias, -3.0)  # a chance of 5 %, because most classes are rare
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
-    best, kept = -1.0, (layer.weight.detach().clone(), layer.bias.detach().clone())
+    best, best_state = -1.0, (layer.weight.detach().clone(), layer.bias.detach().clone())
     for step in range(1, steps + 1):
         batch = draws.choice(fitted, min(BATCH_ROWS, len(fitted)), replace=False)
         optimizer.zero_grad()
@@ -177,29 +177,29 @@ def classify(
         torch.nn.functional.binary_cross_entropy_with_logits(scores, target).backward()
         optimizer.step()
         if step % STEPS_BETWEEN_CHOICES == 0 or step == steps:
-            reached = _mean_precision(_precisions(layer, rows, labels, chosen_by, scale))
+            reached = _mean_precision(_precisions(layer, rows, labels, validation, scale))
             if reached > best:
-                best, kept = reached, (layer.weight.detach().clone(), layer.bias.detach().clone())
+                best, best_state = reached, (layer.weight.detach().clone(), layer.bias.detach().clone())
     with torch.no_grad():
-        layer.weight.copy_(kept[0])
-        layer.bias.copy_(kept[1])
-    precisions = _precisions(layer, rows, labels, measured, scale)
+        layer.weight.copy_(best_state[0])
+        layer.bias.copy_(best_state[1])
+    precisions = _precisions(layer, rows, labels, test, scale)
     return {"map": _mean_precision(precisions), "ap": precisions}
 
 
 def _probe(codes: CSR, labels: CSR, task: int, together: np.ndarray, seed: int) -> tuple[float, ...]:
     """Return latent, loss, accuracy and average precision of one class."""
-    parts = probe_rows(labels, task, seed)
+    split = probe_rows(labels, task, seed)
     has = np.bincount(_rows_of(labels, task), minlength=labels.shape[0]) > 0
-    fitted = codes[parts[0]]
+    fitted = codes[split[0]]
     candidates = np.unique(fitted.indices[fitted.data > 0])
     if len(candidates) > CANDIDATES:
         order = np.argsort(-together[candidates], kind="stable")
         candidates = candidates[order[:CANDIDATES]]
     if not len(candidates):
         return -1.0, float(np.log(2)), 0.5, 0.5
-    columns = [codes[part][:, candidates].toarray() for part in parts]
-    targets = [has[part].astype(int) for part in parts]
+    columns = [codes[rows][:, candidates].toarray() for rows in split]
+    targets = [has[rows].astype(int) for rows in split]
     best = (np.inf, 0, None)
     for position in range(len(candidates)):
         probe = LogisticRegression(max_iter=200).fit(columns[0][:, [position]], targets[0])
@@ -221,26 +221,26 @@ def _rows_of(labels: CSR, class_id: int) -> np.ndarray:
     return np.repeat(np.arange(labels.shape[0]), np.diff(labels.indptr))[labels.indices == class_id]
 
 
-def _dense(rows: Any, chosen: np.ndarray) -> np.ndarray:
-    part = rows[chosen]
-    return np.ascontiguousarray(part.toarray() if issparse(part) else part, dtype=np.float32)
+def _dense(rows: Any, row_numbers: np.ndarray) -> np.ndarray:
+    block = rows[row_numbers]
+    return np.ascontiguousarray(block.toarray() if issparse(block) else block, dtype=np.float32)
 
 
-def _mean_norm(rows: Any, chosen: np.ndarray) -> float:
-    blocks = np.array_split(chosen, max(1, len(chosen) // 1024))
+def _mean_norm(rows: Any, row_numbers: np.ndarray) -> float:
+    blocks = np.array_split(row_numbers, max(1, len(row_numbers) // 1024))
     norms = np.concatenate([np.linalg.norm(_dense(rows, block), axis=1) for block in blocks])
     return max(float(norms.mean()), 1e-12)
 
 
 @torch.no_grad()
-def _precisions(layer: torch.nn.Linear, rows: Any, labels: CSR, chosen: np.ndarray, scale: float) -> np.ndarray:
-    blocks = np.array_split(chosen, max(1, len(chosen) // 1024))
+def _precisions(layer: torch.nn.Linear, rows: Any, labels: CSR, row_numbers: np.ndarray, scale: float) -> np.ndarray:
+    blocks = np.array_split(row_numbers, max(1, len(row_numbers) // 1024))
     scores = np.concatenate([layer(torch.from_numpy(_dense(rows, block) / scale)).numpy() for block in blocks])
-    has = _dense(labels, chosen) > 0
-    found = np.full(labels.shape[1], np.nan)
+    has = _dense(labels, row_numbers) > 0
+    precisions = np.full(labels.shape[1], np.nan)
     for column in np.flatnonzero(has.any(axis=0)):
-        found[column] = average_precision_score(has[:, column], scores[:, column])
-    return found
+        precisions[column] = average_precision_score(has[:, column], scores[:, column])
+    return precisions
 
 
 def _mean_precision(precisions: np.ndarray) -> float:
@@ -252,15 +252,15 @@ class ConceptProbe(evaluate.Metric):
     """`concept_probe` behind the interface of `evaluate`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        numbers, ids = datasets.List(datasets.Value("float32")), datasets.List(datasets.Value("int32"))
+        strengths, ids = datasets.List(datasets.Value("float32")), datasets.List(datasets.Value("int32"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=datasets.Features({"indices": ids, "values": numbers, "labels": ids}),
+            features=datasets.Features({"indices": ids, "values": strengths, "labels": ids}),
         )
 
     def _compute(self, indices, values, labels, num_latents, num_classes, min_count=50, seed=0) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         codes, matrix = codes_of_samples(indices, values, num_latents), class_matrix(labels, num_classes)
-        found = concept_probe(codes, matrix, min_count=min_count, seed=seed)
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
+        figures = concept_probe(codes, matrix, min_count=min_count, seed=seed)
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in figures.items()}

@@ -75,7 +75,7 @@ def codes_of_streams(indices: Any, values: Any, num_latents: Any, streams: Seque
         ValueError: for samples of another number of streams, names that are no names, or as `codes_of_samples`.
     """
     count = len(indices[0])
-    names = [str(number) for number in range(count)] if streams is None else list(streams)
+    names = [str(place) for place in range(count)] if streams is None else list(streams)
     if len(names) != count or len(set(names)) != count:
         raise ValueError(f"`streams` must name the {count} streams of every sample, each once, but it is {names}")
     for name, samples in (("indices", indices), ("values", values)):
@@ -127,38 +127,38 @@ def class_matrix(labels: Any, num_classes: Any) -> CSR:
     return matrix
 
 
-def size_of(number: Any, name: str) -> int:
+def size_of(value: Any, name: str) -> int:
     """Return a number of latents or classes; ValueError where it is none."""
     try:
-        size = operator.index(number)
+        size = operator.index(value)
     except TypeError:
         size = 0
     if not 1 <= size <= LARGEST_SIZE:
-        raise ValueError(f"`{name}` must be a whole number from 1 to {LARGEST_SIZE}, but it is {number!r}")
+        raise ValueError(f"`{name}` must be a whole number from 1 to {LARGEST_SIZE}, but it is {value!r}")
     return size
 
 
 def _flat(rows: Any, kind: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return all numbers of [samples][k] in a line, and where each sample's begin and the last one's end."""
-    numbers = []
+    arrays = []
     for row, sample in enumerate(rows):
         try:
             array = np.asarray(sample)
             if array.ndim != 1 or (array.size and array.dtype.kind not in NUMBERS_OF[kind]):
                 raise TypeError(array.dtype)
-            numbers.append(array.astype(kind))
+            arrays.append(array.astype(kind))
         except (TypeError, ValueError) as error:
             raise ValueError(f"sample {row} of {name} must be a list of numbers") from error
-    flat = np.concatenate([np.empty(0, kind), *numbers])
+    flat = np.concatenate([np.empty(0, kind), *arrays])
     if not np.isfinite(flat).all():
         raise ValueError(f"{name} hold NaN or an infinite value")
-    return flat, np.cumsum([0, *(len(sample) for sample in numbers)])
+    return flat, np.cumsum([0, *(len(sample) for sample in arrays)])
 
 
-def _check_range(numbers: np.ndarray, ends: np.ndarray, width: int, name: str, thing: str) -> None:
-    outside = np.flatnonzero((numbers < 0) | (numbers >= width))
+def _check_range(ids: np.ndarray, ends: np.ndarray, width: int, name: str, thing: str) -> None:
+    outside = np.flatnonzero((ids < 0) | (ids >= width))
     if len(outside):
         row = int(np.searchsorted(ends, outside[0], side="right")) - 1
         raise ValueError(
-            f"sample {row} of {name} names {thing} {numbers[outside[0]]}, but there are only 0 to {width - 1}"
+            f"sample {row} of {name} names {thing} {ids[outside[0]]}, but there are only 0 to {width - 1}"
         )

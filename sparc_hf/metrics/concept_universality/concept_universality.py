@@ -71,8 +71,8 @@ def concept_universality(
     norms = _checked_norms(atom_norms, list(codes), latents)
     firing = {stream: _firing(matrix, threshold) for stream, matrix in codes.items()}
     fires = {stream: np.bincount(matrix.indices, minlength=latents) for stream, matrix in firing.items()}
-    together = functools.reduce(lambda one, other: one.multiply(other).tocsr(), firing.values())
-    either = functools.reduce(lambda one, other: one.maximum(other).tocsr(), firing.values())
+    together = functools.reduce(lambda first, second: first.multiply(second).tocsr(), firing.values())
+    either = functools.reduce(lambda first, second: first.maximum(second).tocsr(), firing.values())
     cofires, anywhere = (np.bincount(csr_array(matrix).indices, minlength=latents) for matrix in (together, either))
     total = np.sum(list(fires.values()), axis=0)
     shares = np.stack(list(fires.values())) / (total + EPS)
@@ -127,10 +127,10 @@ class ConceptUniversality(evaluate.Metric):
 
     def _compute(self, indices, values, num_latents, streams=None, threshold=0.1) -> dict:  # pyright: ignore[reportIncompatibleMethodOverride]
         codes = codes_of_streams(indices, values, num_latents, streams)
-        found = concept_universality(codes, threshold=threshold)
+        figures = concept_universality(codes, threshold=threshold)
         return {
-            name: {stream: part.tolist() for stream, part in value.items()}
+            name: {stream: array.tolist() for stream, array in value.items()}
             if isinstance(value, dict)
             else value.tolist()
-            for name, value in found.items()
+            for name, value in figures.items()
         }

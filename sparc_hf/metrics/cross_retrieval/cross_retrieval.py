@@ -46,6 +46,7 @@ Returns:
 TIE = 1e-6
 # Latents active in a larger share of rows go through a dense product, the others through a sparse one.
 COMMON_SHARE = 1 / 32
+# 64 MiB of float32; all of them would be rows x rows.
 SIMILARITIES_AT_ONCE = 2**24
 
 
@@ -72,9 +73,9 @@ def code_ranks(queries: CSR, references: CSR) -> np.ndarray:
     sparse = queries[:, ~common], references[:, ~common].T.tocsr()
 
     def similarities(start: int, stop: int) -> np.ndarray:
-        found = dense[0][start:stop] @ dense[1]
-        found += (sparse[0][start:stop] @ sparse[1]).toarray()
-        return found
+        cosines = dense[0][start:stop] @ dense[1]
+        cosines += (sparse[0][start:stop] @ sparse[1]).toarray()
+        return cosines
 
     return _ranks(similarities, rows)
 
@@ -118,9 +119,9 @@ def _ranks(similarities: Any, rows: int) -> np.ndarray:
     ranks = np.empty(rows, np.int64)
     block = max(1, min(1024, SIMILARITIES_AT_ONCE // max(rows, 1)))
     for start in range(0, rows, block):
-        found = similarities(start, min(start + block, rows))
-        own = found[np.arange(len(found)), start + np.arange(len(found))]
-        ranks[start : start + block] = np.count_nonzero(found >= (own - TIE)[:, None], axis=1)
+        cosines = similarities(start, min(start + block, rows))
+        own = cosines[np.arange(len(cosines)), start + np.arange(len(cosines))]
+        ranks[start : start + block] = np.count_nonzero(cosines >= (own - TIE)[:, None], axis=1)
     return ranks
 
 
@@ -155,15 +156,15 @@ class CrossRetrieval(evaluate.Metric):
     """`code_ranks` or `vector_ranks`, and `retrieval_figures`, behind the interface of `evaluate`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        numbers, latents = datasets.List(datasets.Value("float32")), datasets.List(datasets.Value("int32"))
+        values, latents = datasets.List(datasets.Value("float32")), datasets.List(datasets.Value("int32"))
         if self.config_name == "vectors":
-            features = {"queries": numbers, "references": numbers}
+            features = {"queries": values, "references": values}
         elif self.config_name in ("default", "codes"):
             features = {
                 "query_indices": latents,
-                "query_values": numbers,
+                "query_values": values,
                 "reference_indices": latents,
-                "reference_values": numbers,
+                "reference_values": values,
             }
         else:
             raise ValueError(f'the configuration must be "codes" or "vectors", but it is {self.config_name!r}')

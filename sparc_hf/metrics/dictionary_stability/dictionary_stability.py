@@ -40,6 +40,7 @@ Returns:
     cosines: list of N, the cosine with the partner.
 """
 
+# So that scores are [512, N] and never [N, N].
 LATENTS_AT_ONCE = 512
 
 
@@ -138,5 +139,5 @@ class DictionaryStability(evaluate.Metric):
             atoms, others = (np.asarray(rows, np.float64).reshape(len(rows), -1) for rows in (predictions, references))
         except (TypeError, ValueError) as error:
             raise ValueError("every atom must have the same number of values") from error
-        found = match_atoms(atoms, others)
-        return found | {"match": found["match"].tolist(), "cosines": found["cosines"].tolist()}
+        figures = match_atoms(atoms, others)
+        return figures | {"match": figures["match"].tolist(), "cosines": figures["cosines"].tolist()}

@@ -71,9 +71,9 @@ def latent_liveness(codes: Mapping[str, CSR], *, threshold: float = 0.0) -> dict
     alive = np.stack([share > 0 for share in frequency.values()])
     streams = list(codes)
     patterns = {}
-    for pattern, number in zip(*np.unique(alive.T, axis=0, return_counts=True), strict=True):
+    for pattern, count in zip(*np.unique(alive.T, axis=0, return_counts=True), strict=True):
         if 0 < pattern.sum() < len(streams):
-            patterns["+".join(itertools.compress(streams, pattern))] = int(number)
+            patterns["+".join(itertools.compress(streams, pattern))] = int(count)
     floor = FREQUENCY_EDGES[0]
     counts = {
         stream: np.histogram(np.maximum(share[share > 0], floor), FREQUENCY_EDGES)[0]
@@ -105,9 +105,9 @@ class LatentLiveness(evaluate.Metric):
 
     def _compute(self, indices, values, num_latents, streams=None, threshold=0.0) -> dict:  # pyright: ignore[reportIncompatibleMethodOverride]
         codes = codes_of_streams(indices, values, num_latents, streams)
-        found = latent_liveness(codes, threshold=threshold)
-        counts = {stream: count.tolist() for stream, count in found["histogram"]["counts"].items()}
-        return found | {
-            "frequency": {stream: share.tolist() for stream, share in found["frequency"].items()},
-            "histogram": {"edges": found["histogram"]["edges"].tolist(), "counts": counts},
+        figures = latent_liveness(codes, threshold=threshold)
+        counts = {stream: count.tolist() for stream, count in figures["histogram"]["counts"].items()}
+        return figures | {
+            "frequency": {stream: share.tolist() for stream, share in figures["frequency"].items()},
+            "histogram": {"edges": figures["histogram"]["edges"].tolist(), "counts": counts},
         }

@@ -91,12 +91,12 @@ class Monosemanticity(evaluate.Metric):
     """`monosemanticity` behind the interface of `evaluate`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        numbers = datasets.List(datasets.Value("float32"))
+        values = datasets.List(datasets.Value("float32"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=datasets.Features({"rows": datasets.List(datasets.Value("int64")), "values": numbers}),
+            features=datasets.Features({"rows": datasets.List(datasets.Value("int64")), "values": values}),
         )
 
     def _compute(self, rows, values, features) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -106,5 +106,5 @@ class Monosemanticity(evaluate.Metric):
             raise ValueError(
                 "every latent must name as many rows and values, and every feature row be as wide"
             ) from error
-        found = monosemanticity(*arrays)
-        return found | {"per_latent": found["per_latent"].tolist()}
+        figures = monosemanticity(*arrays)
+        return figures | {"per_latent": figures["per_latent"].tolist()}

@@ -59,7 +59,7 @@ def row_terms(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
         )
     x, y = originals.astype(np.float64), reconstructions.astype(np.float64)
     with np.errstate(invalid="ignore"):  # told below
-        sums = [np.einsum("ij,ij->i", one, other) for one, other in ((y - x, y - x), (x, x), (y, y), (x, y))]
+        sums = [np.einsum("ij,ij->i", first, second) for first, second in ((y - x, y - x), (x, x), (y, y), (x, y))]
         terms = np.stack([*sums, x.sum(axis=1)], axis=1)
     if not np.isfinite(terms).all():
         row = int(np.flatnonzero(~np.isfinite(terms).all(axis=1))[0])
@@ -111,14 +111,14 @@ def reconstruction(
     """
     if missing := sorted(set(reconstructions) - set(originals)):
         raise ValueError(f"there are reconstructions of {missing}, but originals only of {list(originals)}")
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in FIGURES}
+    figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in FIGURES}
     for target, sources in reconstructions.items():
         for source, rows in sources.items():
             terms = row_terms(originals[target], rows)
             mean_row = originals[target].sum(axis=0, dtype=np.float64) / max(len(terms), 1)
             for name, value in figures_of_terms(terms, mean_row).items():
-                found[name].setdefault(target, {})[source] = value
-    return found
+                figures[name].setdefault(target, {})[source] = value
+    return figures
 
 
 def _dense_rows(rows: list, target: str) -> np.ndarray:
@@ -150,9 +150,9 @@ class Reconstruction(evaluate.Metric):
         entries: dict[tuple[str, str], list[int]] = {}
         for position, pair in enumerate(zip(targets, sources, strict=True)):
             entries.setdefault(pair, []).append(position)
-        found: dict[str, Any] = {name: {} for name in FIGURES}
+        figures: dict[str, Any] = {name: {} for name in FIGURES}
         for (target, source), positions in entries.items():
             x, y = (_dense_rows([rows[at] for at in positions], target) for rows in (references, predictions))
-            for name, figures in reconstruction({target: x}, {target: {source: y}}).items():
-                found[name].setdefault(target, {})[source] = figures[target][source]
-        return found
+            for name, matrix in reconstruction({target: x}, {target: {source: y}}).items():
+                figures[name].setdefault(target, {})[source] = matrix[target][source]
+        return figures
