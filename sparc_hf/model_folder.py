@@ -28,6 +28,7 @@ LOG_FILE = "training_log.jsonl"
 SETTINGS_FILE = "training_arguments.json"
 RESULTS_FILE = "results.json"
 ORIGIN_FILE = "imported_from.json"
+PICTURE_FILE = "reconstruction.png"
 CHECKPOINTS_FOLDER = "checkpoints"
 # Without the last of these that is there, a folder holds no model: they appear after everything else.
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
@@ -35,7 +36,7 @@ WHOLE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # Where the card goes beside a README.md that somebody else wrote.
 CARD_FILE, OTHER_CARD_FILE = "README.md", "model_card.md"
 # What was found out about the weights, and is nothing to other ones.
-FINDINGS = (RESULTS_FILE, "concepts.json", "reconstruction.png")
+FINDINGS = (RESULTS_FILE, "concepts.json", PICTURE_FILE)
 # Tells that a run has been replaced, wherever a kill has left it.
 REPLACED_MARK = ".replaced"
 # Where the files of a model are written before they appear.
@@ -178,8 +179,8 @@ def _refuse_foreign_files(output: Path) -> None:
     """Raise ValueError where a folder without a run holds files that a run would replace or be mistaken for."""
     if not output.is_dir() or (output / SETTINGS_FILE).is_file():
         return
-    if found := sorted(entry.name for entry in output.iterdir() if named(*FOREIGN_FILES)(entry)):
-        raise ValueError(f"{output} holds {found[0]} and is not the folder of a run; choose another --output_dir")
+    if foreign := sorted(entry.name for entry in output.iterdir() if named(*FOREIGN_FILES)(entry)):
+        raise ValueError(f"{output} holds {foreign[0]} and is not the folder of a run; choose another --output_dir")
 
 
 def save_model(model: SparcModel, folder: str | Path, complete: Callable[[Path], Any] | None = None) -> None:
@@ -227,7 +228,7 @@ def cut_log(path: Path, step: int) -> None:
     """Drop the log entries that a run will write again which goes on behind `step`, validation at that step too."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
@@ -235,9 +236,9 @@ def cut_log(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):  # a killed process may have left half a line
             continue
         if is_known:
-            kept.append(line + "\n")
+            lines.append(line + "\n")
     with new_file(path) as file:
-        file.write("".join(kept).encode("utf-8"))
+        file.write("".join(lines).encode("utf-8"))
 
 
 def _is_validation(name: str) -> bool:

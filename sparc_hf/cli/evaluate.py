@@ -95,10 +95,10 @@ def run_evaluate(args: Any) -> dict[str, Any]:
             evaluation.results["localization"] = localize(models[name])
     if args.output is not None:
         write_report(evaluations, args.output, names={name: concept_names(model) for name, model in models.items()})
-    told = ("localization",) if localize else ()
+    sections = ("localization",) if localize else ()
     return {
         name: {encoding: evaluation.results[encoding]["headline"] for encoding in ("joint", "single")}
-        | {part: evaluation.results[part] for part in told}
+        | {section: evaluation.results[section] for section in sections}
         for name, evaluation in evaluations.items()
     }
 
@@ -124,7 +124,7 @@ def _localizer(args: Any, models: Iterable[Any]) -> Callable[[Any], dict[str, An
         check_labelled(rows)
         for model in models:
             check_streams(model, rows)
-    classes = sorted({name for of_image in images.classes for name in of_image})
+    classes = sorted({name for classes_of_image in images.classes for name in classes_of_image})
 
     def measure(model: Any) -> dict[str, Any]:
         latents = {}

@@ -14,7 +14,7 @@ from sparc_hf.files.folder_lock import locked_folder
 from sparc_hf.files.installed_folders import space_folder
 from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.hub.push import (
-    MODEL_FILES,
+    PUSHED_FILES,
     check_login,
     check_repository_name,
     prepare_features,
@@ -27,7 +27,7 @@ from sparc_hf.space.publishing import PACKAGE_FOLDER, PACKAGE_WAYS, SHIPPED_FOLD
 KINDS = ("model", "features", "metric", "space")
 # Files of a former push that go with the next where they are not in it.
 REPLACED = {
-    "model": list(MODEL_FILES),
+    "model": list(PUSHED_FILES),
     "dataset": [f"{DATA_FOLDER}/*.parquet", f"{DATA_FOLDER}/{CHECKSUMS_FILE.format('*')}"],
     "space": [f"{PACKAGE_FOLDER}/*", f"{SHIPPED_FOLDER}/*"],
 }

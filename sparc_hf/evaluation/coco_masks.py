@@ -56,9 +56,9 @@ def image_and_masks(
     return image, masks
 
 
-def same_proportions(one: Size, other: Size) -> bool:
+def same_proportions(size: Size, other: Size) -> bool:
     """Return whether one image (width, height) is a copy of the other in another size, to the rounding of a pixel."""
-    small, large = sorted((one, other), key=lambda size: size[0] * size[1])
+    small, large = sorted((size, other), key=lambda size: size[0] * size[1])
     longer = int(large[1] > large[0])
     return abs(large[1 - longer] * small[longer] / large[longer] - small[1 - longer]) <= 1
 
@@ -86,11 +86,11 @@ def mask_of(segmentation: Any, size: Size, name: str) -> np.ndarray:
         ValueError: for neither polygons nor run lengths, or such as do not fit the size.
     """
     if isinstance(segmentation, Mapping):
-        return _of_runs(checked(segmentation, RunLengths, name), size, name)
-    return _of_polygons(checked(segmentation, list[list[Coordinate]], name), size, name)
+        return _mask_of_runs(checked(segmentation, RunLengths, name), size, name)
+    return _mask_of_polygons(checked(segmentation, list[list[Coordinate]], name), size, name)
 
 
-def _of_runs(runs: Mapping[str, Any], size: Size, name: str) -> np.ndarray:
+def _mask_of_runs(runs: Mapping[str, Any], size: Size, name: str) -> np.ndarray:
     height, width = runs["size"] if len(runs["size"]) == 2 else (MOST_PIXELS, 1)
     if height * width > MOST_PIXELS or not same_proportions((width, height), size):
         raise ValueError(f"{name} has run lengths of `size` {runs['size']} for {size[0]} x {size[1]} pixels")
@@ -105,21 +105,21 @@ def _of_runs(runs: Mapping[str, Any], size: Size, name: str) -> np.ndarray:
 def _counts_of(text: str) -> list[int]:
     """Return the numbers of COCO's text: five bits a letter, and from the fourth on what the last but one lacks."""
     counts: list[int] = []
-    number, bits = 0, 0
+    count, bits = 0, 0
     for letter in text:
         code = ord(letter) - 48
-        number |= (code & 31) << bits
+        count |= (code & 31) << bits
         bits += 5
         if not code & 32:
-            number -= (code >> 4 & 1) << bits
-            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
-            number, bits = 0, 0
+            count -= (code >> 4 & 1) << bits
+            counts.append(count + (counts[-2] if len(counts) > 2 else 0))
+            count, bits = 0, 0
         elif bits > 60:
             return [-1]
     return counts
 
 
-def _of_polygons(polygons: Sequence[Sequence[float]], size: Size, name: str) -> np.ndarray:
+def _mask_of_polygons(polygons: Sequence[Sequence[float]], size: Size, name: str) -> np.ndarray:
     from pycocotools import mask
 
     coco_mask: Any = mask  # whose types leave polygons out

@@ -30,15 +30,15 @@ class CountFigures:
     def figures(self) -> dict[str, float]:
         """Return "dead_share", the mean over streams of the share of latents that fire on no row, and with labels
         "jaccard" and "jaccard_live", the mean label Jaccard over all latents and over those active in two streams."""
-        found = {"dead_share": _dead_share(self.fires)}
-        return found if self.labels is None else found | _jaccards(self.scores, self.active)
+        figures = {"dead_share": _dead_share(self.fires)}
+        return figures if self.labels is None else figures | _jaccards(self.scores, self.active)
 
     def without(self, rows: np.ndarray) -> dict[str, float]:
         """Return the figures of all rows but these, int [rows left out]."""
-        of_rows = {stream: matrix[rows] for stream, matrix in self.codes.items()}
-        found = {"dead_share": _dead_share({name: self.fires[name] - _fires(part) for name, part in of_rows.items()})}
+        fires = {stream: self.fires[stream] - _fires(matrix[rows]) for stream, matrix in self.codes.items()}
+        figures = {"dead_share": _dead_share(fires)}
         if self.labels is None:
-            return found
+            return figures
         counts, active = self._label_counts(rows)
         touched = np.flatnonzero(np.sum(list(active.values()), axis=0))
         left = {stream: self.active[stream] - active[stream] for stream in active}
@@ -47,7 +47,7 @@ class CountFigures:
             {stream: self.counts[stream][touched] - counts[stream][touched] for stream in counts},
             {stream: firing[touched] > 0 for stream, firing in left.items()},
         )
-        return found | _jaccards(scores, left)
+        return figures | _jaccards(scores, left)
 
     def with_intervals(self, groups: Iterable[np.ndarray]) -> dict[str, Figure]:
         """Return the figures with intervals from leaving out each group of rows; without groups, plain."""
@@ -71,9 +71,9 @@ class CountFigures:
         labelled = labelled_rows(labels)
         counts, active = {}, {}
         for stream, matrix in self.codes.items():
-            part = matrix[rows]
-            counts[stream], _ = label_counts(part, labels)
-            active[stream] = _fires(part[np.flatnonzero(labelled)])
+            codes = matrix[rows]
+            counts[stream], _ = label_counts(codes, labels)
+            active[stream] = _fires(codes[np.flatnonzero(labelled)])
         return counts, active
 
 
@@ -83,7 +83,7 @@ def _fires(codes: Any) -> np.ndarray:
 
 
 def _dead_share(fires: Mapping[str, np.ndarray]) -> float:
-    return float(np.mean([(numbers == 0).mean() for numbers in fires.values()]))
+    return float(np.mean([(rows == 0).mean() for rows in fires.values()]))
 
 
 def _jaccards(scores: np.ndarray, active: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -94,5 +94,5 @@ def _jaccards(scores: np.ndarray, active: Mapping[str, np.ndarray]) -> dict[str,
     }
 
 
-def _positive(numbers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {stream: values > 0 for stream, values in numbers.items()}
+def _positive(counts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {stream: values > 0 for stream, values in counts.items()}

@@ -6,7 +6,7 @@ counts are measured again with a part of the rows left out.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -14,10 +14,16 @@ LEVEL = 0.95
 # Half of the squared normal quantile of the level: pseudo-observations on either side (Agresti and Coull 1998).
 PSEUDO_UNITS = 1.9207
 
-Figure = dict[str, Any]  # {"value": float, "low": float or None, "high": float or None}
+
+class Figure(TypedDict):
+    """A figure with its interval, as results.json has it; null where it is undefined or has none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
 
 
-def plain_figure(value: float) -> Figure:
+def plain_figure(value: float | None) -> Figure:
     """Return a figure without an interval."""
     return {"value": value, "low": None, "high": None}
 
@@ -93,9 +99,9 @@ def random_groups(units: np.ndarray, groups: int, seed: int) -> Iterator[np.ndar
         groups: how many, at most one a unit.
         seed: of the draw.
     """
-    numbers, unit_of_row = np.unique(units, return_inverse=True)
-    groups = min(groups, len(numbers))
-    group_of_unit = np.random.default_rng(seed).permutation(len(numbers)) % groups
+    names, unit_of_row = np.unique(units, return_inverse=True)
+    groups = min(groups, len(names))
+    group_of_unit = np.random.default_rng(seed).permutation(len(names)) % groups
     order = np.argsort(group_of_unit[unit_of_row], kind="stable")
     yield from np.split(order, np.cumsum(np.bincount(group_of_unit[unit_of_row], minlength=groups))[:-1])
 

@@ -27,6 +27,7 @@ from sparc_hf.maps.attribution import (
 )
 from sparc_hf.model.modeling_sparc import SparcModel
 
+# Average precision sorts all rows, which is too slow for every latent.
 CANDIDATES = 8
 DETECTION_IOU = 0.2
 
@@ -62,7 +63,7 @@ class LocalizationSettings:
 
 
 @dataclass
-class _Pairs:
+class _PairScores:
     """What was found of one kind of map, a pair of image and class after the other."""
 
     iou: list[float] = field(default_factory=list)
@@ -111,11 +112,11 @@ def latents_of_classes(
             f"{codes.encoding} codes of {len(codes)} rows"
         )
     labels: Any = features.labels_csr().astype(bool)
-    found: dict[str, dict[str, ConceptTarget]] = {}
+    latents: dict[str, dict[str, ConceptTarget]] = {}
     known = [name for name in classes if name in names]
     for stream in codes.streams:
         values: Any = codes.csr(stream).tocsc()
-        found[stream] = {}
+        latents[stream] = {}
         for name in known:
             has = labels[:, [names.index(name)]].toarray().ravel()
             if not 0 < has.sum() < len(has):
@@ -124,8 +125,8 @@ def latents_of_classes(
             difference = inside - np.asarray(values.T @ ~has) / (~has).sum()
             candidates = np.argsort(-difference, kind="stable")[:CANDIDATES]
             scores = [average_precision_score(has, values[:, [latent]].toarray().ravel()) for latent in candidates]
-            found[stream][name] = ConceptTarget((int(candidates[int(np.argmax(scores))]),))
-    return found
+            latents[stream][name] = ConceptTarget((int(candidates[int(np.argmax(scores))]),))
+    return latents
 
 
 def check_labelled(features: FeatureDataset) -> None:
@@ -164,31 +165,31 @@ def localize(
         ValueError: as `image_maps`.
     """
     settings = settings or LocalizationSettings()
-    names = sorted({name for of_image in images.classes for name in of_image})
+    names = sorted({name for classes in images.classes for name in classes})
     texts = [name for name, encoder in encoders.items() if encoder.modality == "text"]
     targets = _similarity_targets(texts, names, settings.prompt)
-    found: dict[tuple[str, str, str], _Pairs] = defaultdict(_Pairs)
+    scores: dict[tuple[str, str, str], _PairScores] = defaultdict(_PairScores)
     truth: list[dict[str, Any]] = []
     streams = [name for name, encoder in encoders.items() if encoder.modality == "image"]
     for start in tqdm(range(0, len(images), settings.batch_size), desc="localization", unit="batch", leave=False):
-        numbers = range(start, min(start + settings.batch_size, len(images)))
-        read = [images.read(number) for number in numbers]
-        for number, (_, masks) in zip(numbers, read, strict=True):
-            truth += [{"image": number, "class": names.index(name), "mask": masks[name]} for name in sorted(masks)]
+        indices = range(start, min(start + settings.batch_size, len(images)))
+        samples = [images.read(index) for index in indices]
+        for index, (_, masks) in zip(indices, samples, strict=True):
+            truth += [{"image": index, "class": names.index(name), "mask": masks[name]} for name in sorted(masks)]
         for stream in streams:
             used = {name: encoders[name] for name in (stream, *texts)}
             kinds = {"latent": latents.get(stream, {}), **targets}
-            for method in dict.fromkeys(map_method(encoders[stream], wanted) for wanted in settings.methods):
-                _measure(found, model, used, stream, method, numbers, read, kinds, names, settings)
+            for method in dict.fromkeys(map_method(encoders[stream], name) for name in settings.methods):
+                _measure(scores, model, used, stream, method, indices, samples, kinds, names, settings)
     with_masks = _Truth(truth, names, len(images))
     return {
         "images": len(images),
         "pairs": len(truth),
         "settings": {"shifts": settings.shifts, "start_layer": settings.start_layer, "prompt": settings.prompt},
         "maps": [
-            {"target": kind, "stream": stream, "method": method, **with_masks.figures(pairs, settings)}
-            for (kind, stream, method), pairs in sorted(found.items(), key=lambda item: (item[0][2], item[0]))
-            if pairs.defined
+            {"target": kind, "stream": stream, "method": method, **with_masks.figures(map_scores, settings)}
+            for (kind, stream, method), map_scores in sorted(scores.items(), key=lambda item: (item[0][2], item[0]))
+            if map_scores.defined
         ],
     }
 
@@ -205,81 +206,83 @@ def _similarity_targets(texts: Sequence[str], names: Sequence[str], prompt: str)
 
 
 def _measure(
-    found: dict[tuple[str, str, str], _Pairs],
+    scores: dict[tuple[str, str, str], _PairScores],
     model: SparcModel,
     encoders: Mapping[str, StreamEncoder],
     stream: str,
     method: str,
-    numbers: range,
-    read: Sequence[tuple[Any, dict[str, np.ndarray]]],
+    indices: range,
+    samples: Sequence[tuple[Any, dict[str, np.ndarray]]],
     kinds: Mapping[str, Mapping[str, Target]],
     names: Sequence[str],
     settings: LocalizationSettings,
 ) -> None:
     """Add what the maps of one stream and method find in some images; all kinds of targets share their passes."""
-    wanted = [[(kind, name) for kind in kinds for name in sorted(masks) if name in kinds[kind]] for _, masks in read]
-    lists = [[kinds[kind][name] for kind, name in of_image] for of_image in wanted]
-    if not any(lists):
+    pairs_by_image = [
+        [(kind, name) for kind in kinds for name in sorted(masks) if name in kinds[kind]] for _, masks in samples
+    ]
+    targets = [[kinds[kind][name] for kind, name in pairs] for pairs in pairs_by_image]
+    if not any(targets):
         return
     maps = image_maps(
         model,
         encoders,
-        [image for image, _ in read],
-        lists,
+        [image for image, _ in samples],
+        targets,
         method,
         start_layer=settings.start_layer,
         shifts=settings.shifts,
         batch_size=settings.batch_size,
     )[stream]
-    for at, (number, (image, masks)) in enumerate(zip(numbers, read, strict=True)):
+    for at, (index, (image, masks)) in enumerate(zip(indices, samples, strict=True)):
         box = visible_box(encoders[stream], image)
-        slots = {pair: slot for slot, pair in enumerate(wanted[at])}
+        slots = {pair: slot for slot, pair in enumerate(pairs_by_image[at])}
         for kind in kinds:
-            pairs = found[kind, stream, method]
+            map_scores = scores[kind, stream, method]
             for name in sorted(masks):
                 slot = slots.get((kind, name))
                 grid = None if slot is None or not np.isfinite(maps[at, slot]).all() else maps[at, slot]
-                _add_pair(pairs, grid, box, masks[name], number, names.index(name))
+                _add_pair(map_scores, grid, box, masks[name], index, names.index(name))
 
 
 def _add_pair(
-    pairs: _Pairs, grid: np.ndarray | None, box: Sequence[float], mask: np.ndarray, number: int, label: int
+    scores: _PairScores, grid: np.ndarray | None, box: Sequence[float], mask: np.ndarray, index: int, label: int
 ) -> None:
-    pairs.defined |= grid is not None
+    scores.defined |= grid is not None
     if grid is None or not grid.max() > grid.min():
-        pairs.iou.append(0.0)
-        pairs.hits.append(0.0)
+        scores.iou.append(0.0)
+        scores.hits.append(0.0)
         return
     values, seen = map_on_image(grid, box, (mask.shape[1], mask.shape[0]))
-    chosen = (values > otsu_threshold(values[seen])) & seen
-    pairs.iou.append(float((chosen & mask).sum() / max((chosen | mask).sum(), 1)))
-    pairs.hits.append(float(mask.flat[int(np.where(seen, values, -np.inf).argmax())]))
-    pairs.detections.append({"image": number, "class": label, "mask": chosen, "score": float(grid.max())})
+    inside = (values > otsu_threshold(values[seen])) & seen
+    scores.iou.append(float((inside & mask).sum() / max((inside | mask).sum(), 1)))
+    scores.hits.append(float(mask.flat[int(np.where(seen, values, -np.inf).argmax())]))
+    scores.detections.append({"image": index, "class": label, "mask": inside, "score": float(grid.max())})
 
 
 class _Truth:
     """The true masks, and figures of what was found against them."""
 
     def __init__(self, truth: Sequence[Mapping[str, Any]], names: Sequence[str], images: int):
-        self.image_of_pair = np.array([one["image"] for one in truth])
+        self.image_of_pair = np.array([pair["image"] for pair in truth])
         self.images = images
         self.names = names
-        self.annotations = _with_codes(truth)
-        self.sizes = {one["image"]: one["mask"].shape for one in truth}
+        self.annotations = _coco_records(truth)
+        self.sizes = {pair["image"]: pair["mask"].shape for pair in truth}
 
-    def figures(self, pairs: _Pairs, settings: LocalizationSettings) -> dict[str, Any]:
+    def figures(self, scores: _PairScores, settings: LocalizationSettings) -> dict[str, Any]:
         """Return miou and pointing with intervals, and ap."""
-        measured = {"miou": np.array(pairs.iou), "pointing": np.array(pairs.hits)}
-        found = {name: share_figure(*unit_sums(values, self.image_of_pair)) for name, values in measured.items()}
+        measured = {"miou": np.array(scores.iou), "pointing": np.array(scores.hits)}
+        figures = {name: share_figure(*unit_sums(values, self.image_of_pair)) for name, values in measured.items()}
         if not settings.intervals:
-            found = {name: plain_figure(figure["value"]) for name, figure in found.items()}
-        return {**found, "ap": self._average_precision(pairs.detections)}
+            figures = {name: plain_figure(figure["value"]) for name, figure in figures.items()}
+        return {**figures, "ap": self._average_precision(scores.detections)}
 
     def _average_precision(self, detections: Sequence[Mapping[str, Any]]) -> float | None:
-        found: Any = _with_codes(detections)
-        if self.annotations is None or found is None:
+        records: Any = _coco_records(detections)
+        if self.annotations is None or records is None:
             return None
-        if not found:
+        if not records:
             return 0.0
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -288,15 +291,15 @@ class _Truth:
             truth: Any = COCO()
             truth.dataset = {
                 "images": [
-                    {"id": number + 1, "height": height, "width": width}
-                    for number, (height, width) in self.sizes.items()
+                    {"id": index + 1, "height": height, "width": width}
+                    for index, (height, width) in self.sizes.items()
                 ],
-                "categories": [{"id": number + 1, "name": name} for number, name in enumerate(self.names)],
-                "annotations": [{**one, "id": number + 1} for number, one in enumerate(self.annotations)],
+                "categories": [{"id": index + 1, "name": name} for index, name in enumerate(self.names)],
+                "annotations": [{**record, "id": index + 1} for index, record in enumerate(self.annotations)],
                 "info": {},
             }
             truth.createIndex()
-            evaluation = COCOeval(truth, truth.loadRes(found), "segm")
+            evaluation = COCOeval(truth, truth.loadRes(records), "segm")
             evaluation.params.iouThrs = np.array([DETECTION_IOU])
             evaluation.evaluate()
             evaluation.accumulate()
@@ -304,18 +307,18 @@ class _Truth:
         return float(precision[precision > -1].mean())
 
 
-def _with_codes(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+def _coco_records(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
     """Return COCO's records of masks, run-length coded; None without pycocotools."""
     try:
         from pycocotools import mask as coco_mask
     except ImportError:
         return None
     records = []
-    for one in pairs:
-        code = coco_mask.encode(np.asfortranarray(one["mask"].astype(np.uint8)))
+    for pair in pairs:
+        code = coco_mask.encode(np.asfortranarray(pair["mask"].astype(np.uint8)))
         area, box = float(coco_mask.area(code)), coco_mask.toBbox(code).tolist()
-        record = {"image_id": one["image"] + 1, "category_id": one["class"] + 1, "segmentation": code}
+        record = {"image_id": pair["image"] + 1, "category_id": pair["class"] + 1, "segmentation": code}
         records.append(
-            record | {"area": area, "bbox": box, "iscrowd": 0} | ({"score": one["score"]} if "score" in one else {})
+            record | {"area": area, "bbox": box, "iscrowd": 0} | ({"score": pair["score"]} if "score" in pair else {})
         )
     return records

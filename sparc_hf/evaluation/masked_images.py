@@ -52,22 +52,20 @@ def open_masked_images(source: "str | Dataset", images: str | None = None, rows:
         ValueError: for a file of another form, or missing images.
         ImportError: where a JSON is given and pycocotools is not installed.
     """
-    if not isinstance(source, str):
-        return _of_dataset(source if rows is None else source.select(range(min(rows, len(source)))))
-    if source.endswith(".json"):
+    if isinstance(source, str) and source.endswith(".json"):
         if images is None:
             raise ValueError(f"give the folder of the images that `{source}` lists as `mask_images`")
-        return _of_coco(Path(source), Path(images), rows)
+        return _images_of_coco(Path(source), Path(images), rows)
     import datasets
 
     try:
-        table: Any = datasets.load_from_disk(source)
+        table: Any = datasets.load_from_disk(source) if isinstance(source, str) else source
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"`{source}` is neither a JSON file nor a folder of a saved Dataset: {error}") from error
-    return _of_dataset(table if rows is None else table.select(range(min(rows, len(table)))))
+    return _images_of_dataset(table if rows is None else table.select(range(min(rows, len(table)))))
 
 
-def _of_dataset(table: Any) -> MaskedImages:
+def _images_of_dataset(table: Any) -> MaskedImages:
     """Open a Dataset, whose masks lie on its images as datasets shows them, which are turned by their tags."""
     import datasets
 
@@ -84,11 +82,11 @@ def _of_dataset(table: Any) -> MaskedImages:
         return str(label) if names is None else names[label]
 
     per_image = [sorted({name_of(label) for label in labels or ()}) for labels in table["mask_labels"]]
-    kept = [number for number, labels in enumerate(per_image) if labels]
+    masked_rows = [row for row, labels in enumerate(per_image) if labels]
     stored_images = table.cast_column("image", datasets.Image(decode=False))
 
-    def read(number: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
-        row, name = stored_images[kept[number]], f"row {kept[number]} of the dataset"
+    def read(index: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
+        row, name = stored_images[masked_rows[index]], f"row {masked_rows[index]} of the dataset"
         image = stored_image(row["image"])
         if image is None or len(row["masks"] or ()) != len(row["mask_labels"]):
             raise ValueError(f"{name} needs an image, and a mask for each of its {len(row['mask_labels'])} labels")
@@ -101,7 +99,7 @@ def _of_dataset(table: Any) -> MaskedImages:
             masks[label] = masks.get(label, np.zeros_like(mask)) | mask
         return image, masks
 
-    return MaskedImages([per_image[number] for number in kept], read)
+    return MaskedImages([per_image[row] for row in masked_rows], read)
 
 
 class _Sized(CocoImage, total=False):
@@ -119,7 +117,7 @@ class _Masks(TypedDict):
     categories: list[Category]
 
 
-def _of_coco(file: Path, folder: Path, rows: int | None) -> MaskedImages:
+def _images_of_coco(file: Path, folder: Path, rows: int | None) -> MaskedImages:
     import pycocotools.mask  # noqa: F401 before anything is read
 
     content = read_coco(file, _Masks)
@@ -138,9 +136,9 @@ def _of_coco(file: Path, folder: Path, rows: int | None) -> MaskedImages:
         raise ValueError(f"`{folder}` lacks {len(absent)} images of `{file}`, {absent[0]} among them")
     sizes = [_listed_size(image, folder / image["file_name"], file) for image in listed]
 
-    def read(number: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
-        image = listed[number]
-        return image_and_masks(str(folder / image["file_name"]), sizes[number], objects[image["id"]], file.name)
+    def read(index: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
+        image = listed[index]
+        return image_and_masks(str(folder / image["file_name"]), sizes[index], objects[image["id"]], file.name)
 
     return MaskedImages([sorted({label for label, _ in objects[image["id"]]}) for image in listed], read)
 

@@ -40,8 +40,8 @@ def reconstruction_matrix(
     figure, axes = _panels(panels, height=0.65 * len(streams) + 1.7, stacked=stacked)
     colours = colormaps["Blues_r" if better == "low" else "Blues"]
     grids = {
-        title: np.array([[_number(found[target][source]) for source in streams] for target in streams])
-        for title, found in panels.items()
+        title: np.array([[matrix[target][source] for source in streams] for target in streams], np.float64)
+        for title, matrix in panels.items()
     }
     finite = np.concatenate([grid[np.isfinite(grid)] for grid in grids.values()])
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
@@ -70,10 +70,10 @@ def jaccard_by_depth(panels: Mapping[str, Mapping[int, np.ndarray]], *, stacked:
     """
     figure, axes = _panels(panels, stacked=stacked)
     edges = np.linspace(0, 1, 21)
-    for axis, found in zip(axes, panels.values(), strict=True):
+    for axis, panel in zip(axes, panels.values(), strict=True):
         lines = {
             f"depth {depth}, mean {scores.mean():.3f}": np.histogram(scores, edges)[0]
-            for depth, scores in found.items()
+            for depth, scores in panel.items()
         }
         _draw_steps(axis, edges, lines)
         axis.set_yscale("symlog", linthresh=1)  # most latents lie in the first bin
@@ -90,11 +90,11 @@ def liveness_bars(panels: Mapping[str, Mapping[str, int]], *, stacked: bool = Fa
         panels: panel title -> pattern ("dead", "all streams", "a+b", ...) -> number of latents.
         stacked: one panel below the other, for narrow pages.
     """
-    patterns = list(dict.fromkeys(pattern for found in panels.values() for pattern in found))
+    patterns = list(dict.fromkeys(pattern for panel in panels.values() for pattern in panel))
     figure, axes = _panels(panels, height=0.32 * len(patterns) + 1.4, stacked=stacked)
-    for axis, found in zip(axes, panels.values(), strict=True):
-        numbers = [found.get(pattern, 0) for pattern in patterns]
-        bars = axis.barh(range(len(patterns)), numbers, color=COLOURS[0])
+    for axis, panel in zip(axes, panels.values(), strict=True):
+        counts = [panel.get(pattern, 0) for pattern in patterns]
+        bars = axis.barh(range(len(patterns)), counts, color=COLOURS[0])
         axis.bar_label(bars, padding=3, fontsize=8)
         axis.set_yticks(range(len(patterns)), patterns)
         axis.margins(x=0.15)
@@ -193,8 +193,8 @@ def _panels(
 def _draw_steps(axis: "Axes", edges: np.ndarray, lines: Mapping[str, np.ndarray]) -> None:
     """Draw histograms of latents, counts [bins] by what the legend calls them."""
     widths = np.linspace(THICKEST, THINNEST, len(lines)) if len(lines) > 1 else [THINNEST]
-    for number, ((name, counts), width) in enumerate(zip(lines.items(), widths, strict=True)):
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+    for place, ((name, counts), width) in enumerate(zip(lines.items(), widths, strict=True)):
+        style = {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place % len(DASHES)]}
         axis.stairs(counts, edges, label=name, linewidth=float(width), **style)
     axis.legend(fontsize=7, frameon=False, handlelength=3.2)
 
@@ -203,7 +203,3 @@ def _label_rows(axes: Sequence["Axes"], words: str, stacked: bool) -> None:
     """Write what the vertical axis is, once for panels side by side."""
     for axis in axes if stacked else axes[:1]:
         axis.set_ylabel(words)
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value

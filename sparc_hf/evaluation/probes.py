@@ -23,12 +23,12 @@ FEWEST_ROWS = 4
 
 def probe_figures(codes: Mapping[str, Any], labels: Any, *, seed: int = 0) -> dict[str, dict[str, float]]:
     """Return stream -> mean loss (nats), accuracy and average precision of the one-latent probes, and their number."""
-    found = {}
+    figures = {}
     for stream, matrix in tqdm(codes.items(), desc="probing", unit="stream", leave=False):
         probes = concept_probe(matrix, labels, seed=seed)
         means = {name: probes[f"mean_{name}"] for name in ("loss", "accuracy", "ap")}
-        found[stream] = {"classes": len(probes["classes"]), **means}
-    return found
+        figures[stream] = {"classes": len(probes["classes"]), **means}
+    return figures
 
 
 def classifier_figures(
@@ -42,15 +42,15 @@ def classifier_figures(
     """
     rows = len(features)
     ends = [int(FITTED * rows), int((FITTED + CHOSEN_BY) * rows)]
-    parts = np.split(np.random.default_rng(seed).permutation(rows), ends)
-    found: dict[str, dict[str, float]] = {
+    split = np.split(np.random.default_rng(seed).permutation(rows), ends)
+    figures: dict[str, dict[str, float]] = {
         name: {} for name in ("raw", "codes", "reconstructions", "cross_reconstructions")
     }
     streams = table.streams
     with tqdm(total=2 * len(streams) + len(streams) ** 2, desc="classifying", unit="fit", leave=False) as bar:
 
         def measure(kind: str, name: str, inputs: Any) -> None:
-            found[kind][name] = classify(inputs, labels, parts, seed=seed)["map"]
+            figures[kind][name] = classify(inputs, labels, split, seed=seed)["map"]
             bar.update()
 
         for stream in streams:
@@ -62,7 +62,7 @@ def classifier_figures(
                 measure("reconstructions", target, decoded)
             else:
                 measure("cross_reconstructions", f"{target}<-{source}", decoded)
-    return found
+    return figures
 
 
 def monosemanticity_figures(
@@ -74,15 +74,15 @@ def monosemanticity_figures(
     in joint codes of a model with global selection the other stream is no independent witness.
     """
     best = top_samples(table, TOP_SAMPLES)
-    found: dict[str, dict[str, dict[str, float]]] = {stream: {} for stream in table.streams}
+    figures: dict[str, dict[str, dict[str, float]]] = {stream: {} for stream in table.streams}
     for other in table.streams:
         rows = normalized_rows(model, features, other)
         rows -= rows.mean(axis=0)
         for stream in table.streams:
             if stream != other:
                 scores = monosemanticity(best[stream].rows, best[stream].values, rows)
-                found[stream][other] = {"mean": scores["mean"], "latents": scores["latents"]}
-    return found
+                figures[stream][other] = {"mean": scores["mean"], "latents": scores["latents"]}
+    return figures
 
 
 def bridge_figures(model: SparcModel, codes: Mapping[str, Any]) -> dict[str, float]:
@@ -90,29 +90,29 @@ def bridge_figures(model: SparcModel, codes: Mapping[str, Any]) -> dict[str, flo
 
     Only for streams of one space: those of one encoder, as their records say, with the same width.
     """
-    found = {}
-    for one, other in itertools.combinations(codes, 2):
-        records = [model.config.stream(name) for name in (one, other)]
+    shares = {}
+    for first, second in itertools.combinations(codes, 2):
+        records = [model.config.stream(name) for name in (first, second)]
         encoders, widths = ({record.get(key) for record in records} for key in ("encoder", "hidden_size"))
         if len(encoders) == len(widths) == 1 and encoders != {None}:
-            atoms = [_atoms(model, name) for name in (one, other)]
-            found[f"{one}<->{other}"] = bridge_scores(codes[one], codes[other], *atoms)["own_share"]
-    return found
+            atoms = [_atoms(model, name) for name in (first, second)]
+            shares[f"{first}<->{second}"] = bridge_scores(codes[first], codes[second], *atoms)["own_share"]
+    return shares
 
 
 def stability_figures(models: Mapping[str, SparcModel]) -> dict[str, dict[str, dict[str, float]]]:
     """Return model -> other model -> stream -> mean cosine of their matched atoms, for models of the same shape."""
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
-    for one, other in itertools.combinations(models, 2):
-        shapes = [(models[name].config.num_latents, models[name].config.hidden_sizes) for name in (one, other)]
+    figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
+    for first, second in itertools.combinations(models, 2):
+        shapes = [(models[name].config.num_latents, models[name].config.hidden_sizes) for name in (first, second)]
         if shapes[0] == shapes[1]:
-            streams = models[one].config.stream_names
+            streams = models[first].config.stream_names
             matched = {
-                stream: match_atoms(_atoms(models[one], stream), _atoms(models[other], stream))["stability"]
+                stream: match_atoms(_atoms(models[first], stream), _atoms(models[second], stream))["stability"]
                 for stream in tqdm(streams, desc="matching atoms", unit="stream", leave=False)
             }
-            found[one][other] = found[other][one] = matched
-    return found
+            figures[first][second] = figures[second][first] = matched
+    return figures
 
 
 def _atoms(model: SparcModel, stream: str) -> np.ndarray:

@@ -11,12 +11,11 @@ import numpy as np
 
 from sparc_hf.codes.code_table import ENCODINGS
 from sparc_hf.evaluation import plots
-from sparc_hf.evaluation.results import METRIC_NAMES, eval_results, figure_text
+from sparc_hf.evaluation.results import METRIC_NAMES, eval_results, figure_texts, number_text, template
 from sparc_hf.evaluation.suite import Evaluation
 from sparc_hf.files.atomic_files import write_json, write_text, writing
 from sparc_hf.files.atomic_folders import check_place, named, new_folder
 from sparc_hf.files.folder_lock import locked_folder
-from sparc_hf.files.installed_folders import templates_folder
 from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.model_folder import RESULTS_FILE
 from sparc_hf.version import __version__
@@ -37,9 +36,9 @@ def model_names(paths: Sequence[str]) -> dict[str, str]:
     """
     if doubled := sorted({path for path in paths if list(paths).count(path) > 1}):
         raise ValueError(f"name every model once; {doubled} occur more than once")
-    parts = {path: Path(path).parts for path in paths}
-    for length in range(1, max(len(found) for found in parts.values()) + 1):
-        names = {"/".join(found[-length:]): path for path, found in parts.items()}
+    addresses = {path: Path(path).parts for path in paths}
+    for length in range(1, max(len(address) for address in addresses.values()) + 1):
+        names = {"/".join(address[-length:]): path for path, address in addresses.items()}
         if len(names) == len(paths):
             return names
     return {path: path for path in paths}
@@ -84,8 +83,8 @@ def write_report(
         with new_folder(folder, REPORT_FILES, last=RESULTS_FILE) as unfinished:
             write_text(unfinished / INDEX_FILE, model_index(results))
             for name, evaluation in evaluations.items():
-                told = latents_csv(evaluation, (names or {}).get(name, {}))
-                write_text(unfinished / f"latents-{name.replace('/', '-')}.csv", told)
+                table = latents_csv(evaluation, (names or {}).get(name, {}))
+                write_text(unfinished / f"latents-{name.replace('/', '-')}.csv", table)
             write_text(unfinished / REPORT_FILE, report_html(evaluations))
             write_json(unfinished / RESULTS_FILE, {"models": results})
     return folder / REPORT_FILE
@@ -97,42 +96,34 @@ def model_index(results: Mapping[str, Mapping[str, Any]]) -> str:
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
     entries = [
-        entry for name, found in results.items() for entry in eval_results_to_model_index(name, eval_results(found))
+        entry
+        for name, model_results in results.items()
+        for entry in eval_results_to_model_index(name, eval_results(model_results))
     ]
     return yaml.safe_dump({"model-index": entries}, sort_keys=False)
 
 
 def report_html(evaluations: Mapping[str, Evaluation]) -> str:
     """Return the report as one HTML page that needs no other file."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(templates_folder()),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     results = {name: evaluation.results for name, evaluation in evaluations.items()}
-    first = next(iter(results.values()))
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         results=results,
-        first=first,
+        first=next(iter(results.values())),
         headline=_headline_rows(results),
         columns=[(name, encoding) for name in results for encoding in ENCODINGS],
         retrieval=_retrieval_rows,
         settings_that_differ=_differing_settings(results),
         more=_more_rows,
-        figure_text=figure_text,
-        figures={name: list(_figures(evaluation)) for name, evaluation in evaluations.items()},
+        figure_texts=figure_texts,
+        figures={name: list(_plots(evaluation)) for name, evaluation in evaluations.items()},
         version=__version__,
     )
 
 
-def _figures(evaluation: Evaluation) -> Iterator[dict[str, str]]:
+def _plots(evaluation: Evaluation) -> Iterator[dict[str, str]]:
     """Yield title, caption and picture of every plot of one model, joint and single side by side."""
-    both = {encoding: evaluation.results[encoding] for encoding in ENCODINGS}
-    latents = evaluation.latents
+    by_encoding = {encoding: evaluation.results[encoding] for encoding in ENCODINGS}
+    latents = evaluation.latent_figures
 
     def shown(title: str, caption: str, plot: Callable[..., Any], *args: Any, **options: Any) -> dict[str, str]:
         wide, narrow = (_embedded(plot(*args, **options, stacked=stacked)) for stacked in (False, True))
@@ -140,31 +131,27 @@ def _figures(evaluation: Evaluation) -> Iterator[dict[str, str]]:
 
     ways = (("nmse", "low", "Normalised squared error, 0 is perfect"), ("cosine", "high", "Cosine similarity"))
     for name, better, words in ways:
-        panels = {encoding: found["reconstruction"][name] for encoding, found in both.items()}
+        panels = {encoding: figures["reconstruction"][name] for encoding, figures in by_encoding.items()}
         caption = f"{words}, of every target stream decoded from every source stream's code."
         yield shown(f"reconstruction, {name}", caption, plots.reconstruction_matrix, panels, name, better=better)
-    if "alignment" in both["joint"]:
-        scores = {
-            encoding: {depth: latents[encoding][f"jaccard/depth{depth}"] for depth in found["alignment"]["depths"]}
-            for encoding, found in both.items()
-        }
+    if "alignment" in by_encoding["joint"]:
+        scores = {encoding: dict(enumerate(figures.jaccard)) for encoding, figures in latents.items()}
         caption = "How alike the labels are of the rows on which a latent fires in different streams."
         yield shown("label Jaccard", caption, plots.jaccard_by_depth, scores)
-    patterns = {encoding: _patterns(found["liveness"]) for encoding, found in both.items()}
+    patterns = {encoding: _patterns(figures["liveness"]) for encoding, figures in by_encoding.items()}
     yield shown("liveness", "In which streams latents fire at all on these rows.", plots.liveness_bars, patterns)
-    histograms = {
-        encoding: (
-            np.array(found["liveness"]["histogram"]["edges"]),
-            {stream: np.array(counts) for stream, counts in found["liveness"]["histogram"]["counts"].items()},
-        )
-        for encoding, found in both.items()
-    }
+    histograms = {}
+    for encoding, figures in by_encoding.items():
+        histogram = figures["liveness"]["histogram"]
+        counts = {stream: np.array(counts) for stream, counts in histogram["counts"].items()}
+        histograms[encoding] = (np.array(histogram["edges"]), counts)
     yield shown("firing frequency", "How often live latents fire.", plots.frequency_histogram, histograms)
-    firing = {encoding: np.sum(_frequencies(found), axis=0) > 0 for encoding, found in latents.items()}
-    entropies = {encoding: found["entropy"][firing[encoding]] for encoding, found in latents.items()}
+    firing = {encoding: np.sum(list(figures.frequency.values()), axis=0) > 0 for encoding, figures in latents.items()}
+    entropies = {encoding: figures.universality["entropy"][firing[encoding]] for encoding, figures in latents.items()}
     caption = "Firing entropy of the latents that fire: 1 fires equally often in all streams, 0 in one only."
     yield shown("firing entropy", caption, plots.entropy_histogram, entropies)
-    cofires = {encoding: (found["energy"], found["cofires"]) for encoding, found in latents.items()}
+    points = ("energy", "cofires")
+    cofires = {encoding: tuple(figures.universality[name] for name in points) for encoding, figures in latents.items()}
     caption = "Rows on which a latent fires in all streams at once, against its energy, the length of what it adds."
     yield shown("co-fires against energy", caption, plots.cofires_against_energy, cofires)
 
@@ -173,48 +160,38 @@ def _patterns(liveness: Mapping[str, Any]) -> dict[str, int]:
     return {"all streams": liveness["alive_in_all"], **liveness["patterns"], "dead": liveness["dead"]}
 
 
-def _frequencies(latents: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    return [values for name, values in latents.items() if name.startswith("frequency/")]
-
-
-def _headline_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Return (figure, its text for each model and encoding)."""
-    names = [name for name in METRIC_NAMES if any(name in found["joint"]["headline"] for found in results.values())]
+def _headline_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return (metric, texts of its figure and interval for each model and encoding)."""
+    headlines = [model_results[encoding]["headline"] for model_results in results.values() for encoding in ENCODINGS]
     return [
-        (
-            METRIC_NAMES[name],
-            [
-                figure_text(found[encoding]["headline"].get(name), percent=name in PERCENT)
-                for found in results.values()
-                for encoding in ENCODINGS
-            ],
-        )
-        for name in names
+        (words, [figure_texts(headline.get(name), percent=name in PERCENT) for headline in headlines])
+        for name, words in METRIC_NAMES.items()
+        if any(name in headline for headline in headlines)
     ]
 
 
 def _differing_settings(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
     """Return (setting, its value for each model)."""
-    first = next(iter(results.values()))["model"]
-    return [(name, [found["model"][name] for found in results.values()]) for name in first if name != "streams"]
+    settings = [model_results["model"] for model_results in results.values()]
+    return [(name, [values[name] for values in settings]) for name in settings[0] if name != "streams"]
 
 
-def _retrieval_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
-    """Yield family, pair and encoding -> figures."""
-    for family, pairs in found["joint"]["retrieval"].items():
+def _retrieval_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
+    """Yield family, pair and encoding -> figures, of one model's results."""
+    for family, pairs in results["joint"]["retrieval"].items():
         for pair in pairs:
             yield (
                 family.replace("_", " "),
                 pair.replace("->", " → "),
-                {encoding: found[encoding]["retrieval"][family][pair] for encoding in ENCODINGS},
+                {encoding: results[encoding]["retrieval"][family][pair] for encoding in ENCODINGS},
             )
 
 
-def _more_rows(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Return (figure, its text under each encoding) of what stands in no other table."""
-    both = [found[encoding] for encoding in ENCODINGS]
+def _more_rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return (figure, its text under each encoding) of what of one model's results stands in no other table."""
+    both = [results[encoding] for encoding in ENCODINGS]
     rows = [
-        (words, [_text(part["universality"][name]) for part in both])
+        (words, [number_text(figures["universality"][name]) for figures in both])
         for name, words in (
             ("mean_entropy", "Firing entropy, mean over latents that fire"),
             ("mean_cofire_jaccard", "Rows on which all streams fire, of those on which any does"),
@@ -222,43 +199,43 @@ def _more_rows(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     ]
     for stream, probes in both[-1].get("probes", {}).items():
         for name, words in (("loss", "loss in nats (chance 0.693)"), ("ap", "average precision (chance 0.5)")):
-            texts = [_text(part["probes"][stream][name]) for part in both]
+            texts = [number_text(figures["probes"][stream][name]) for figures in both]
             rows.append((f"One-latent probes of {probes['classes']} classes, {stream}: {words}", texts))
     for kind, inputs in both[-1].get("classifiers", {}).items():
         for name in inputs:
-            texts = [_text(part["classifiers"][kind][name]) for part in both]
+            texts = [number_text(figures["classifiers"][kind][name]) for figures in both]
             rows.append((f"Linear classifier on {kind.replace('_', ' ')}, {name}: mAP", texts))
     for stream, others in both[-1].get("monosemanticity", {}).items():
         for other, scores in others.items():
-            measured = [part.get("monosemanticity") for part in both]
-            texts = ["not measured" if part is None else _text(part[stream][other]["mean"]) for part in measured]
+            texts = [
+                number_text(figures["monosemanticity"][stream][other]["mean"])
+                if "monosemanticity" in figures
+                else "not measured"
+                for figures in both
+            ]
             rows.append((f"Monosemanticity of {stream}'s {scores['latents']} latents by {other}'s features", texts))
     for pair in both[-1].get("bridge_own_share", {}):
-        texts = [_text(part["bridge_own_share"][pair]) for part in both]
+        texts = [number_text(figures["bridge_own_share"][pair]) for figures in both]
         rows.append((f"Bridge score of latents with themselves, share, {pair}", texts))
-    for other, streams in found.get("stability", {}).items():
+    for other, streams in results.get("stability", {}).items():
         for stream, value in streams.items():
-            rows.append((f"Mean cosine of {stream}'s atoms with those of {other}, matched", [_text(value)] * 2))
+            rows.append((f"Mean cosine of {stream}'s atoms with those of {other}, matched", [number_text(value)] * 2))
     return rows
-
-
-def _text(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
 
 
 def latents_csv(evaluation: Evaluation, names: Mapping[int, str]) -> str:
     """Return a CSV of single latents: number, name where there are any, a column per encoding and figure."""
     columns = {
         f"{encoding}/{name}": values
-        for encoding, found in evaluation.latents.items()
-        for name, values in found.items()
+        for encoding, by_name in evaluation.latents.items()
+        for name, values in by_name.items()
     }
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["latent", *(["name"] if names else []), *columns])
     for latent, values in enumerate(zip(*columns.values(), strict=True)):
-        told = [names.get(latent, "")] if names else []
-        writer.writerow([latent, *told, *(f"{value:.6g}" for value in values)])
+        name = [names.get(latent, "")] if names else []
+        writer.writerow([latent, *name, *(f"{value:.6g}" for value in values)])
     return buffer.getvalue()
 
 

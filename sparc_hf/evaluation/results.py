@@ -1,11 +1,14 @@
 """The figures of a results.json: how they are called and shown, and which of its models a folder is."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+from sparc_hf.codes.code_table import ENCODINGS
+from sparc_hf.evaluation.intervals import Figure
 from sparc_hf.files.checked_reading import Count, Limit, read_json
+from sparc_hf.files.installed_folders import templates_folder
 from sparc_hf.model.configuration_sparc import SparcConfig
 
 Matrix = Annotated[
@@ -24,14 +27,6 @@ METRIC_NAMES = {
     "latent_alignment_r_at_1": "Counterpart retrieval by codes R@1",
     "cross_reconstruction_r_at_1": "Counterpart retrieval by cross-reconstruction R@1",
 }
-
-
-class Figure(TypedDict):
-    """A figure with its interval, null where it is undefined or has none."""
-
-    value: float | None
-    low: float | None
-    high: float | None
 
 
 class Reconstruction(TypedDict):
@@ -90,7 +85,7 @@ def results_of_model(path: str | Path, model: str | Path) -> dict[str, Any]:
 
 def check_results(results: Mapping[str, Any], config: SparcConfig, model: str | Path) -> None:
     """Raise ValueError where results tell of a model of other streams or settings, and so are another model's."""
-    for encoding in ("joint", "single"):
+    for encoding in ENCODINGS:
         streams = list(results[encoding]["reconstruction"]["nmse"])
         if set(streams) != set(config.stream_names):
             raise ValueError(
@@ -127,18 +122,42 @@ def eval_results(results: Mapping[str, Any]) -> list[Any]:
             metric_name=f"{METRIC_NAMES.get(name, name)} ({encoding} encoding)",
             metric_value=round(figure["value"], 6),
         )
-        for encoding in ("joint", "single")
+        for encoding in ENCODINGS
         for name, figure in results[encoding]["headline"].items()
         if figure["value"] is not None
     ]
 
 
+def template(name: str, **filters: Callable[..., Any]) -> Any:
+    """Return the jinja template of a card or, where its name says so, of an HTML page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_folder()),
+        undefined=jinja2.StrictUndefined,
+        autoescape=name.endswith(".html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(name)
+
+
+def figure_texts(figure: Mapping[str, Any] | None, percent: bool = False) -> tuple[str, str]:
+    """Return a headline figure and its interval as texts; the latter is empty where there is none."""
+    if figure is None or figure["value"] is None:
+        return "not measured", ""
+    form = ".1%" if percent else ".3f"
+    bounds = [] if None in (figure["low"], figure["high"]) else [figure["low"], figure["high"]]
+    return format(figure["value"], form), " to ".join(format(bound, form) for bound in bounds)
+
+
 def figure_text(figure: Mapping[str, Any] | None, percent: bool = False) -> str:
     """Return a headline figure as text, with its interval where there is one."""
-    if figure is None or figure["value"] is None:
-        return "not measured"
-    form = ".1%" if percent else ".3f"
-    text = format(figure["value"], form)
-    if figure["low"] is None or figure["high"] is None:
-        return text
-    return f"{text} ({format(figure['low'], form)} to {format(figure['high'], form)})"
+    value, interval = figure_texts(figure, percent)
+    return f"{value} ({interval})" if interval else value
+
+
+def number_text(value: float | None) -> str:
+    """Return a number without an interval as text."""
+    return "undefined" if value is None else f"{value:.3f}"

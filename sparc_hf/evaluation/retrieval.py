@@ -15,8 +15,8 @@ FAMILIES = ("self_reconstruction", "latent_alignment", "cross_reconstruction")
 
 def model_ranks(
     model: SparcModel, features: FeatureDataset, codes: CodeTable, *, batch_size: int = 1024
-) -> dict[str, dict[str, np.ndarray]]:
-    """Return family -> "source->target" -> int64 [rows], the rank of every sample's counterpart (1 is best).
+) -> dict[str, dict[tuple[str, str], np.ndarray]]:
+    """Return family -> (source, target) -> int64 [rows], the rank of every sample's counterpart (1 is best).
 
     The families are those of SPARC (arXiv 2507.06265, retrieval): `self_reconstruction` looks for a row among all rows
     of its stream by its own reconstruction, `latent_alignment` for a code of the target stream by the code of the
@@ -40,7 +40,7 @@ def model_ranks(
             f"the codes have {len(codes)} rows of {codes.streams}, but the features {len(features)} rows and the "
             f"model {model.config.stream_names}"
         )
-    found: dict[str, dict[str, np.ndarray]] = {family: {} for family in FAMILIES}
+    ranks: dict[str, dict[tuple[str, str], np.ndarray]] = {family: {} for family in FAMILIES}
     pairs = list(itertools.product(codes.streams, repeat=2))
     with tqdm(total=len(pairs) + len(pairs) - len(codes.streams), desc="retrieving", unit="pair", leave=False) as bar:
         for target in codes.streams:
@@ -48,10 +48,10 @@ def model_ranks(
             for source in codes.streams:
                 family = "self_reconstruction" if source == target else "cross_reconstruction"
                 queries = decoded_rows(model, codes, source, target, batch_size)
-                found[family][f"{source}->{target}"] = vector_ranks(queries, references)
+                ranks[family][source, target] = vector_ranks(queries, references)
                 bar.update()
         matrices = {stream: codes.csr(stream) for stream in codes.streams}
         for source, target in itertools.permutations(codes.streams, 2):
-            found["latent_alignment"][f"{source}->{target}"] = code_ranks(matrices[source], matrices[target])
+            ranks["latent_alignment"][source, target] = code_ranks(matrices[source], matrices[target])
             bar.update()
-    return found
+    return ranks

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -39,8 +39,6 @@ from sparc_hf.model.modeling_sparc import SparcModel
 
 logger = logging.getLogger(__name__)
 
-HIT_DEPTH = 1
-
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -73,17 +71,42 @@ class EvaluationSettings:
             raise ValueError(f"`replicates` must be 0, or 2 or more, but it is {self.replicates}")
 
 
+@dataclass(frozen=True)
+class LatentFigures:
+    """Figures of single latents under one encoding, each [N].
+
+    Attributes:
+        frequency: stream -> share of the rows that a latent fires on.
+        universality: entropy, cofires, cofire_jaccard and energy, see `concept_universality`.
+        jaccard: label Jaccard at every depth of the taxonomy; none without labels.
+    """
+
+    frequency: Mapping[str, np.ndarray]
+    universality: Mapping[str, np.ndarray]
+    jaccard: Sequence[np.ndarray]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the figures under the names that they have in files."""
+        frequency = {f"frequency/{stream}": shares for stream, shares in self.frequency.items()}
+        return frequency | {**self.universality} | {f"jaccard/depth{at}": row for at, row in enumerate(self.jaccard)}
+
+
 @dataclass
 class Evaluation:
     """What was measured of one model.
 
     Attributes:
         results: JSON-ready figures, see `evaluate_model`.
-        latents: encoding -> column -> [N], figures of single latents.
+        latent_figures: encoding -> figures of single latents.
     """
 
     results: dict[str, Any]
-    latents: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    latent_figures: dict[str, LatentFigures] = field(default_factory=dict)
+
+    @property
+    def latents(self) -> dict[str, dict[str, np.ndarray]]:
+        """Encoding -> name in files -> [N], the figures of single latents."""
+        return {encoding: figures.columns() for encoding, figures in self.latent_figures.items()}
 
 
 def evaluate_models(
@@ -144,11 +167,11 @@ def evaluate_model(
     try:
         for encoding in ENCODINGS:
             if encoding == "single" and config.selection == "local":
-                results[encoding], evaluation.latents[encoding] = results["joint"], evaluation.latents["joint"]
+                results[encoding] = results["joint"]
+                evaluation.latent_figures[encoding] = evaluation.latent_figures["joint"]
                 continue
-            measured = Measurements(model, features, encoding, settings)
-            results[encoding] = _json_ready(measured.figures())
-            evaluation.latents[encoding] = measured.latents
+            figures, evaluation.latent_figures[encoding] = Measurements(model, features, encoding, settings).figures()
+            results[encoding] = _json_ready(figures)
     finally:
         model.train(training)
     return evaluation
@@ -167,7 +190,6 @@ class Measurements:
     def __init__(self, model: SparcModel, features: FeatureDataset, encoding: str, settings: EvaluationSettings):
         self.model, self.features, self.encoding, self.settings = model, features, encoding, settings
         self.streams = model.config.stream_names
-        self.latents: dict[str, np.ndarray] = {}
         self.table, self.terms, self.mean_rows = _encoded(model, features, encoding, settings.batch_size)
         self._check_rows()
 
@@ -195,33 +217,49 @@ class Measurements:
         return np.unique(np.linspace(0, rows - 1, min(self.settings.retrieval_rows or rows, rows), dtype=np.int64))
 
     @cached_property
-    def ranks(self) -> dict[str, dict[str, np.ndarray]]:
-        """Family -> "source->target" -> int64 [retrieval rows]."""
+    def alignment(self) -> dict[str, Any]:
+        """What `concept_alignment` returns; only where there are labels."""
+        buckets = None
+        if self.features.taxonomy is not None and self.features.label_names is not None:
+            buckets = taxonomy_buckets(self.features.label_names, self.features.taxonomy)
+        return concept_alignment(self.codes, self.labels, buckets)
+
+    @cached_property
+    def ranks(self) -> dict[str, dict[tuple[str, str], np.ndarray]]:
+        """Family -> (source, target) -> int64 [searched rows]."""
         if len(self.searched_rows) == len(self.features):
             return model_ranks(self.model, self.features, self.table, batch_size=self.settings.batch_size)
-        part = self.features.select(self.searched_rows)
-        codes = encode_features(self.model, part, encoding=self.encoding, batch_size=self.settings.batch_size)
-        return model_ranks(self.model, part, codes, batch_size=self.settings.batch_size)
+        searched = self.features.select(self.searched_rows)
+        codes = encode_features(self.model, searched, encoding=self.encoding, batch_size=self.settings.batch_size)
+        return model_ranks(self.model, searched, codes, batch_size=self.settings.batch_size)
 
-    def figures(self) -> dict[str, Any]:
-        """Return the figures as `evaluate_model` describes them, and fill `latents`."""
-        found: dict[str, Any] = {"reconstruction": self._reconstruction(), "liveness": self._liveness()}
-        found["universality"] = self._universality()
+    def figures(self) -> tuple[dict[str, Any], LatentFigures]:
+        """Return the figures as `evaluate_model` describes them, and those of single latents."""
+        liveness, universality = latent_liveness(self.codes), latent_universality(self.model, self.codes)
+        latent_figures = LatentFigures(
+            frequency=liveness.pop("frequency"),
+            universality={name: universality[name] for name in ("entropy", "cofires", "cofire_jaccard", "energy")},
+            jaccard=() if self.labels is None else self.alignment["per_latent"],
+        )
+        figures: dict[str, Any] = {"headline": self._headline(), "reconstruction": self._reconstruction()}
+        figures |= {"liveness": liveness, "universality": self._mean_universality(universality)}
         if self.labels is not None:
-            found["alignment"] = self._alignment()
-        found["retrieval"] = {
-            family: {pair: retrieval_figures(ranks) for pair, ranks in pairs.items()}
+            live, depths = int(self.alignment["live"].sum()), list(range(len(self.alignment["mean"])))
+            means = {name: self.alignment[name] for name in ("mean", "mean_live")}
+            figures["alignment"] = {"depths": depths, **means, "live": live}
+        figures["retrieval"] = {
+            family: {f"{source}->{target}": retrieval_figures(ranks) for (source, target), ranks in pairs.items()}
             for family, pairs in self.ranks.items()
         }
         seed = self.settings.seed
         if self.labels is not None and self.settings.probes:
-            found["probes"] = probe_figures(self.codes, self.labels, seed=seed)
-            found["classifiers"] = classifier_figures(self.model, self.features, self.table, self.labels, seed=seed)
+            figures["probes"] = probe_figures(self.codes, self.labels, seed=seed)
+            figures["classifiers"] = classifier_figures(self.model, self.features, self.table, self.labels, seed=seed)
         if self.encoding == "single" or self.model.config.selection == "local":
-            found["monosemanticity"] = monosemanticity_figures(self.model, self.features, self.table)
+            figures["monosemanticity"] = monosemanticity_figures(self.model, self.features, self.table)
         if bridges := bridge_figures(self.model, self.codes):
-            found["bridge_own_share"] = bridges
-        return {"headline": self._headline(), **found}
+            figures["bridge_own_share"] = bridges
+        return figures, latent_figures
 
     def _check_rows(self) -> None:
         for stream in self.streams:
@@ -233,37 +271,19 @@ class Measurements:
                 )
 
     def _reconstruction(self) -> dict[str, Any]:
-        found: dict[str, Any] = {name: {target: {} for target in self.streams} for name in FIGURES}
+        matrices: dict[str, Any] = {name: {target: {} for target in self.streams} for name in FIGURES}
         for (target, source), terms in self.terms.items():
             for name, value in figures_of_terms(terms, self.mean_rows[target]).items():
-                found[name][target][source] = value
-        return found
+                matrices[name][target][source] = value
+        return matrices
 
-    def _liveness(self) -> dict[str, Any]:
-        found = latent_liveness(self.codes)
-        frequency = found.pop("frequency")
-        self.latents |= {f"frequency/{stream}": share for stream, share in frequency.items()}
-        return found
-
-    def _universality(self) -> dict[str, Any]:
-        found = latent_universality(self.model, self.codes)
-        firing = np.sum(list(found["fires"].values()), axis=0) > 0
-        self.latents |= {name: found[name] for name in ("entropy", "cofires", "cofire_jaccard", "energy")}
+    def _mean_universality(self, universality: Mapping[str, Any]) -> dict[str, Any]:
+        firing = np.sum(list(universality["fires"].values()), axis=0) > 0
         means = {
-            f"mean_{name}": found[name][firing].mean() if firing.any() else math.nan
+            f"mean_{name}": universality[name][firing].mean() if firing.any() else math.nan
             for name in ("entropy", "cofire_jaccard", "cofire_iou")
         }
         return {"threshold": self.model.config.dead_threshold, "firing": int(firing.sum()), **means}
-
-    def _alignment(self) -> dict[str, Any]:
-        buckets = None
-        if self.features.taxonomy is not None and self.features.label_names is not None:
-            buckets = taxonomy_buckets(self.features.label_names, self.features.taxonomy)
-        found = concept_alignment(self.codes, self.labels, buckets)
-        depths = list(range(len(found["mean"])))
-        self.latents |= {f"jaccard/depth{depth}": found["per_latent"][depth] for depth in depths}
-        live = int(found["live"].sum())
-        return {"depths": depths, "mean": found["mean"], "mean_live": found["mean_live"], "live": live}
 
     def _headline(self) -> dict[str, Figure]:
         """Figures one would put first, with intervals."""
@@ -271,21 +291,18 @@ class Measurements:
             "nmse_self": [_relative_error(self.terms[name, name]) for name in self.streams],
             "nmse_cross": [_relative_error(self.terms[pair]) for pair in itertools.permutations(self.streams, 2)],
         }
-        hits = {
-            f"{family}_r_at_{HIT_DEPTH}": [ranks <= HIT_DEPTH for ranks in self.ranks[family].values()]
-            for family in FAMILIES
-        }
+        hits = {f"{family}_r_at_1": [ranks == 1 for ranks in self.ranks[family].values()] for family in FAMILIES}
         seed, replicates = self.settings.seed, self.settings.replicates
         groups = list(random_groups(self.units, replicates, seed)) if replicates else []
-        found = {
-            name: mean_figure(*unit_sums(np.mean(rows, axis=0), self.units)) for name, rows in errors.items() if rows
+        units, searched = self.units, self.units[self.searched_rows]
+        figures = {
+            **{name: mean_figure(*unit_sums(np.mean(rows, axis=0), units)) for name, rows in errors.items() if rows},
+            **CountFigures(self.codes, self.labels).with_intervals(
+                tqdm(groups, desc="confidence intervals", unit="group", leave=False)
+            ),
+            **{name: share_figure(*unit_sums(np.mean(rows, axis=0), searched)) for name, rows in hits.items() if rows},
         }
-        found |= CountFigures(self.codes, self.labels).with_intervals(
-            tqdm(groups, desc="confidence intervals", unit="group", leave=False)
-        )
-        units = self.units[self.searched_rows]
-        found |= {name: share_figure(*unit_sums(np.mean(rows, axis=0), units)) for name, rows in hits.items() if rows}
-        return found if replicates else {name: plain_figure(figure["value"]) for name, figure in found.items()}
+        return figures if replicates else {name: plain_figure(figure["value"]) for name, figure in figures.items()}
 
 
 def _labels_of(features: FeatureDataset) -> Any:
@@ -329,21 +346,21 @@ def _encoded(
     )
     return (
         table,
-        {pair: np.concatenate(parts) for pair, parts in terms.items()},
+        {pair: np.concatenate(batches) for pair, batches in terms.items()},
         {name: total / len(features) for name, total in sums.items()},
     )
 
 
 def _relative_error(terms: np.ndarray) -> np.ndarray:
-    return terms[:, 0] / terms[:, 1]
+    return terms[:, 0] / terms[:, 1]  # |y - x|^2 / |x|^2, see `row_terms`
 
 
 def _json_ready(value: Any) -> Any:
     """Return nested values as JSON has them: lists for arrays, None for what is not a number."""
     if isinstance(value, Mapping):
-        return {name: _json_ready(part) for name, part in value.items()}
+        return {name: _json_ready(content) for name, content in value.items()}
     if isinstance(value, np.ndarray | list | tuple):
-        return [_json_ready(part) for part in value]
+        return [_json_ready(content) for content in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from sparc_hf.evaluation.results import check_results, eval_results, figure_text, results_of_model
+from sparc_hf.codes.code_table import ENCODINGS
+from sparc_hf.evaluation.results import (
+    check_results,
+    eval_results,
+    figure_text,
+    number_text,
+    results_of_model,
+    template,
+)
 from sparc_hf.files.atomic_files import new_file, write_json, write_text, writing
 from sparc_hf.files.checked_reading import read_json
-from sparc_hf.files.installed_folders import templates_folder
 from sparc_hf.model.configuration_sparc import SparcConfig
-from sparc_hf.model_folder import CARD_FILE, ORIGIN_FILE, OTHER_CARD_FILE, RESULTS_FILE, is_model_card
+from sparc_hf.model_folder import CARD_FILE, ORIGIN_FILE, OTHER_CARD_FILE, PICTURE_FILE, RESULTS_FILE, is_model_card
 from sparc_hf.version import __version__
 
 if TYPE_CHECKING:
@@ -19,20 +26,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN_ENCODER = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
 # Facts of the run that say nothing about the model.
 UNTOLD_SETTINGS = {
-    *(
-        "features",
-        "eval_features",
-        "eval_fraction",
-        "output_dir",
-        "resume",
-        "overwrite",
-        "report_to",
-        "cpu",
-        "streams",
-    ),
-    *("no_verify", "checkpoint_every", "checkpoints_kept", "logging_every", "max_preactivation_mb"),
+    *("features", "eval_features", "eval_fraction", "output_dir", "resume", "overwrite", "report_to", "cpu"),
+    *("streams", "no_verify", "checkpoint_every", "checkpoints_kept", "logging_every", "max_preactivation_mb"),
 }
 
 
@@ -67,12 +65,11 @@ def write_model_card(
     from huggingface_hub import ModelCardData
 
     folder = Path(folder)
-    config = _config_of(folder)
+    config = config_of(folder)
     name = repo.rsplit("/", 1)[-1] if repo else folder.resolve().name
     title = title or name
-    results = _kept_results(folder, config, results, name)
-    unknown = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
-    streams: list[dict[str, Any]] = [unknown | record for record in config.streams or []]
+    results = _shown_results(folder, config, results, name)
+    streams: list[dict[str, Any]] = [UNKNOWN_ENCODER | record for record in config.streams or []]
     encoders = sorted({record["encoder"] for record in streams if _is_hub_id(record["encoder"])})
     card_data = ModelCardData(
         library_name="sparc-hf",
@@ -87,25 +84,21 @@ def write_model_card(
     if results:
         _write_picture(folder / PICTURE_FILE, results)
     runnable = all(record["encoder"] and record["modality"] for record in streams)
-    text = (
-        _environment()
-        .get_template("model_card.md")
-        .render(
-            card_data=card_data.to_yaml(),
-            title=title,
-            repo=repo or str(folder),
-            config=config,
-            streams=streams,
-            example="{" + example + "}",
-            modalities=sorted({record["modality"] for record in streams}) if runnable else [],
-            concepts=example_concepts(folder),
-            picture=PICTURE_FILE if results else None,
-            results=results,
-            results_split=results_split,
-            settings={name: value for name, value in (settings or {}).items() if name not in UNTOLD_SETTINGS},
-            origin=_origin_of(folder),
-            version=__version__,
-        )
+    text = _card_template("model_card.md").render(
+        card_data=card_data.to_yaml(),
+        title=title,
+        repo=repo or str(folder),
+        config=config,
+        streams=streams,
+        example="{" + example + "}",
+        modalities=sorted({record["modality"] for record in streams}) if runnable else [],
+        concepts=example_concepts(folder),
+        picture=PICTURE_FILE if results else None,
+        results=results,
+        results_split=results_split,
+        settings={name: value for name, value in (settings or {}).items() if name not in UNTOLD_SETTINGS},
+        origin=_origin_of(folder),
+        version=__version__,
     )
     path = folder / CARD_FILE
     if path.exists() and not is_model_card(path):
@@ -116,10 +109,7 @@ def write_model_card(
     return path
 
 
-PICTURE_FILE = "reconstruction.png"
-
-
-def _kept_results(
+def _shown_results(
     folder: Path, config: SparcConfig, results: Mapping[str, Any] | None, name: str
 ) -> Mapping[str, Any] | None:
     """Keep results in the folder under a name, or return those it has; new weights remove them."""
@@ -136,7 +126,7 @@ def _write_picture(path: Path, results: Mapping[str, Any]) -> None:
     """Draw the reconstruction matrices of both encodings."""
     from sparc_hf.evaluation.plots import reconstruction_matrix
 
-    panels = {f"{encoding} encoding": results[encoding]["reconstruction"]["nmse"] for encoding in ("joint", "single")}
+    panels = {f"{encoding} encoding": results[encoding]["reconstruction"]["nmse"] for encoding in ENCODINGS}
     figure = reconstruction_matrix(panels, "normalised squared error")
     with new_file(path) as file:
         figure.savefig(file, dpi=110, format="png", bbox_inches="tight")
@@ -178,22 +168,17 @@ def write_dataset_card(
             }
         ],
     )
-    unknown = dict.fromkeys(("encoder", "revision", "modality", "pooling"))
-    text = (
-        _environment()
-        .get_template("dataset_card.md")
-        .render(
-            card_data=data.to_yaml(),
-            title=data.pretty_name,
-            repo=repo,
-            home=HOME,
-            streams=[unknown | {"normalize": "none"} | record for record in first.streams],
-            splits={split: len(features) for split, features in splits.items()},
-            label_names=first.label_names,
-            source=_source_text(first.source),
-            license=license,
-            version=__version__,
-        )
+    text = _card_template("dataset_card.md").render(
+        card_data=data.to_yaml(),
+        title=data.pretty_name,
+        repo=repo,
+        home=HOME,
+        streams=[UNKNOWN_ENCODER | {"normalize": "none"} | record for record in first.streams],
+        splits={split: len(features) for split, features in splits.items()},
+        label_names=first.label_names,
+        source=_source_text(first.source),
+        license=license,
+        version=__version__,
     )
     path = folder / "README.md"
     write_text(path, text.rstrip() + "\n")
@@ -213,11 +198,12 @@ def _source_text(source: Any) -> str | None:
     """Return where samples came from, without folders of the machine that read them."""
     if not isinstance(source, Mapping):
         return None if source is None or os.path.exists(str(source)) else str(source)
-    told = {key: value for key, value in source.items() if value is not None and not os.path.exists(str(value))}
-    return ", ".join(f"{key} `{value}`" for key, value in told.items()) or None
+    facts = {key: value for key, value in source.items() if value is not None and not os.path.exists(str(value))}
+    return ", ".join(f"{key} `{value}`" for key, value in facts.items()) or None
 
 
-def _config_of(folder: Path) -> SparcConfig:
+def config_of(folder: Path) -> SparcConfig:
+    """Return the config of a saved model; ValueError where the folder holds none."""
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (no config.json); save one there with `save_pretrained` first")
     content = read_json(folder / "config.json", dict[str, Any])
@@ -246,27 +232,15 @@ def _is_hub_id(encoder: Any) -> bool:
     return isinstance(encoder, str) and encoder.count("/") == 1 and not encoder.startswith((".", "/", "~"))
 
 
-def _environment() -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(templates_folder()),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def _card_template(name: str) -> Any:
+    return template(
+        name, code=lambda text: f"`{text}`", figure=figure_text, error_row=_error_row, encoder_link=_encoder_link
     )
-    environment.filters |= {
-        "code": lambda text: f"`{text}`",
-        "figure": figure_text,
-        "error_row": _error_row,
-        "encoder_link": _encoder_link,
-    }
-    return environment
 
 
 def _error_row(nmse: Mapping[str, Mapping[str, float | None]], target: str) -> list[str]:
     """Return the error of one target from every source, as text."""
-    return ["undefined" if value is None else f"{value:.3f}" for value in nmse[target].values()]
+    return [number_text(value) for value in nmse[target].values()]
 
 
 def _encoder_link(record: Mapping[str, Any]) -> str:

@@ -19,13 +19,13 @@ from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.parquet import check_split_name, write_parquet_split
 from sparc_hf.files.atomic_files import write_json
 from sparc_hf.files.installed_folders import package_folder
-from sparc_hf.hub.cards import write_dataset_card, write_model_card
+from sparc_hf.hub.cards import config_of, write_dataset_card, write_model_card
 from sparc_hf.model_folder import ORIGIN_FILE, RESULTS_FILE, SETTINGS_FILE, read_settings
 from sparc_hf.version import __version__
 
 METRICS = package_folder() / "metrics"
 # What a model's repository gets of the folder of its run.
-MODEL_FILES = (
+PUSHED_FILES = (
     "config.json",
     "model*.safetensors",
     "model*.safetensors.index.json",
@@ -46,22 +46,21 @@ def prepare_model(model: Path, folder: Path, *, repo: str, results: str | None =
     """
     from sparc_hf.evaluation.results import results_of_model
 
-    if not (model / "config.json").is_file():
-        raise ValueError(f"{model} holds no model (no config.json); save one there with `save_pretrained` first")
+    config_of(model)
     if not list(model.glob("model*.safetensors")):
         raise ValueError(f"{model} holds no weights (no model*.safetensors)")
     own = model / RESULTS_FILE
     file = results or (own if own.is_file() else None)
     shown = None if file is None else results_of_model(file, model)
-    for pattern in MODEL_FILES:
+    for pattern in PUSHED_FILES:
         for file in model.glob(pattern):
             shutil.copyfile(file, folder / file.name)
-    told = read_settings(folder)
-    if told is not None:
+    settings = read_settings(folder)
+    if settings is not None:
         # Where things lay on the trainer's machine is nobody's business.
         private = ("features", "eval_features", "output_dir")
-        write_json(folder / SETTINGS_FILE, {k: v for k, v in told.items() if k not in private})
-    write_model_card(folder, results=shown, settings=told, repo=repo)
+        write_json(folder / SETTINGS_FILE, {name: value for name, value in settings.items() if name not in private})
+    write_model_card(folder, results=shown, settings=settings, repo=repo)
     _add_code(folder)
 
 
@@ -224,8 +223,8 @@ def _refusals(repo: str) -> Iterator[None]:
         raise ValueError(text) from error
     except (*transport_errors, OSError, RuntimeError) as error:
         # A failed upload is a RuntimeError whose cause says more.
-        told = f"{error} {error.__cause__}" if error.__cause__ else str(error)
-        raise ValueError(f"cannot reach the Hub ({told}); nothing was changed, so push again later") from error
+        reason = f"{error} {error.__cause__}" if error.__cause__ else str(error)
+        raise ValueError(f"cannot reach the Hub ({reason}); nothing was changed, so push again later") from error
 
 
 def check_repository_name(repo: str) -> None:

@@ -174,7 +174,7 @@ def test_retrieval_on_some_rows():
     ranks = model_ranks(model, part, encode_features(model, part, encoding="single"))
     found = few.results["single"]["retrieval"]["cross_reconstruction"]["dino->clip_txt"]
     assert found["rows"] == 10
-    assert found["R@1"] == (ranks["cross_reconstruction"]["dino->clip_txt"] == 1).mean()
+    assert found["R@1"] == (ranks["cross_reconstruction"]["dino", "clip_txt"] == 1).mean()
     assert few.results["single"]["headline"]["nmse_self"]["low"] is None
     with pytest.raises(ValueError, match="the codes have 100 rows"):
         model_ranks(model, part, encode_features(model, features))
