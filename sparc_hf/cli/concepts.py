@@ -27,7 +27,6 @@ from sparc_hf.encoders.stream_encoder import StreamEncoder, check_encoders, load
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.checked_reading import read_text
 from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.maps.attribution import check_map_settings
 from sparc_hf.maps.contact_sheets import (
     SHEET_SAMPLES,
     concept_heatmaps,
@@ -37,6 +36,7 @@ from sparc_hf.maps.contact_sheets import (
 )
 from sparc_hf.maps.explanation import check_latents
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent
+from sparc_hf.maps.methods import MAP_METHODS, check_map_settings
 from sparc_hf.maps.picture_folder import PictureFolder, picture_folder
 from sparc_hf.maps.plots import SheetCell, contact_sheet
 from sparc_hf.model.modeling_sparc import SparcModel
@@ -83,7 +83,7 @@ class ConceptsArguments:
     )
     method: str = field(
         default="relevance",
-        metadata={"help": "Kind of maps.", "choices": ["relevance", "grad_cam", "patch_codes"]},
+        metadata={"help": "Kind of maps.", "choices": list(MAP_METHODS)},
     )
     shifts: int = field(default=2, metadata={"help": "As of `sparc evaluate`: 1 for plain maps."})
     steps: int = field(default=256, metadata={"help": "Steps of maximisation."})

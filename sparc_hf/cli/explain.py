@@ -16,8 +16,8 @@ from sparc_hf.encoders.inputs import open_image, size_of_file
 from sparc_hf.encoders.stream_encoder import check_encoders, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.maps.attribution import MAP_METHODS, check_map_settings
 from sparc_hf.maps.explanation import active_latents, check_latents, explain_sample
+from sparc_hf.maps.methods import MAP_METHODS, check_map_settings
 from sparc_hf.maps.picture_folder import picture_folder
 from sparc_hf.maps.plots import ExplainedTarget
 from sparc_hf.model.modeling_sparc import SparcModel

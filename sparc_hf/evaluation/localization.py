@@ -16,15 +16,9 @@ from sparc_hf.encoders.trace import visible_box
 from sparc_hf.evaluation.intervals import plain_figure, share_figure, unit_sums
 from sparc_hf.evaluation.masked_images import MaskedImages
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.maps.attribution import (
-    ConceptTarget,
-    SimilarityTarget,
-    Target,
-    check_map_settings,
-    image_maps,
-    map_method,
-    map_on_image,
-)
+from sparc_hf.maps.methods import check_map_settings, map_method
+from sparc_hf.maps.patch_maps import image_maps, map_on_image
+from sparc_hf.maps.targets import ConceptTarget, SimilarityTarget, Target
 from sparc_hf.model.modeling_sparc import SparcModel
 
 CANDIDATES = 8

@@ -15,10 +15,11 @@ from sparc_hf.encoders.inputs import upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.encoders.trace import visible_box
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.maps.attribution import ConceptTarget, image_maps, map_on_image
 from sparc_hf.maps.explanation import SHOWN_SIDE, check_latents
+from sparc_hf.maps.patch_maps import image_maps, map_on_image
 from sparc_hf.maps.picture_folder import PictureFolder
 from sparc_hf.maps.plots import SheetCell, contact_sheet, heatmap_grid
+from sparc_hf.maps.targets import ConceptTarget
 from sparc_hf.model.modeling_sparc import SparcModel
 
 if TYPE_CHECKING:

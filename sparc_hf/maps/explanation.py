@@ -12,15 +12,10 @@ from sparc_hf.codes.encoding import sample_codes
 from sparc_hf.encoders.inputs import upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.encoders.trace import visible_box
-from sparc_hf.maps.attribution import (
-    ConceptTarget,
-    SimilarityTarget,
-    Target,
-    image_maps,
-    map_on_image,
-    word_scores,
-)
+from sparc_hf.maps.patch_maps import image_maps, map_on_image
 from sparc_hf.maps.plots import ExplainedTarget, explanation_panel
+from sparc_hf.maps.scored_words import word_scores
+from sparc_hf.maps.targets import ConceptTarget, SimilarityTarget, Target
 from sparc_hf.model.modeling_sparc import SparcModel
 
 if TYPE_CHECKING:

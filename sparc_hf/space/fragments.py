@@ -13,7 +13,7 @@ from sparc_hf.codes.concept_search import LatentMatch
 from sparc_hf.codes.concepts import Evidence
 from sparc_hf.codes.search import Match
 from sparc_hf.evaluation.plots import cofires_against_energy, entropy_histogram, svg_text
-from sparc_hf.maps.attribution import WordScore
+from sparc_hf.maps.scored_words import WordScore
 from sparc_hf.space.data import LatentFacts, SpaceData
 from sparc_hf.space.index import encoded_image
 from sparc_hf.space.seen_maps import Explanation, SeenImage, unread_remark

@@ -10,15 +10,10 @@ from PIL import Image
 
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.encoders.trace import pixel_statistics
-from sparc_hf.maps.attribution import (
-    ConceptTarget,
-    SimilarityTarget,
-    Target,
-    WordScore,
-    image_maps,
-    map_method,
-    word_scores,
-)
+from sparc_hf.maps.methods import map_method
+from sparc_hf.maps.patch_maps import image_maps
+from sparc_hf.maps.scored_words import WordScore, word_scores
+from sparc_hf.maps.targets import ConceptTarget, SimilarityTarget, Target
 from sparc_hf.space.data import SpaceData
 
 logger = logging.getLogger(__name__)

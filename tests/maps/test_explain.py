@@ -22,9 +22,10 @@ from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sources.source import parse_streams
 from sparc_hf.maps import plots as map_plots
-from sparc_hf.maps.attribution import SimilarityTarget, image_maps
 from sparc_hf.maps.explanation import active_latents, explain_sample
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent
+from sparc_hf.maps.patch_maps import image_maps
+from sparc_hf.maps.targets import SimilarityTarget
 
 STREAMS = ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")
 SCENE = make_scene(5)
