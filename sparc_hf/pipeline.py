@@ -14,6 +14,7 @@ from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from sparc_hf.codes.concepts import concept_names as names_of_model
+from sparc_hf.codes.encoding import encode_samples
 from sparc_hf.encoders.inputs import open_image
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.model.modeling_sparc import SparcModel
@@ -137,7 +138,6 @@ class SparcPipeline(Pipeline):
         ]
         return found[0] if single else found
 
-    @torch.no_grad()
     def _concepts(
         self, given: Mapping[str, list[Any]], streams: Sequence[str], top: int | None, selection: str | None
     ) -> Iterator[dict[str, list[dict[str, Any]]]]:
@@ -145,11 +145,8 @@ class SparcPipeline(Pipeline):
         if "image" in given:
             files = str | os.PathLike
             samples["image"] = [open_image(one) if isinstance(one, files) else one for one in given["image"]]
-        rows = {}
-        for name in streams:
-            encoder = self.encoders[name]
-            rows[name] = encoder.rows(encoder.prepare(samples[encoder.modality]))
-        codes = self.model.encode(rows, selection)
+        samples_of = {name: samples[self.encoders[name].modality] for name in streams}
+        codes = encode_samples(self.model, self.encoders, samples_of, selection)
         per_sample = {encoder.rows_per_sample for encoder in (self.encoders[name] for name in streams)}.pop()
         for first in range(0, len(next(iter(codes.values()))), per_sample):
             # The rows of one sample: one, or its patch tokens, of which the strongest counts.

@@ -16,7 +16,7 @@ from sparc_hf.encoders.inputs import open_image, size_of_file
 from sparc_hf.encoders.stream_encoder import check_encoders, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.maps.explanation import active_latents, check_latents, explain_sample
+from sparc_hf.maps.explanation import Explanation, active_latents, check_latents, explain_sample
 from sparc_hf.maps.methods import MAP_METHODS, check_map_settings
 from sparc_hf.maps.picture_folder import picture_folder
 from sparc_hf.maps.plots import ExplainedTarget
@@ -86,14 +86,13 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
                 kept += 1
                 continue
             image, caption = read()
-            latents = chosen or {
-                _title(latent, names): (latent,)
-                for latent in active_latents(sample_codes(model, encoders, image, caption), args.top)
-            }
-            found = explain_sample(model, encoders, image, caption, latents, method=args.method, shifts=args.shifts)
-            pictures.save(found.panel(), f"{name}.png", *drawn_from)
-            path = Path(args.output) / f"{name}.png"
-            told.append({"panel": str(path), "targets": [_told(target) for target in found.targets]})
+            codes = sample_codes(model, encoders, image, caption)
+            latents = chosen or {_title(latent, names): (latent,) for latent in active_latents(codes, args.top)}
+            explanation = explain_sample(
+                model, encoders, image, caption, latents, method=args.method, shifts=args.shifts, codes=codes
+            )
+            pictures.save(explanation.panel(), f"{name}.png", *drawn_from)
+            told.append({"panel": str(Path(args.output) / f"{name}.png")} | _told(explanation))
     facts: dict[str, Any] = {"output": args.output, "drawn": len(told), "kept": kept}
     if matches:
         facts["concepts"] = {
@@ -114,7 +113,12 @@ def _found_title(word: str, matches: Sequence[LatentMatch]) -> str:
     return f"{word} ({latents}{why})"
 
 
-def _told(target: ExplainedTarget) -> dict[str, Any]:
+def _told(explanation: Explanation) -> dict[str, Any]:
+    facts: dict[str, Any] = {"targets": [_target_facts(target) for target in explanation.targets]}
+    return facts | ({"remarks": list(explanation.remarks)} if explanation.remarks else {})
+
+
+def _target_facts(target: ExplainedTarget) -> dict[str, Any]:
     marked = {stream: [[word, round(score, 6)] for word, score, *_ in words] for stream, words in target.words.items()}
     streams = [name for name, heat in target.maps.items() if heat is not None]
     facts: dict[str, Any] = {"title": target.title, "maps": streams}

@@ -107,6 +107,11 @@ class TextInputs:
         inputs = dict(self.tokenizer(list(texts), return_tensors="pt", **self.settings))
         return {key: value for key, value in inputs.items() if self.masked or key != "attention_mask"}
 
+    def unread(self, text: str) -> str:
+        """Return the end of a text that is not read, because it is too long; mostly ""."""
+        offsets = self.tokenizer([text], return_offsets_mapping=True, **self.settings)["offset_mapping"][0]
+        return text[max((end for _, end in offsets), default=0) :].strip()
+
 
 def frozen_model(
     encoder: str,

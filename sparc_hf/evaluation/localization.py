@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from sparc_hf.codes.code_table import CodeTable
 from sparc_hf.encoders.stream_encoder import StreamEncoder
-from sparc_hf.encoders.trace import visible_box
+from sparc_hf.encoders.views import visible_box
 from sparc_hf.evaluation.intervals import plain_figure, share_figure, unit_sums
 from sparc_hf.evaluation.masked_images import MaskedImages
 from sparc_hf.features.dataset import FeatureDataset

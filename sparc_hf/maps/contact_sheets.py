@@ -13,7 +13,7 @@ from sparc_hf.codes.top_samples import TopSamples
 from sparc_hf.codes.universality import latent_universality
 from sparc_hf.encoders.inputs import upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
-from sparc_hf.encoders.trace import visible_box
+from sparc_hf.encoders.views import visible_box
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.maps.explanation import SHOWN_SIDE, check_latents
 from sparc_hf.maps.patch_maps import image_maps, map_on_image

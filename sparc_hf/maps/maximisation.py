@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.encoders.token_grid import resample_tokens
-from sparc_hf.encoders.trace import pixel_statistics
+from sparc_hf.encoders.views import pixel_statistics
 from sparc_hf.model.modeling_sparc import SparcModel
 
 PARAMETRISATIONS = ("fourier", "pixels")

@@ -188,12 +188,6 @@ class SpaceData:
             raise ValueError(f"the model does not say which encoder makes the stream `{stream}`")
         return sample_code(self.model, self.encoders[stream], sample).numpy()
 
-    def unread(self, stream: str, text: str) -> str:
-        """Return the end of a text that a stream's encoder does not read, because it is too long; mostly ""."""
-        inputs = self.encoders[stream].inputs_of
-        read = inputs.tokenizer([text], return_offsets_mapping=True, **inputs.settings)["offset_mapping"][0]
-        return text[max((end for _, end in read), default=0) :].strip()
-
     def strongest(self, code: np.ndarray, count: int = 10) -> list[tuple[int, float]]:
         """Return (latent, value) of the largest values of a code [N], the largest first."""
         active = np.flatnonzero(code > 0)

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,10 +13,12 @@ from sparc_hf.codes.concept_search import LatentMatch
 from sparc_hf.codes.concepts import Evidence
 from sparc_hf.codes.search import Match
 from sparc_hf.evaluation.plots import cofires_against_energy, entropy_histogram, svg_text
+from sparc_hf.maps.explanation import Explanation, unread_remarks
+from sparc_hf.maps.plots import ExplainedTarget
 from sparc_hf.maps.scored_words import WordScore
 from sparc_hf.space.data import LatentFacts, SpaceData
 from sparc_hf.space.index import encoded_image
-from sparc_hf.space.seen_maps import Explanation, SeenImage, unread_remark
+from sparc_hf.space.seen_maps import SeenImage
 
 LATENTS_PER_PAGE = 20
 HEAT_COLOURS = ((255, 225, 60), (255, 130, 0), (255, 15, 40))
@@ -151,7 +153,7 @@ def retrieval_page(data: SpaceData, source: str, target: str, query: Image.Image
     matches = data.retrieve(source, target, query, code=code)
     picture = data.image(query) if isinstance(query, int) else query if isinstance(query, Image.Image) else None
     caption = (data.caption(query) or "") if isinstance(query, int) else query if isinstance(query, str) else ""
-    remarks = unread_remark(data, source, query) if isinstance(query, str) else []
+    remarks = unread_remarks(source, data.encoders[source], query) if isinstance(query, str) else []
     card = query_card(data, picture, caption, data.strongest(code, 6))
     return _remarks(remarks) + matches_page(data, target, matches, card)
 
@@ -190,28 +192,31 @@ def query_card(data: SpaceData, picture: Image.Image | None, caption: str, activ
     return f"<div class=query>{shown}<div>{text}<p class=why>{chips}</p></div></div>"
 
 
-def explanation_page(data: SpaceData, found: Explanation) -> str:
+def explanation_page(data: SpaceData, explanation: Explanation) -> str:
     """Return maps in every image stream, the baseline, the caption's words, and the strongest latents as bars."""
-    panels = [
-        _panel(title, view) for title, view in [*found.maps.items(), *found.baselines.items()] if view is not None
+    targets = explanation.targets
+    latent = next((latent for target in targets for latent in target.latents), None)
+    panels = [panel for target in targets for panel in _target_panels(explanation, target)]
+    panels += [
+        _panel(f"{stream}: similarity of embeddings (baseline)", SeenImage(explanation.views[stream], grid))
+        for stream, grid in explanation.baselines.items()
     ]
-    words = "".join(
-        f"<section><h4><code>{escape(stream)}</code> <small>words</small></h4>"
-        f"<p class=caption>{marked_words(found.caption, scores)}</p></section>"
-        for stream, scores in found.words.items()
-    )
+    words = "".join(_target_words(explanation.caption, target) for target in targets)
     bars = "".join(
-        f"<section><h4><code>{escape(stream)}</code></h4>{latent_bars(data, active, found.latent)}</section>"
-        for stream, active in found.active.items()
+        f"<section><h4><code>{escape(stream)}</code></h4>"
+        f"{latent_bars(data, data.strongest(code.numpy()), latent)}</section>"
+        for stream, code in explanation.codes.items()
     )
+    title = "Where image and caption are alike" if latent is None else f"Where {data.title(latent)} is"
     opened = (
-        f' <a class="chip" href="?latent={found.latent}" data-open="{found.latent}">open in the explorer</a>'
-        if found.latent is not None
+        f' <a class="chip" href="?latent={latent}" data-open="{latent}">open in the explorer</a>'
+        if latent is not None
         else ""
     )
-    title = f"<h3>{escape(found.title)}{opened}</h3>" if panels or words else ""
+    heading = f"<h3>{escape(title)}{opened}</h3>" if panels or words else ""
     return (
-        f"{_remarks(found.remarks)}{title}<div class=panels>{''.join(panels)}</div><div class=streams>{words}</div>"
+        f"{_remarks(explanation.remarks)}{heading}<div class=panels>{''.join(panels)}</div>"
+        f"<div class=streams>{words}</div>"
         "<h3>Strongest latents <small>of each stream alone; choose one to see its map</small></h3>"
         f"<div class=streams>{bars}</div>"
     )
@@ -290,9 +295,30 @@ def _remarks(remarks: Sequence[str]) -> str:
     return "".join(f"<p class=remark>{escape(remark)}</p>" for remark in remarks)
 
 
-def _panel(title: str, view: SeenImage) -> str:
-    nowhere = " <small>nowhere</small>" if view.heat is not None and not view.heat.any() else ""
-    return f"<figure>{_overlaid(view, title)}<figcaption>{escape(title)}{nowhere}</figcaption></figure>"
+def _target_panels(explanation: Explanation, target: ExplainedTarget) -> Iterator[str]:
+    """Yield what each image stream's encoder sees, with the target's map where there is one."""
+    for stream, view in explanation.views.items():
+        title = stream if len(explanation.targets) == 1 else f"{stream}: {target.title}"
+        yield _panel(title, SeenImage(view, target.grids.get(stream)), _activity(target, stream))
+
+
+def _target_words(caption: str, target: ExplainedTarget) -> str:
+    """Return the caption as each text stream has it of a target, unmarked where the target is not active."""
+    return "".join(
+        f"<section><h4><code>{escape(stream)}</code> <small>{_activity(target, stream) or 'words'}</small></h4>"
+        f"<p class=caption>{marked_words(caption, [] if stream in target.inactive else words)}</p></section>"
+        for stream, words in target.words.items()
+    )
+
+
+def _activity(target: ExplainedTarget, stream: str) -> str:
+    return "not active" if stream in target.inactive else ""
+
+
+def _panel(title: str, view: SeenImage, note: str = "") -> str:
+    note = "nowhere" if view.heat is not None and not view.heat.any() else note
+    small = f" <small>{note}</small>" if note else ""
+    return f"<figure>{_overlaid(view, title)}<figcaption>{escape(title)}{small}</figcaption></figure>"
 
 
 def _overlaid(view: SeenImage, words: str) -> str:

@@ -15,7 +15,7 @@ from sparc_hf.cli import explain as cli_explain
 from sparc_hf.cli import main
 from sparc_hf.codes.encoding import sample_codes
 from sparc_hf.encoders.stream_encoder import load_encoders
-from sparc_hf.encoders.trace import visible_box
+from sparc_hf.encoders.views import visible_box
 from sparc_hf.evaluation.masked_images import open_masked_images
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
