@@ -126,7 +126,7 @@ class SparcPipeline(Pipeline):
             raise ValueError(f"this model's streams encode {modalities}, and only {sorted(given)} is given")
         size = batch_size or self._batch_size or 32
         starts = range(0, next(iter(counts.values())), size)
-        found = [
+        sample_concepts = [
             concepts
             for start in tqdm(starts, desc="concepts", unit=" batches", delay=2, leave=False)
             for concepts in self._concepts(
@@ -136,7 +136,7 @@ class SparcPipeline(Pipeline):
                 selection,
             )
         ]
-        return found[0] if single else found
+        return sample_concepts[0] if single else sample_concepts
 
     def _concepts(
         self, given: Mapping[str, list[Any]], streams: Sequence[str], top: int | None, selection: str | None
@@ -144,16 +144,16 @@ class SparcPipeline(Pipeline):
         samples: dict[str, list[Any]] = dict(given)
         if "image" in given:
             files = str | os.PathLike
-            samples["image"] = [open_image(one) if isinstance(one, files) else one for one in given["image"]]
-        samples_of = {name: samples[self.encoders[name].modality] for name in streams}
-        codes = encode_samples(self.model, self.encoders, samples_of, selection)
+            samples["image"] = [open_image(image) if isinstance(image, files) else image for image in given["image"]]
+        stream_samples = {name: samples[self.encoders[name].modality] for name in streams}
+        codes = encode_samples(self.model, self.encoders, stream_samples, selection)
         per_sample = {encoder.rows_per_sample for encoder in (self.encoders[name] for name in streams)}.pop()
         for first in range(0, len(next(iter(codes.values()))), per_sample):
             # The rows of one sample: one, or its patch tokens, of which the strongest counts.
-            part = slice(first, first + per_sample)
-            yield {name: self._told(code.indices[part], code.values[part], top) for name, code in codes.items()}
+            rows = slice(first, first + per_sample)
+            yield {name: self._strongest(code.indices[rows], code.values[rows], top) for name, code in codes.items()}
 
-    def _told(self, indices: torch.Tensor, values: torch.Tensor, top: int | None) -> list[dict[str, Any]]:
+    def _strongest(self, indices: torch.Tensor, values: torch.Tensor, top: int | None) -> list[dict[str, Any]]:
         strongest: dict[int, float] = {}
         for latent, value in zip(indices.flatten().tolist(), values.flatten().tolist(), strict=True):
             if value > strongest.get(latent, 0.0):

@@ -183,8 +183,8 @@ def commit_of(encoder: str, revision: str | None) -> str | None:
             f"encoder `{encoder}` is neither a folder nor a repository on the Hub that can be reached: "
             f"{_first_line(error)}"
         ) from error
-    found = re.search(r"snapshots/([0-9a-f]{40})/", Path(str(file)).as_posix())
-    return found.group(1) if found else revision
+    snapshot = re.search(r"snapshots/([0-9a-f]{40})/", Path(str(file)).as_posix())
+    return snapshot.group(1) if snapshot else revision
 
 
 def _first_line(error: Exception) -> str:

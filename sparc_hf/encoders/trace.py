@@ -65,19 +65,19 @@ def trace(encoder: StreamEncoder, inputs: Mapping[str, Tensor], start_layer: int
     norm = next((module for module in last.modules() if isinstance(module, nn.LayerNorm)), None)
     if norm is None:
         raise ValueError(f"the blocks of `{encoder.encoder}` ({encoder.config.model_type}) have no layer norm")
-    kept: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
     inputs = encoder.placed(inputs)
     with _eager_attention(encoder), ExitStack() as hooks:
         hooks.callback(blocks[first].register_forward_pre_hook(_start_graph, with_kwargs=True).remove)
-        hooks.callback(norm.register_forward_hook(_keep(kept, "normed")).remove)
-        hooks.callback(last.register_forward_hook(_keep(kept, "hidden")).remove)
+        hooks.callback(norm.register_forward_hook(_keep(states, "normed")).remove)
+        hooks.callback(last.register_forward_hook(_keep(states, "hidden")).remove)
         output = encoder.output(inputs, output_attentions=True)
         vectors = encoder.vectors(output, inputs)
-    found: Any = getattr(output, "attentions", None) or ()
-    maps = tuple(found)
-    if len(maps) != len(blocks) or any(one is None for one in maps):
+    attentions: tuple[Tensor | None, ...] = tuple(getattr(output, "attentions", None) or ())
+    maps = tuple(attention for attention in attentions if attention is not None)
+    if len(maps) != len(blocks):
         raise ValueError(f"`{encoder.encoder}` ({encoder.config.model_type}) gives no attention maps")
-    return Trace(vectors, maps[first:], kept["hidden"], kept["normed"])
+    return Trace(vectors, maps[first:], states["hidden"], states["normed"])
 
 
 @torch.no_grad()
@@ -122,9 +122,9 @@ def _start_graph(_: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]
     return args, options | {"hidden_states": options["hidden_states"].detach().requires_grad_()}
 
 
-def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _keep(states: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(_: nn.Module, _args: Any, output: Tensor | Sequence[Tensor]) -> None:
-        kept[name] = output if isinstance(output, Tensor) else output[0]
+        states[name] = output if isinstance(output, Tensor) else output[0]
 
     return hook
 

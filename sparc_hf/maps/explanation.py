@@ -99,7 +99,7 @@ def explain_sample(
     if image is None and not caption:
         raise ValueError("give an image, a caption, or both")
     check_map_settings(method, 1 if shifts is None else shifts)
-    concepts = {title: ConceptTarget(tuple(chosen)) for title, chosen in latents.items()}
+    concepts = {title: ConceptTarget(tuple(numbers)) for title, numbers in latents.items()}
     for concept in concepts.values():
         check_concept(model, concept)
     codes = sample_codes(model, encoders, image, caption) if codes is None else codes

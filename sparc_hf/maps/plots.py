@@ -234,10 +234,10 @@ def heatmap_grid(
     for at, image in enumerate(small):
         _show(page.axes(left + at * (cell + GAP / 2), GAP, cell, cell), image)
     previous = None
-    for number, ((concept, stream), maps) in enumerate(rows.items(), start=1):
-        top = GAP + number * (cell + LINE)
+    for at_row, ((concept, stream), maps) in enumerate(rows.items(), start=1):
+        top = GAP + at_row * (cell + LINE)
         lines = (
-            [] if concept == previous else [part for line in concept.split("\n") for part in textwrap.wrap(line, 20)]
+            [] if concept == previous else [words for line in concept.split("\n") for words in textwrap.wrap(line, 20)]
         )
         page.write(GAP, top, "\n".join(lines), fontweight="bold")
         page.write(GAP, top + LINE * 0.8 * len(lines), stream)

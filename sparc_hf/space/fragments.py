@@ -26,8 +26,8 @@ HEAT_COLOURS = ((255, 225, 60), (255, 130, 0), (255, 15, 40))
 
 def latent_link(data: SpaceData, latent: int, note: str = "", kind: str = "chip") -> str:
     """Return a link that opens a latent, with a remark such as its share."""
-    told = f" <small>{escape(note)}</small>" if note else ""
-    return f'<a class="{kind}" href="?latent={latent}" data-latent="{latent}">{escape(data.title(latent))}{told}</a>'
+    remark = f" <small>{escape(note)}</small>" if note else ""
+    return f'<a class="{kind}" href="?latent={latent}" data-latent="{latent}">{escape(data.title(latent))}{remark}</a>'
 
 
 def latents_table(data: SpaceData, matches: Sequence[LatentMatch], page: int = 0) -> str:
@@ -92,9 +92,9 @@ def latent_page(data: SpaceData, facts: LatentFacts) -> str:
     )
     near = "".join(
         f"<p><code>{escape(stream)}</code> "
-        + " ".join(latent_link(data, other, f"{cosine:.2f}") for other, cosine in found)
+        + " ".join(latent_link(data, other, f"{cosine:.2f}") for other, cosine in nearest)
         + "</p>"
-        for stream, found in facts.neighbours.items()
+        for stream, nearest in facts.neighbours.items()
     )
     return (
         f'<div id="latent-page" tabindex="-1"><h2>{escape(data.title(facts.latent))}</h2>{fires}'
@@ -222,13 +222,13 @@ def explanation_page(data: SpaceData, explanation: Explanation) -> str:
     )
 
 
-def latent_bars(data: SpaceData, active: Sequence[tuple[int, float]], chosen: int | None = None) -> str:
+def latent_bars(data: SpaceData, active: Sequence[tuple[int, float]], shown: int | None = None) -> str:
     """Return a code's largest values as bars, each a link to its latent."""
     if not active:
         return "<p class=empty>No latent is active.</p>"
     largest = active[0][1]
     lines = "".join(
-        f'<li{" class=chosen" if latent == chosen else ""}><a href="?latent={latent}" data-latent="{latent}">'
+        f'<li{" class=chosen" if latent == shown else ""}><a href="?latent={latent}" data-latent="{latent}">'
         f"<span>{escape(data.title(latent))}</span>"
         f'<i style="width:{100 * value / largest:.1f}%"></i><b>{value:.2f}</b></a></li>'
         for latent, value in active
@@ -238,13 +238,13 @@ def latent_bars(data: SpaceData, active: Sequence[tuple[int, float]], chosen: in
 
 def marked_words(caption: str, scores: Sequence[WordScore]) -> str:
     """Return a caption with its words the more coloured the higher they score."""
-    largest = max((one.score for one in scores), default=0.0) or 1.0
+    largest = max((word.score for word in scores), default=0.0) or 1.0
     parts, done = [], 0
-    for one in scores:
-        parts.append(escape(caption[done : one.start]))
-        word = escape(caption[one.start : one.end])
-        parts.append(f'<mark style="--share:{one.score / largest:.3f}" title="{one.score:.3g}">{word}</mark>')
-        done = one.end
+    for word in scores:
+        parts.append(escape(caption[done : word.start]))
+        letters = escape(caption[word.start : word.end])
+        parts.append(f'<mark style="--share:{word.score / largest:.3f}" title="{word.score:.3g}">{letters}</mark>')
+        done = word.end
     return "".join([*parts, escape(caption[done:])])
 
 
@@ -282,8 +282,8 @@ def heat_image(heat: np.ndarray) -> Image.Image:
     colours = np.array(HEAT_COLOURS, float)
     place = share * (len(colours) - 1)
     below = np.minimum(place.astype(int), len(colours) - 2)
-    part = (place - below)[..., None]
-    mixed = colours[below] * (1 - part) + colours[below + 1] * part
+    share_above = (place - below)[..., None]
+    mixed = colours[below] * (1 - share_above) + colours[below + 1] * share_above
     return Image.fromarray(np.concatenate([mixed, share[..., None] * 255], axis=-1).round().astype(np.uint8), "RGBA")
 
 
@@ -355,13 +355,13 @@ def _data_uri(image: Image.Image, exact: bool = False) -> str:
     return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(content).decode()}"
 
 
-def _evidence(title: str, found: Sequence[Evidence]) -> str:
-    if not found:
+def _evidence(title: str, evidence: Sequence[Evidence]) -> str:
+    if not evidence:
         return ""
     lines = "".join(
-        f"<tr><th scope=row>{escape(one.name)}</th><td>{one.lift:.1f}</td><td>{one.count}</td>"
-        f"<td>{one.z:.1f}</td></tr>"
-        for one in found
+        f"<tr><th scope=row>{escape(item.name)}</th><td>{item.lift:.1f}</td><td>{item.count}</td>"
+        f"<td>{item.z:.1f}</td></tr>"
+        for item in evidence
     )
     head = (
         f"<th scope=col>{title}</th>"
@@ -373,11 +373,11 @@ def _evidence(title: str, found: Sequence[Evidence]) -> str:
 
 
 def _patterns(liveness: Mapping[str, Any], latents: int) -> str:
-    found = {"all streams": liveness["alive_in_all"], **liveness["patterns"], "none (dead)": liveness["dead"]}
+    counts = {"all streams": liveness["alive_in_all"], **liveness["patterns"], "none (dead)": liveness["dead"]}
     lines = "".join(
         f'<li><span class="row"><span>{escape(pattern)}</span><i style="width:{100 * count / latents:.1f}%"></i>'
         f"<b>{count:,}</b></span></li>"
-        for pattern, count in found.items()
+        for pattern, count in counts.items()
     )
     return f"<ul class=bars>{lines}</ul>"
 
@@ -414,8 +414,8 @@ def _shared_latents(data: SpaceData, encoding: str, count: int = 16) -> str:
 def _linked(svg: str, data: SpaceData) -> str:
     """Let the points of a plot open their latents; for the keyboard there is the explorer's list."""
 
-    def link(found: re.Match[str]) -> str:
-        latent = int(found.group(1))
+    def link(point: re.Match[str]) -> str:
+        latent = int(point.group(1))
         title = escape(data.title(latent), quote=True)
         return f'href="?latent={latent}" data-latent="{latent}" tabindex="-1" aria-label="{title}"'
 

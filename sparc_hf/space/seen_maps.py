@@ -78,12 +78,12 @@ def latent_maps(data: SpaceData, latent: int, rows: Mapping[str, Sequence[int]])
     Returns:
         image stream -> what its encoder sees of every row, with the map; None for rows without an image.
     """
-    found: dict[str, list[SeenImage | None]] = {}
-    for stream, of_stream in rows.items():
+    seen: dict[str, list[SeenImage | None]] = {}
+    for stream, stream_rows in rows.items():
         encoder = data.watched_encoders.get(stream)
         if encoder is None or encoder.modality != "image":
             continue
-        images = {row: image for row in of_stream if (image := data.image(row)) is not None}
+        images = {row: image for row in stream_rows if (image := data.image(row)) is not None}
         if images:
             try:
                 with data.explaining:
@@ -93,6 +93,7 @@ def latent_maps(data: SpaceData, latent: int, rows: Mapping[str, Sequence[int]])
             except ValueError as error:  # a backbone without maps; its samples are shown plain
                 logger.warning("%s", error)
                 continue
-            seen = {row: SeenImage(view, heat[0]) for row, view, heat in zip(images, views, maps[stream], strict=True)}
-            found[stream] = [seen.get(row) for row in of_stream]
-    return found
+            shown = [SeenImage(view, heat[0]) for view, heat in zip(views, maps[stream], strict=True)]
+            by_row = dict(zip(images, shown, strict=True))
+            seen[stream] = [by_row.get(row) for row in stream_rows]
+    return seen
