@@ -180,6 +180,7 @@ class _Sample:
         used = {name: self.encoders[name] for name in [stream, *self.texts]}
         try:
             if shifts is None:
+                # Patch codes are of tokens as the stream has them, so theirs stay on the stream's own grid.
                 coarse = min(view.size) <= COARSE_GRID * min(encoder.patch_size)
                 shifts = 2 if coarse and map_method(encoder, method) != "patch_codes" else 1
             grids = image_maps(self.model, used, [self.image], targets, method, shifts=shifts)[stream][0]

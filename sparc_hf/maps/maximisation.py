@@ -153,6 +153,7 @@ class _Parametrisation:
             shape = (batch, 3, size[0], size[1] // 2 + 1, 2)
         else:
             shape = (batch, 3, *size)
+        # Small enough that no pixel starts in the flat ends of the sigmoid.
         self.values = torch.randn(shape, generator=draws).mul(0.7).to(device)
         self.values.requires_grad_()
 

@@ -107,6 +107,7 @@ def _batch_maps(
 
 def _moved(pixels: Tensor, offset: tuple[int, ...], shifts: int, encoder: StreamEncoder) -> Tensor:
     """Move images [batch, 3, height, width] down and to the right by offset / shifts of a patch; edges repeat."""
+    # What a shift brings in repeats the edge, because a black border would draw relevance to itself.
     down, right = (round(n * side / shifts) for n, side in zip(offset, encoder.patch_size, strict=True))
     return F.pad(pixels, (right, 0, down, 0), mode="replicate")[..., : pixels.shape[-2], : pixels.shape[-1]]
 
@@ -115,6 +116,7 @@ def _moved_back(maps: np.ndarray, offset: tuple[int, ...], shifts: int) -> np.nd
     """Bring maps of moved images to a grid 2 * shifts times as fine, and to their place."""
     if shifts == 1:
         return maps
+    # With 2 * shifts cells a patch, each shift is a whole number of cells: no second interpolation moves the map back.
     fine = F.interpolate(torch.from_numpy(maps), scale_factor=2.0 * shifts, mode="bilinear", align_corners=False)
     down, right = 2 * offset[0], 2 * offset[1]
     return F.pad(fine, (0, right, 0, down), mode="replicate")[..., down:, right:].numpy()

@@ -46,6 +46,7 @@ def explain(
         ValueError: where nothing is given that the model's encoders take.
     """
     modalities = {encoder.modality for encoder in data.encoders.values()}
+    # Before the lock is taken: these encoders are not the watched ones.
     codes = sample_codes(data.model, data.encoders, image, caption)
     if not codes:
         kinds = " and ".join(sorted(modalities)) or "nothing"
