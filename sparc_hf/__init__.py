@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from sparc_hf.features.writer import FeatureWriter
     from sparc_hf.hub.cards import write_dataset_card, write_model_card
     from sparc_hf.legacy.importing import import_features
-    from sparc_hf.maps.attribution import ConceptTarget, SimilarityTarget, image_maps, word_scores
     from sparc_hf.maps.contact_sheets import latent_sheet
     from sparc_hf.maps.explanation import explain_sample
     from sparc_hf.maps.maximisation import maximise_latent
+    from sparc_hf.maps.patch_maps import image_maps
+    from sparc_hf.maps.scored_words import word_scores
+    from sparc_hf.maps.targets import ConceptTarget, SimilarityTarget
     from sparc_hf.model.configuration_sparc import SparcConfig
     from sparc_hf.model.modeling_sparc import SparcModel
     from sparc_hf.model.outputs import SparcOutput, SparseCodes
@@ -89,12 +91,12 @@ __getattr__, __dir__ = lazy_names(
     {
         "CodeTable": "codes.code_table",
         "ConceptSearch": "codes.concept_search",
-        "ConceptTarget": "maps.attribution",
+        "ConceptTarget": "maps.targets",
         "EvaluationSettings": "evaluation.suite",
         "FeatureBatches": "features.batches",
         "FeatureDataset": "features.dataset",
         "FeatureWriter": "features.writer",
-        "SimilarityTarget": "maps.attribution",
+        "SimilarityTarget": "maps.targets",
         "SparcConfig": "model.configuration_sparc",
         "SparcModel": "model.modeling_sparc",
         "SparcOutput": "model.outputs",
@@ -110,7 +112,7 @@ __getattr__, __dir__ = lazy_names(
         "evaluate_models": "evaluation.suite",
         "explain_sample": "maps.explanation",
         "extract_features": "features.extraction",
-        "image_maps": "maps.attribution",
+        "image_maps": "maps.patch_maps",
         "import_features": "legacy.importing",
         "latent_sheet": "maps.contact_sheets",
         "load_concepts": "codes.concepts",
@@ -125,7 +127,7 @@ __getattr__, __dir__ = lazy_names(
         "standardization_of": "features.statistics",
         "top_samples": "codes.top_samples",
         "train": "training.trainer",
-        "word_scores": "maps.attribution",
+        "word_scores": "maps.scored_words",
         "write_dataset_card": "hub.cards",
         "write_model_card": "hub.cards",
         "write_report": "evaluation.report",

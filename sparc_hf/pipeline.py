@@ -14,6 +14,7 @@ from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from sparc_hf.codes.concepts import concept_names as names_of_model
+from sparc_hf.codes.encoding import encode_samples
 from sparc_hf.encoders.inputs import open_image
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.model.modeling_sparc import SparcModel
@@ -125,7 +126,7 @@ class SparcPipeline(Pipeline):
             raise ValueError(f"this model's streams encode {modalities}, and only {sorted(given)} is given")
         size = batch_size or self._batch_size or 32
         starts = range(0, next(iter(counts.values())), size)
-        found = [
+        sample_concepts = [
             concepts
             for start in tqdm(starts, desc="concepts", unit=" batches", delay=2, leave=False)
             for concepts in self._concepts(
@@ -135,28 +136,24 @@ class SparcPipeline(Pipeline):
                 selection,
             )
         ]
-        return found[0] if single else found
+        return sample_concepts[0] if single else sample_concepts
 
-    @torch.no_grad()
     def _concepts(
         self, given: Mapping[str, list[Any]], streams: Sequence[str], top: int | None, selection: str | None
     ) -> Iterator[dict[str, list[dict[str, Any]]]]:
         samples: dict[str, list[Any]] = dict(given)
         if "image" in given:
             files = str | os.PathLike
-            samples["image"] = [open_image(one) if isinstance(one, files) else one for one in given["image"]]
-        rows = {}
-        for name in streams:
-            encoder = self.encoders[name]
-            rows[name] = encoder.rows(encoder.prepare(samples[encoder.modality]))
-        codes = self.model.encode(rows, selection)
+            samples["image"] = [open_image(image) if isinstance(image, files) else image for image in given["image"]]
+        stream_samples = {name: samples[self.encoders[name].modality] for name in streams}
+        codes = encode_samples(self.model, self.encoders, stream_samples, selection)
         per_sample = {encoder.rows_per_sample for encoder in (self.encoders[name] for name in streams)}.pop()
         for first in range(0, len(next(iter(codes.values()))), per_sample):
             # The rows of one sample: one, or its patch tokens, of which the strongest counts.
-            part = slice(first, first + per_sample)
-            yield {name: self._told(code.indices[part], code.values[part], top) for name, code in codes.items()}
+            rows = slice(first, first + per_sample)
+            yield {name: self._strongest(code.indices[rows], code.values[rows], top) for name, code in codes.items()}
 
-    def _told(self, indices: torch.Tensor, values: torch.Tensor, top: int | None) -> list[dict[str, Any]]:
+    def _strongest(self, indices: torch.Tensor, values: torch.Tensor, top: int | None) -> list[dict[str, Any]]:
         strongest: dict[int, float] = {}
         for latent, value in zip(indices.flatten().tolist(), values.flatten().tolist(), strict=True):
             if value > strongest.get(latent, 0.0):

@@ -27,7 +27,6 @@ from sparc_hf.encoders.stream_encoder import StreamEncoder, check_encoders, load
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.checked_reading import read_text
 from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.maps.attribution import check_map_settings
 from sparc_hf.maps.contact_sheets import (
     SHEET_SAMPLES,
     concept_heatmaps,
@@ -37,6 +36,7 @@ from sparc_hf.maps.contact_sheets import (
 )
 from sparc_hf.maps.explanation import check_latents
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent
+from sparc_hf.maps.methods import MAP_METHODS, check_map_settings
 from sparc_hf.maps.picture_folder import PictureFolder, picture_folder
 from sparc_hf.maps.plots import SheetCell, contact_sheet
 from sparc_hf.model.modeling_sparc import SparcModel
@@ -83,7 +83,7 @@ class ConceptsArguments:
     )
     method: str = field(
         default="relevance",
-        metadata={"help": "Kind of maps.", "choices": ["relevance", "grad_cam", "patch_codes"]},
+        metadata={"help": "Kind of maps.", "choices": list(MAP_METHODS)},
     )
     shifts: int = field(default=2, metadata={"help": "As of `sparc evaluate`: 1 for plain maps."})
     steps: int = field(default=256, metadata={"help": "Steps of maximisation."})
@@ -114,16 +114,16 @@ def run_concepts(args: ConceptsArguments) -> dict[str, Any]:
     features = None if args.features is None else _checked_features(args, model, words)
     streams = model.config.streams or [] if pictures or args.maximise or words else []
     encoders = load_encoders(streams, trust_remote_code=args.trust_remote_code)
-    told: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     with nullcontext() if args.output is None else picture_folder(args.output, model) as folder:
         if features is not None:
-            told |= _run_on_features(args, model, features, encoders, words, folder)
+            facts |= _run_on_features(args, model, features, encoders, words, folder)
         if args.maximise and folder is not None:
             names = concept_names(model)
-            told["maximised"] = [
+            facts["maximised"] = [
                 _write_maximised(args, model, encoders, latent, names, folder) for latent in args.maximise
             ]
-    return told
+    return facts
 
 
 def _check_flags(args: ConceptsArguments, pictures: bool) -> None:
@@ -185,18 +185,18 @@ def _run_on_features(
     pictures: PictureFolder | None,
 ) -> dict[str, Any]:
     codes = encode_features(model, features, encoding="single", batch_size=args.batch_size)
-    told: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if _names_latents(args, features, words):
         vocabulary = None if words is None else _vocabulary(args, model, encoders, words)
         concepts = name_concepts(codes, features, samples=args.samples, vocabulary=vocabulary)
         path = save_concepts(concepts, args.model, features=Path(args.features or "").name, rows=len(features))
-        told = {"concepts": str(path), "latents_that_fire": len(concepts)}
-        told["named"] = sum(concept.name is not None for concept in concepts)
+        facts = {"concepts": str(path), "latents_that_fire": len(concepts)}
+        facts["named"] = sum(concept.name is not None for concept in concepts)
     else:
         concepts = concepts_of(model)
     if pictures is not None:
-        told |= _draw(args, model, encoders, features, codes, concepts, pictures)
-    return told
+        facts |= _draw(args, model, encoders, features, codes, concepts, pictures)
+    return facts
 
 
 def _vocabulary(
@@ -216,7 +216,7 @@ def _draw(
     pictures: PictureFolder,
 ) -> dict[str, Any]:
     """Draw contact sheets and heatmaps."""
-    told: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     names = {concept.latent: concept.name for concept in concepts if concept.name is not None}
     options = {"names": names, "method": args.method, "shifts": args.shifts}
     search = ConceptSearch(concepts, model.config.num_latents)
@@ -226,17 +226,17 @@ def _draw(
     if latents:
         best = top_samples(codes, SHEET_SAMPLES)
         files = write_latent_sheets(model, encoders, features, best, latents, pictures, **options)
-        told["sheets"] = [_shown_path(args, file) for file in files]
+        facts["sheets"] = [_shown_path(args, file) for file in files]
     if args.heatmaps:
         rows = range(min(args.heatmap_images, len(features)))
-        found = [open_image(path) for path in args.images] or [features.image(row) for row in rows]
-        images = [image for one in found if (image := shown_image(one)) is not None]
+        originals = [open_image(path) for path in args.images] or [features.image(row) for row in rows]
+        images = [image for original in originals if (image := shown_image(original)) is not None]
         if not images:
             raise ValueError(f"`{args.features}` has no images to draw heatmaps on; name files as `images`")
         strongest = strongest_latents(model, codes, args.heatmaps)
         pictures.save(concept_heatmaps(model, encoders, images, strongest, **options), "heatmaps.png")
-        told["heatmaps"] = {"file": _shown_path(args, "heatmaps.png"), "latents": strongest}
-    return told
+        facts["heatmaps"] = {"file": _shown_path(args, "heatmaps.png"), "latents": strongest}
+    return facts
 
 
 def _shown_path(args: ConceptsArguments, file: str) -> str:
@@ -252,13 +252,13 @@ def _write_maximised(
     names: Mapping[int, str],
     pictures: PictureFolder,
 ) -> dict[str, Any]:
-    found = maximise_latent(model, encoders, latent, MaximisationSettings(steps=args.steps, seed=args.seed))
+    maximised = maximise_latent(model, encoders, latent, MaximisationSettings(steps=args.steps, seed=args.seed))
     rows = {
         name: [
             SheetCell(image, note=f"{value:.3f}")
             for image, value in zip(stream.images, stream.activations, strict=True)
         ]
-        for name, stream in found.items()
+        for name, stream in maximised.items()
     }
     title = f"images that fire latent {latent}" + (f": {names[latent]}" if latent in names else "")
     file = f"maximised-{latent:05d}.png"
@@ -269,6 +269,6 @@ def _write_maximised(
             "random_mean": round(float(stream.random.mean()), 5),
             "random_max": round(float(stream.random.max()), 5),
         }
-        for name, stream in found.items()
+        for name, stream in maximised.items()
     }
     return {"latent": latent, "file": _shown_path(args, file), "streams": streams}

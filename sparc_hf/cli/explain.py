@@ -16,8 +16,8 @@ from sparc_hf.encoders.inputs import open_image, size_of_file
 from sparc_hf.encoders.stream_encoder import check_encoders, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.output_folder import check_output_folder
-from sparc_hf.maps.attribution import MAP_METHODS, check_map_settings
-from sparc_hf.maps.explanation import active_latents, check_latents, explain_sample
+from sparc_hf.maps.explanation import Explanation, active_latents, check_latents, explain_sample
+from sparc_hf.maps.methods import MAP_METHODS, check_map_settings
 from sparc_hf.maps.picture_folder import picture_folder
 from sparc_hf.maps.plots import ExplainedTarget
 from sparc_hf.model.modeling_sparc import SparcModel
@@ -62,8 +62,8 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
             `explain_sample`.
     """
     for name in ("rows", "top"):
-        if (number := getattr(args, name)) is not None and number < 1:
-            raise ValueError(f"`{name}` must be at least 1, but it is {number}")
+        if (count := getattr(args, name)) is not None and count < 1:
+            raise ValueError(f"`{name}` must be at least 1, but it is {count}")
     check_map_settings(args.method, args.shifts)
     check_output_folder(args.output)
     _check_files(args)
@@ -74,33 +74,35 @@ def run_explain(args: ExplainArguments) -> dict[str, Any]:
     names = {concept.latent: concept.name for concept in concepts}
     search = ConceptSearch(concepts, model.config.num_latents)
     matches = {word: search.named(word) for word in args.concept}
-    chosen: dict[str, Sequence[int]] = {_title(latent, names): (latent,) for latent in args.latents}
-    chosen |= {_found_title(word, found): [match.latent for match in found] for word, found in matches.items()}
+    asked_for: dict[str, Sequence[int]] = {_title(latent, names): (latent,) for latent in args.latents}
+    asked_for |= {
+        _concept_title(word, word_matches): [match.latent for match in word_matches]
+        for word, word_matches in matches.items()
+    }
     samples = _samples(args, {record["modality"] for record in model.config.streams or []})
     encoders = load_encoders(model.config.streams or [], trust_remote_code=args.trust_remote_code)
-    drawn_from = ("panel", args.features, args.text, chosen, args.top, args.method, args.shifts)
-    told, kept = [], 0
+    drawn_from = ("panel", args.features, args.text, asked_for, args.top, args.method, args.shifts)
+    drawn, kept_count = [], 0
     with picture_folder(args.output, model) as pictures:
         for name, read in tqdm(samples, desc="panels", unit="sample", delay=2, leave=False):
             if pictures.has(f"{name}.png", *drawn_from) and not args.overwrite:
-                kept += 1
+                kept_count += 1
                 continue
             image, caption = read()
-            latents = chosen or {
-                _title(latent, names): (latent,)
-                for latent in active_latents(sample_codes(model, encoders, image, caption), args.top)
-            }
-            found = explain_sample(model, encoders, image, caption, latents, method=args.method, shifts=args.shifts)
-            pictures.save(found.panel(), f"{name}.png", *drawn_from)
-            path = Path(args.output) / f"{name}.png"
-            told.append({"panel": str(path), "targets": [_told(target) for target in found.targets]})
-    facts: dict[str, Any] = {"output": args.output, "drawn": len(told), "kept": kept}
+            codes = sample_codes(model, encoders, image, caption)
+            latents = asked_for or {_title(latent, names): (latent,) for latent in active_latents(codes, args.top)}
+            explanation = explain_sample(
+                model, encoders, image, caption, latents, method=args.method, shifts=args.shifts, codes=codes
+            )
+            pictures.save(explanation.panel(), f"{name}.png", *drawn_from)
+            drawn.append({"panel": str(Path(args.output) / f"{name}.png")} | _facts(explanation))
+    facts: dict[str, Any] = {"output": args.output, "drawn": len(drawn), "kept": kept_count}
     if matches:
         facts["concepts"] = {
-            word: [{"latent": match.latent, "matched_by": match.reason} for match in found]
-            for word, found in matches.items()
+            word: [{"latent": match.latent, "matched_by": match.reason} for match in word_matches]
+            for word, word_matches in matches.items()
         }
-    return facts | ({} if args.features else {"samples": told})
+    return facts | ({} if args.features else {"samples": drawn})
 
 
 def _title(latent: int, names: Mapping[int, str | None]) -> str:
@@ -108,13 +110,18 @@ def _title(latent: int, names: Mapping[int, str | None]) -> str:
     return f"latent {latent}" + (f": {name}" if name else "")
 
 
-def _found_title(word: str, matches: Sequence[LatentMatch]) -> str:
+def _concept_title(word: str, matches: Sequence[LatentMatch]) -> str:
     latents = f"latent{'s' if len(matches) > 1 else ''} {', '.join(str(match.latent) for match in matches)}"
     why = "" if matches[0].rank == EXACT_NAME else f" by its {matches[0].reason}"
     return f"{word} ({latents}{why})"
 
 
-def _told(target: ExplainedTarget) -> dict[str, Any]:
+def _facts(explanation: Explanation) -> dict[str, Any]:
+    facts: dict[str, Any] = {"targets": [_target_facts(target) for target in explanation.targets]}
+    return facts | ({"remarks": list(explanation.remarks)} if explanation.remarks else {})
+
+
+def _target_facts(target: ExplainedTarget) -> dict[str, Any]:
     marked = {stream: [[word, round(score, 6)] for word, score, *_ in words] for stream, words in target.words.items()}
     streams = [name for name, heat in target.maps.items() if heat is not None]
     facts: dict[str, Any] = {"title": target.title, "maps": streams}
@@ -150,19 +157,19 @@ def _samples(args: ExplainArguments, modalities: set[str]) -> list[tuple[str, An
         ids = features.ids
         rows = range(min(args.rows or len(features), len(features)))
 
-        def of_row(row: int) -> tuple[Image.Image | None, str]:
+        def read_row(row: int) -> tuple[Image.Image | None, str]:
             return features.image(row), texts[row] if texts is not None else ""
 
-        return [(_file_name(str(row if ids is None else ids[row])), lambda row=row: of_row(row)) for row in rows]
+        return [(_file_name(str(row if ids is None else ids[row])), lambda row=row: read_row(row)) for row in rows]
     _check_modalities(modalities, image=bool(args.image), text=bool(args.text))
     if not args.image:
-        return [(f"caption-{number}", lambda text=text: (None, text)) for number, text in enumerate(args.text)]
+        return [(f"caption-{at}", lambda text=text: (None, text)) for at, text in enumerate(args.text)]
     captions = args.text * len(args.image) if len(args.text) == 1 else args.text or [""] * len(args.image)
     names = [Path(path).stem for path in args.image]
     doubled = {name for name in names if names.count(name) > 1}
     return [
-        (f"{name}-{number}" if name in doubled else name, lambda path=path, text=text: (open_image(path), text))
-        for number, (name, path, text) in enumerate(zip(names, args.image, captions, strict=True))
+        (f"{name}-{at}" if name in doubled else name, lambda path=path, text=text: (open_image(path), text))
+        for at, (name, path, text) in enumerate(zip(names, args.image, captions, strict=True))
     ]
 
 

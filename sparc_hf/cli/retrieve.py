@@ -75,7 +75,7 @@ def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
     names = concept_names(model)
     ids, texts = features.ids, features.text
 
-    def told(match: Match) -> dict[str, Any]:
+    def facts(match: Match) -> dict[str, Any]:
         about = {"id": None if ids is None else ids[match.row], "text": None if texts is None else texts[match.row]}
         shared = [
             {"latent": latent, "name": names.get(latent), "share": round(share, 4)}
@@ -89,7 +89,7 @@ def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
         "matches": {
             # In its own stream the query would find itself first.
             stream: [
-                told(match)
+                facts(match)
                 for match in index.search(stream, query, args.count, without=args.row if stream == source else None)
             ]
             for stream in args.target or streams
@@ -101,13 +101,13 @@ def _encoding_stream(args: RetrieveArguments, model: SparcModel) -> dict[str, An
     """Return the record of the stream that encodes the query."""
     modality = "text" if args.text is not None else "image"
     able = [record for record in model.config.streams or [] if record.get("modality") == modality]
-    chosen = [record for record in able if args.source in (None, record["name"])]
-    if not chosen:
+    records = [record for record in able if args.source in (None, record["name"])]
+    if not records:
         raise ValueError(
             f"no stream {args.source or ''} of this model encodes {modality}; those that do are "
             f"{[record['name'] for record in able]}"
         )
-    return chosen[0]
+    return records[0]
 
 
 def _encoded(args: RetrieveArguments, model: SparcModel, record: dict[str, Any]) -> np.ndarray:

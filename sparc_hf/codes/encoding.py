@@ -1,12 +1,33 @@
-"""The code of one image or text, by itself."""
+"""The codes of images and texts themselves, through the encoders of their streams."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.model.modeling_sparc import SparcModel
+from sparc_hf.model.outputs import SparseCodes
+
+
+@torch.no_grad()
+def encode_samples(
+    model: SparcModel,
+    encoders: Mapping[str, StreamEncoder],
+    samples: Mapping[str, Sequence[Any]],
+    selection: str | None = None,
+) -> dict[str, SparseCodes]:
+    """Return stream -> the codes of its samples, as many rows a sample as its encoder makes.
+
+    Args:
+        model: the model.
+        encoders: stream -> its encoder.
+        samples: stream -> images or texts; those at one place are one sample, whose streams choose latents together.
+        selection: in place of the model's.
+    """
+    rows = {name: encoders[name].rows(encoders[name].prepare(given)) for name, given in samples.items()}
+    return model.encode(rows, selection)
 
 
 def sample_codes(
@@ -21,11 +42,10 @@ def sample_codes(
     }
 
 
-@torch.no_grad()
 def sample_code(model: SparcModel, encoder: StreamEncoder, sample: Image.Image | str) -> torch.Tensor:
     """Return float32 [N], the code of an image or a text in the stream of its encoder, which stands alone.
 
     Of patch tokens it has the largest value of every latent.
     """
-    rows = encoder.rows(encoder.prepare([sample]))  # pyright: ignore[reportArgumentType]
-    return model.encode({encoder.name: rows})[encoder.name].to_dense().amax(dim=0).float().cpu()
+    codes = encode_samples(model, {encoder.name: encoder}, {encoder.name: [sample]})[encoder.name]
+    return codes.to_dense().amax(dim=0).float().cpu()

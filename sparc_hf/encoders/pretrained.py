@@ -107,6 +107,11 @@ class TextInputs:
         inputs = dict(self.tokenizer(list(texts), return_tensors="pt", **self.settings))
         return {key: value for key, value in inputs.items() if self.masked or key != "attention_mask"}
 
+    def unread(self, text: str) -> str:
+        """Return the end of a text that is not read, because it is too long; mostly ""."""
+        offsets = self.tokenizer([text], return_offsets_mapping=True, **self.settings)["offset_mapping"][0]
+        return text[max((end for _, end in offsets), default=0) :].strip()
+
 
 def frozen_model(
     encoder: str,
@@ -178,8 +183,8 @@ def commit_of(encoder: str, revision: str | None) -> str | None:
             f"encoder `{encoder}` is neither a folder nor a repository on the Hub that can be reached: "
             f"{_first_line(error)}"
         ) from error
-    found = re.search(r"snapshots/([0-9a-f]{40})/", Path(str(file)).as_posix())
-    return found.group(1) if found else revision
+    snapshot = re.search(r"snapshots/([0-9a-f]{40})/", Path(str(file)).as_posix())
+    return snapshot.group(1) if snapshot else revision
 
 
 def _first_line(error: Exception) -> str:

@@ -176,12 +176,12 @@ class StreamEncoder:
         """
         kind = Image.Image if self.modality == "image" else str
         if isinstance(samples, str) or not len(samples) or not all(isinstance(sample, kind) for sample in samples):
-            found = (
+            given = (
                 sorted({type(sample).__name__ for sample in samples}) if not isinstance(samples, str) else "one text"
             )
             raise ValueError(
                 f"stream `{self.name}` takes a non-empty list of {'PIL images' if kind is not str else 'texts'}, "
-                f"but got {found}"
+                f"but got {given}"
             )
         return self._prepare(samples)
 

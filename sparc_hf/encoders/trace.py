@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from sparc_hf.encoders.inputs import upright_size
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 
 
@@ -67,19 +65,19 @@ def trace(encoder: StreamEncoder, inputs: Mapping[str, Tensor], start_layer: int
     norm = next((module for module in last.modules() if isinstance(module, nn.LayerNorm)), None)
     if norm is None:
         raise ValueError(f"the blocks of `{encoder.encoder}` ({encoder.config.model_type}) have no layer norm")
-    kept: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
     inputs = encoder.placed(inputs)
     with _eager_attention(encoder), ExitStack() as hooks:
         hooks.callback(blocks[first].register_forward_pre_hook(_start_graph, with_kwargs=True).remove)
-        hooks.callback(norm.register_forward_hook(_keep(kept, "normed")).remove)
-        hooks.callback(last.register_forward_hook(_keep(kept, "hidden")).remove)
+        hooks.callback(norm.register_forward_hook(_keep(states, "normed")).remove)
+        hooks.callback(last.register_forward_hook(_keep(states, "hidden")).remove)
         output = encoder.output(inputs, output_attentions=True)
         vectors = encoder.vectors(output, inputs)
-    found: Any = getattr(output, "attentions", None) or ()
-    maps = tuple(found)
-    if len(maps) != len(blocks) or any(one is None for one in maps):
+    attentions: tuple[Tensor | None, ...] = tuple(getattr(output, "attentions", None) or ())
+    maps = tuple(attention for attention in attentions if attention is not None)
+    if len(maps) != len(blocks):
         raise ValueError(f"`{encoder.encoder}` ({encoder.config.model_type}) gives no attention maps")
-    return Trace(vectors, maps[first:], kept["hidden"], kept["normed"])
+    return Trace(vectors, maps[first:], states["hidden"], states["normed"])
 
 
 @torch.no_grad()
@@ -115,36 +113,6 @@ def patch_vectors(encoder: StreamEncoder, inputs: Mapping[str, Tensor]) -> Tenso
     return hidden.float()
 
 
-def visible_box(encoder: StreamEncoder, image: Image.Image) -> tuple[float, float, float, float]:
-    """Return left, top, right and bottom, in pixels of the upright image, of the part that the encoder sees.
-
-    Image processors resize and then cut out the centre; where they pad, the box is larger than the image.
-    """
-    processor = encoder.inputs_of.processor
-    width, height = upright_size(image)
-    resized = [float(width), float(height)]
-    size = dict(processor.size or {}) if getattr(processor, "do_resize", False) else {}
-    if size.get("shortest_edge"):
-        resized = [side * size["shortest_edge"] / min(width, height) for side in (width, height)]
-    elif size.get("height") and size.get("width"):
-        resized = [float(size["width"]), float(size["height"])]
-    box = [0.0, 0.0, *resized]
-    if getattr(processor, "do_center_crop", False):
-        crop = dict(processor.crop_size)
-        margins = [(side - crop[name]) / 2 for side, name in zip(resized, ("width", "height"), strict=True)]
-        box = [*margins, *(side - margin for side, margin in zip(resized, margins, strict=True))]
-    scale = (width / resized[0], height / resized[1])
-    return box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1]
-
-
-def pixel_statistics(encoder: StreamEncoder) -> tuple[list[float], list[float]]:
-    """Return mean and deviation of the three colours, from 0 to 1, that the image processor normalises with."""
-    processor = encoder.inputs_of.processor
-    if not getattr(processor, "do_normalize", True):
-        return [0.0] * 3, [1.0] * 3
-    return list(processor.image_mean or [0.0] * 3), list(processor.image_std or [1.0] * 3)
-
-
 def _start_graph(_: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
     """Cut the graph before a block: the weights are frozen, so without this nothing would be in a graph."""
     if not torch.is_grad_enabled():
@@ -154,9 +122,9 @@ def _start_graph(_: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]
     return args, options | {"hidden_states": options["hidden_states"].detach().requires_grad_()}
 
 
-def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _keep(states: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(_: nn.Module, _args: Any, output: Tensor | Sequence[Tensor]) -> None:
-        kept[name] = output if isinstance(output, Tensor) else output[0]
+        states[name] = output if isinstance(output, Tensor) else output[0]
 
     return hook
 

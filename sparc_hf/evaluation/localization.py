@@ -12,19 +12,13 @@ from tqdm.auto import tqdm
 
 from sparc_hf.codes.code_table import CodeTable
 from sparc_hf.encoders.stream_encoder import StreamEncoder
-from sparc_hf.encoders.trace import visible_box
+from sparc_hf.encoders.views import visible_box
 from sparc_hf.evaluation.intervals import plain_figure, share_figure, unit_sums
 from sparc_hf.evaluation.masked_images import MaskedImages
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.maps.attribution import (
-    ConceptTarget,
-    SimilarityTarget,
-    Target,
-    check_map_settings,
-    image_maps,
-    map_method,
-    map_on_image,
-)
+from sparc_hf.maps.methods import check_map_settings, map_method
+from sparc_hf.maps.patch_maps import image_maps, map_on_image
+from sparc_hf.maps.targets import ConceptTarget, SimilarityTarget, Target
 from sparc_hf.model.modeling_sparc import SparcModel
 
 # Average precision sorts all rows, which is too slow for every latent.

@@ -5,10 +5,10 @@ from sparc_hf.lazy_names import lazy_names
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "ConceptTarget": "attribution",
-        "SimilarityTarget": "attribution",
+        "ConceptTarget": "targets",
+        "SimilarityTarget": "targets",
         "explain_sample": "explanation",
-        "image_maps": "attribution",
-        "word_scores": "attribution",
+        "image_maps": "patch_maps",
+        "word_scores": "scored_words",
     },
 )

@@ -13,12 +13,13 @@ from sparc_hf.codes.top_samples import TopSamples
 from sparc_hf.codes.universality import latent_universality
 from sparc_hf.encoders.inputs import upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
-from sparc_hf.encoders.trace import visible_box
+from sparc_hf.encoders.views import visible_box
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.maps.attribution import ConceptTarget, image_maps, map_on_image
 from sparc_hf.maps.explanation import SHOWN_SIDE, check_latents
+from sparc_hf.maps.patch_maps import image_maps, map_on_image
 from sparc_hf.maps.picture_folder import PictureFolder
 from sparc_hf.maps.plots import SheetCell, contact_sheet, heatmap_grid
+from sparc_hf.maps.targets import ConceptTarget
 from sparc_hf.model.modeling_sparc import SparcModel
 
 if TYPE_CHECKING:
@@ -55,11 +56,11 @@ def latent_sheet(
     texts = features.text
     rows: dict[str, list[SheetCell]] = {}
     for stream, top in best.items():
-        chosen = [int(row) for row in top.rows[latent] if row >= 0][:samples]
+        top_rows = [int(row) for row in top.rows[latent] if row >= 0][:samples]
         encoder = encoders.get(stream)
         records = {record["name"]: record for record in features.streams}
         is_text = (encoder.modality if encoder else records.get(stream, {}).get("modality")) == "text"
-        images = {row: None if is_text else shown_image(features.image(row)) for row in chosen}
+        images = {row: None if is_text else shown_image(features.image(row)) for row in top_rows}
         heats = _maps_of(model, encoder, images, latent, method, shifts)
         rows[stream] = [
             SheetCell(
@@ -68,7 +69,7 @@ def latent_sheet(
                 texts[row] if texts is not None else f"row {row}",
                 f"{float(value):.3f}",
             )
-            for row, value in zip(chosen, top.values[latent], strict=False)
+            for row, value in zip(top_rows, top.values[latent], strict=False)
         ]
     return contact_sheet(title or f"latent {latent}", rows)
 
@@ -156,16 +157,16 @@ def concept_heatmaps(
     images = [upright_rgb(image) for image in images]
     targets = [ConceptTarget((latent,)) for latent in latents]
     seeing = {name: encoder for name, encoder in encoders.items() if encoder.modality == "image"}
-    found = image_maps(model, seeing, images, targets, method, shifts=shifts) if seeing else {}
-    codes = [sample_codes(model, {name: encoders[name] for name in found}, image, "") for image in images]
+    stream_maps = image_maps(model, seeing, images, targets, method, shifts=shifts) if seeing else {}
+    codes = [sample_codes(model, {name: encoders[name] for name in stream_maps}, image, "") for image in images]
     side = 64
     for at, latent in enumerate(latents):
         title = f"latent {latent}" + (f"\n{names[latent]}" if latent in names else "")
-        for name, maps in found.items():
+        for name, maps in stream_maps.items():
             placed = []
             for image, grid in zip(images, maps[:, at], strict=True):
                 heat, _ = map_on_image(grid, visible_box(encoders[name], image), image.size)
                 placed.append(np.asarray(Image.fromarray(heat).resize((side, side), Image.Resampling.BILINEAR)))
             rows[title, name] = np.stack(placed)
-            values[title, name] = [float(of_image[name][latent]) for of_image in codes]
+            values[title, name] = [float(image_codes[name][latent]) for image_codes in codes]
     return heatmap_grid(images, rows, values)

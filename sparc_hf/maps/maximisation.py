@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from sparc_hf.encoders.stream_encoder import StreamEncoder
 from sparc_hf.encoders.token_grid import resample_tokens
-from sparc_hf.encoders.trace import pixel_statistics
+from sparc_hf.encoders.views import pixel_statistics
 from sparc_hf.model.modeling_sparc import SparcModel
 
 PARAMETRISATIONS = ("fourier", "pixels")
@@ -111,19 +111,19 @@ def _maximise(
     start = _Parametrisation(settings, settings.random_images, (height, width), draws, encoder.device)
     with torch.no_grad():
         random = _activation(model, encoder, start.images(), latent).cpu().numpy()
-    chosen = _Parametrisation(settings, settings.starts, (height, width), draws, encoder.device)
+    parameters = _Parametrisation(settings, settings.starts, (height, width), draws, encoder.device)
     weight = settings.total_variation * float(random.std())
-    optimizer = torch.optim.Adam([chosen.values], lr=settings.learning_rate)
+    optimizer = torch.optim.Adam([parameters.values], lr=settings.learning_rate)
     steps = range(settings.steps)
     for _ in tqdm(steps, desc=f"maximising latent {latent} in {encoder.name}", unit="step", delay=2, leave=False):
-        images = chosen.images()
+        images = parameters.images()
         seen = _moved(images, settings, draws)
         loss = (weight * _total_variation(images) - _activation(model, encoder, seen, latent)).sum()
         # Not `backward`, which would leave gradients on the model.
-        (chosen.values.grad,) = torch.autograd.grad(loss, [chosen.values])
+        (parameters.values.grad,) = torch.autograd.grad(loss, [parameters.values])
         optimizer.step()
     with torch.no_grad():
-        images = chosen.images()
+        images = parameters.images()
         activations = _activation(model, encoder, images, latent).cpu()
     order = activations.argsort(descending=True).tolist()
     pixels = (images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
@@ -153,6 +153,7 @@ class _Parametrisation:
             shape = (batch, 3, size[0], size[1] // 2 + 1, 2)
         else:
             shape = (batch, 3, *size)
+        # Small enough that no pixel starts in the flat ends of the sigmoid.
         self.values = torch.randn(shape, generator=draws).mul(0.7).to(device)
         self.values.requires_grad_()
 
@@ -165,16 +166,17 @@ class _Parametrisation:
 
 def _activation(model: SparcModel, encoder: StreamEncoder, images: Tensor, latent: int) -> Tensor:
     """Return pre-activations [batch] of images from 0 to 1, differentiable."""
-    mean, std = (torch.tensor(one, device=images.device)[:, None, None] for one in pixel_statistics(encoder))
+    mean, std = (torch.tensor(colours, device=images.device)[:, None, None] for colours in pixel_statistics(encoder))
     inputs = encoder.placed({"pixel_values": (images - mean) / std})
-    chosen = torch.tensor([latent])
+    latents = torch.tensor([latent])
     if encoder.pooling != "tokens":
-        return model.preactivations(encoder.name, encoder.vectors(encoder.output(inputs), inputs), chosen)[:, 0]
+        return model.preactivations(encoder.name, encoder.vectors(encoder.output(inputs), inputs), latents)[:, 0]
     pixels = inputs["pixel_values"]
     tokens = encoder.patches(encoder.tower(**inputs).last_hidden_state, pixels)
     if encoder.grid is not None:
         tokens = resample_tokens(tokens, encoder.grid_of(pixels), encoder.grid)
-    return model.preactivations(encoder.name, tokens.flatten(0, 1), chosen).unflatten(0, tokens.shape[:2]).mean((1, 2))
+    values = model.preactivations(encoder.name, tokens.flatten(0, 1), latents)
+    return values.unflatten(0, tokens.shape[:2]).mean((1, 2))
 
 
 def _moved(images: Tensor, settings: MaximisationSettings, draws: torch.Generator) -> Tensor:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from sparc_hf.maps.scored_words import WordScore
+
 # Inches.
 CELL = 1.75
 TEXT_CELL = 0.9
@@ -37,16 +39,20 @@ class ExplainedTarget:
     Attributes:
         title: what is explained.
         maps: column title -> float [height, width] over the image, or None where there is no such map.
-        words: stream -> (word, score, first character, last character + 1), in the order of the caption.
+        words: stream -> the caption's words in order.
         notes: stream -> what is told beside its name, such as the value of a latent there.
         inactive: streams in which the target is not active at all, which have neither map nor marked words.
+        latents: those of a concept.
+        grids: image stream -> its map as the stream has it, float32 [rows, columns] over what its encoder sees.
     """
 
     title: str
     maps: Mapping[str, np.ndarray | None]
-    words: Mapping[str, Sequence[tuple[str, float, int, int]]] = field(default_factory=dict)
+    words: Mapping[str, Sequence["WordScore"]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     inactive: Collection[str] = ()
+    latents: Sequence[int] = ()
+    grids: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,18 +117,28 @@ def overlay(image: Image.Image, heat: np.ndarray, opacity: float = 0.75) -> np.n
     return (255 * ((1 - share) * base + share * colours) + 0.5).astype(np.uint8)
 
 
-def explanation_panel(image: Image.Image | None, caption: str, targets: Sequence[ExplainedTarget]) -> "Figure":
-    """Return a row per target: its title, the image, its maps, and beneath them the caption with its words marked."""
+def explanation_panel(
+    image: Image.Image | None, caption: str, targets: Sequence[ExplainedTarget], remarks: Sequence[str] = ()
+) -> "Figure":
+    """Return a row per target: its title, the image, its maps, and beneath them the caption with its words marked.
+
+    Below all of them stand remarks, the beginning of long ones.
+    """
     columns = list(dict.fromkeys(name for target in targets for name in target.maps)) if image is not None else []
     width = max((CELL + GAP) * (len(columns) + 1) + GAP, NARROWEST)
-    titles = [textwrap.wrap(target.title, int(width * LETTERS_PER_INCH)) or [""] for target in targets]
+    letters = int(width * LETTERS_PER_INCH)
+    titles = [textwrap.wrap(target.title, letters) or [""] for target in targets]
     pictures = [LINE * _title_lines(target) + CELL if columns else 0.0 for target in targets]
     heights = [
         LINE * len(lines) + picture + WORDS * len(target.words) + 2 * GAP
         for lines, picture, target in zip(titles, pictures, targets, strict=True)
     ]
     has_maps = any(heat is not None for target in targets for heat in target.maps.values())
-    page = _Page(width, sum(heights) + GAP + (SCALE_HEIGHT if has_maps else 0))
+    remark_lines = [
+        line for remark in remarks for line in textwrap.wrap(textwrap.shorten(remark, 2 * letters), letters)
+    ]
+    scale_height = SCALE_HEIGHT if has_maps else 0
+    page = _Page(width, sum(heights) + GAP + scale_height + LINE * len(remark_lines))
     top = GAP
     for lines, picture, target, height in zip(titles, pictures, targets, heights, strict=True):
         page.write(GAP, top, "\n".join(lines), fontsize=TEXT_SIZE + 1, fontweight="bold")
@@ -137,6 +153,7 @@ def explanation_panel(image: Image.Image | None, caption: str, targets: Sequence
         marks = "words: the stronger the mark, the higher the score in its line\n" if caption else ""
         pale = "pale or grey: not active there" if any(target.inactive for target in targets) else ""
         page.scale(GAP, top, marks + pale)
+    page.write(GAP, top + scale_height, "\n".join(remark_lines), color="dimgrey")
     return page.figure
 
 
@@ -217,10 +234,10 @@ def heatmap_grid(
     for at, image in enumerate(small):
         _show(page.axes(left + at * (cell + GAP / 2), GAP, cell, cell), image)
     previous = None
-    for number, ((concept, stream), maps) in enumerate(rows.items(), start=1):
-        top = GAP + number * (cell + LINE)
+    for at_row, ((concept, stream), maps) in enumerate(rows.items(), start=1):
+        top = GAP + at_row * (cell + LINE)
         lines = (
-            [] if concept == previous else [part for line in concept.split("\n") for part in textwrap.wrap(line, 20)]
+            [] if concept == previous else [words for line in concept.split("\n") for words in textwrap.wrap(line, 20)]
         )
         page.write(GAP, top, "\n".join(lines), fontweight="bold")
         page.write(GAP, top + LINE * 0.8 * len(lines), stream)
@@ -273,7 +290,7 @@ def _small_pair(image: Image.Image, heat: np.ndarray) -> tuple[Image.Image, np.n
     return small, np.maximum(np.asarray(resized), 0)
 
 
-def _write_marked(axis: "Axes", stream: str, caption: str, words: Sequence[tuple[str, float, int, int]]) -> None:
+def _write_marked(axis: "Axes", stream: str, caption: str, words: Sequence["WordScore"]) -> None:
     """Write a caption on one or two lines; the stronger a word's score the stronger its mark."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -134,36 +134,40 @@ class SpaceData:
             raise ValueError(f"latents are ordered by one of {list(ORDERS)}, not by {order[:40]!r}")
         live = self.index.statistics["live/single"] + self.index.statistics["live/joint"] > 0
         if search.strip():
-            found = [match for match in self._concepts.search(search) if live[match.latent] or match.reason == NUMBER]
+            matches = [
+                match for match in self._concepts.search(search) if live[match.latent] or match.reason == NUMBER
+            ]
         else:
-            found = [LatentMatch(latent) for latent in np.flatnonzero(live).tolist()]
+            matches = [LatentMatch(latent) for latent in np.flatnonzero(live).tolist()]
         column = ORDERS[order]
         values = (
             -np.arange(self.num_latents) if column is None else np.nan_to_num(self.index.statistics[column], nan=-1)
         )
         if order == "liveness":  # first in how many streams, then how often
             values = values + self.index.statistics["live/single"]
-        return sorted(found, key=lambda match: (match.rank, -(values[match.latent] if match.is_by_name else match.z)))
+        return sorted(
+            matches, key=lambda match: (match.rank, -(values[match.latent] if match.is_by_name else match.z))
+        )
 
-    def latent(self, number: int, samples: int = 9, neighbours: int = 6) -> LatentFacts:
+    def latent(self, latent: int, samples: int = 9, neighbours: int = 6) -> LatentFacts:
         """Return what is known of one latent."""
-        concept = self.index.concepts.get(number)
+        concept = self.index.concepts.get(latent)
         best = {
             stream: [
                 (int(row), float(value))
-                for row, value in zip(top.rows[number][:samples], top.values[number][:samples], strict=True)
+                for row, value in zip(top.rows[latent][:samples], top.values[latent][:samples], strict=True)
                 if row >= 0
             ]
             for stream, top in self.index.top.items()
         }
         return LatentFacts(
-            latent=number,
+            latent=latent,
             name=concept.name if concept else None,
-            figures={name: float(column[number]) for name, column in self.index.statistics.items()},
+            figures={name: float(column[latent]) for name, column in self.index.statistics.items()},
             labels=list(concept.labels) if concept else [],
             words=list(concept.words) if concept else [],
             samples=best,
-            neighbours={stream: self._nearest(stream, number, neighbours) for stream in self.streams},
+            neighbours={stream: self._nearest(stream, latent, neighbours) for stream in self.streams},
         )
 
     def image(self, row: int) -> Image.Image | None:
@@ -187,12 +191,6 @@ class SpaceData:
         if stream not in self.encoders:
             raise ValueError(f"the model does not say which encoder makes the stream `{stream}`")
         return sample_code(self.model, self.encoders[stream], sample).numpy()
-
-    def unread(self, stream: str, text: str) -> str:
-        """Return the end of a text that a stream's encoder does not read, because it is too long; mostly ""."""
-        inputs = self.encoders[stream].inputs_of
-        read = inputs.tokenizer([text], return_offsets_mapping=True, **inputs.settings)["offset_mapping"][0]
-        return text[max((end for _, end in read), default=0) :].strip()
 
     def strongest(self, code: np.ndarray, count: int = 10) -> list[tuple[int, float]]:
         """Return (latent, value) of the largest values of a code [N], the largest first."""
@@ -331,12 +329,12 @@ def card_text(path: Path) -> str:
     if text.startswith("---\n") and "\n---\n" in text[3:]:
         text = text[3:].split("\n---\n", 1)[1]
 
-    def embedded(found: re.Match[str]) -> str:
-        file = path.parent / found.group(2)
+    def embedded(link: re.Match[str]) -> str:
+        file = path.parent / link.group(2)
         # A card is written by whoever published the model, so only small pictures of this folder are taken.
-        if file.name != found.group(2) or file.suffix != ".png" or not file.is_file() or file.stat().st_size > 1 << 20:
-            return found.group(0)
-        return f"![{found.group(1)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
+        if file.name != link.group(2) or file.suffix != ".png" or not file.is_file() or file.stat().st_size > 1 << 20:
+            return link.group(0)
+        return f"![{link.group(1)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
 
     return re.sub(r"!\[([^\]]*)\]\(([^)\s]+)\)", embedded, text.strip())
 

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,10 +13,12 @@ from sparc_hf.codes.concept_search import LatentMatch
 from sparc_hf.codes.concepts import Evidence
 from sparc_hf.codes.search import Match
 from sparc_hf.evaluation.plots import cofires_against_energy, entropy_histogram, svg_text
-from sparc_hf.maps.attribution import WordScore
+from sparc_hf.maps.explanation import Explanation, unread_remarks
+from sparc_hf.maps.plots import ExplainedTarget
+from sparc_hf.maps.scored_words import WordScore
 from sparc_hf.space.data import LatentFacts, SpaceData
 from sparc_hf.space.index import encoded_image
-from sparc_hf.space.seen_maps import Explanation, SeenImage, unread_remark
+from sparc_hf.space.seen_maps import SeenImage
 
 LATENTS_PER_PAGE = 20
 HEAT_COLOURS = ((255, 225, 60), (255, 130, 0), (255, 15, 40))
@@ -24,8 +26,8 @@ HEAT_COLOURS = ((255, 225, 60), (255, 130, 0), (255, 15, 40))
 
 def latent_link(data: SpaceData, latent: int, note: str = "", kind: str = "chip") -> str:
     """Return a link that opens a latent, with a remark such as its share."""
-    told = f" <small>{escape(note)}</small>" if note else ""
-    return f'<a class="{kind}" href="?latent={latent}" data-latent="{latent}">{escape(data.title(latent))}{told}</a>'
+    remark = f" <small>{escape(note)}</small>" if note else ""
+    return f'<a class="{kind}" href="?latent={latent}" data-latent="{latent}">{escape(data.title(latent))}{remark}</a>'
 
 
 def latents_table(data: SpaceData, matches: Sequence[LatentMatch], page: int = 0) -> str:
@@ -90,9 +92,9 @@ def latent_page(data: SpaceData, facts: LatentFacts) -> str:
     )
     near = "".join(
         f"<p><code>{escape(stream)}</code> "
-        + " ".join(latent_link(data, other, f"{cosine:.2f}") for other, cosine in found)
+        + " ".join(latent_link(data, other, f"{cosine:.2f}") for other, cosine in nearest)
         + "</p>"
-        for stream, found in facts.neighbours.items()
+        for stream, nearest in facts.neighbours.items()
     )
     return (
         f'<div id="latent-page" tabindex="-1"><h2>{escape(data.title(facts.latent))}</h2>{fires}'
@@ -151,7 +153,7 @@ def retrieval_page(data: SpaceData, source: str, target: str, query: Image.Image
     matches = data.retrieve(source, target, query, code=code)
     picture = data.image(query) if isinstance(query, int) else query if isinstance(query, Image.Image) else None
     caption = (data.caption(query) or "") if isinstance(query, int) else query if isinstance(query, str) else ""
-    remarks = unread_remark(data, source, query) if isinstance(query, str) else []
+    remarks = unread_remarks(source, data.encoders[source], query) if isinstance(query, str) else []
     card = query_card(data, picture, caption, data.strongest(code, 6))
     return _remarks(remarks) + matches_page(data, target, matches, card)
 
@@ -190,40 +192,43 @@ def query_card(data: SpaceData, picture: Image.Image | None, caption: str, activ
     return f"<div class=query>{shown}<div>{text}<p class=why>{chips}</p></div></div>"
 
 
-def explanation_page(data: SpaceData, found: Explanation) -> str:
+def explanation_page(data: SpaceData, explanation: Explanation) -> str:
     """Return maps in every image stream, the baseline, the caption's words, and the strongest latents as bars."""
-    panels = [
-        _panel(title, view) for title, view in [*found.maps.items(), *found.baselines.items()] if view is not None
+    targets = explanation.targets
+    latent = next((latent for target in targets for latent in target.latents), None)
+    panels = [panel for target in targets for panel in _target_panels(explanation, target)]
+    panels += [
+        _panel(f"{stream}: similarity of embeddings (baseline)", SeenImage(explanation.views[stream], grid))
+        for stream, grid in explanation.baselines.items()
     ]
-    words = "".join(
-        f"<section><h4><code>{escape(stream)}</code> <small>words</small></h4>"
-        f"<p class=caption>{marked_words(found.caption, scores)}</p></section>"
-        for stream, scores in found.words.items()
-    )
+    words = "".join(_target_words(explanation.caption, target) for target in targets)
     bars = "".join(
-        f"<section><h4><code>{escape(stream)}</code></h4>{latent_bars(data, active, found.latent)}</section>"
-        for stream, active in found.active.items()
+        f"<section><h4><code>{escape(stream)}</code></h4>"
+        f"{latent_bars(data, data.strongest(code.numpy()), latent)}</section>"
+        for stream, code in explanation.codes.items()
     )
+    title = "Where image and caption are alike" if latent is None else f"Where {data.title(latent)} is"
     opened = (
-        f' <a class="chip" href="?latent={found.latent}" data-open="{found.latent}">open in the explorer</a>'
-        if found.latent is not None
+        f' <a class="chip" href="?latent={latent}" data-open="{latent}">open in the explorer</a>'
+        if latent is not None
         else ""
     )
-    title = f"<h3>{escape(found.title)}{opened}</h3>" if panels or words else ""
+    heading = f"<h3>{escape(title)}{opened}</h3>" if panels or words else ""
     return (
-        f"{_remarks(found.remarks)}{title}<div class=panels>{''.join(panels)}</div><div class=streams>{words}</div>"
+        f"{_remarks(explanation.remarks)}{heading}<div class=panels>{''.join(panels)}</div>"
+        f"<div class=streams>{words}</div>"
         "<h3>Strongest latents <small>of each stream alone; choose one to see its map</small></h3>"
         f"<div class=streams>{bars}</div>"
     )
 
 
-def latent_bars(data: SpaceData, active: Sequence[tuple[int, float]], chosen: int | None = None) -> str:
+def latent_bars(data: SpaceData, active: Sequence[tuple[int, float]], shown: int | None = None) -> str:
     """Return a code's largest values as bars, each a link to its latent."""
     if not active:
         return "<p class=empty>No latent is active.</p>"
     largest = active[0][1]
     lines = "".join(
-        f'<li{" class=chosen" if latent == chosen else ""}><a href="?latent={latent}" data-latent="{latent}">'
+        f'<li{" class=chosen" if latent == shown else ""}><a href="?latent={latent}" data-latent="{latent}">'
         f"<span>{escape(data.title(latent))}</span>"
         f'<i style="width:{100 * value / largest:.1f}%"></i><b>{value:.2f}</b></a></li>'
         for latent, value in active
@@ -233,13 +238,13 @@ def latent_bars(data: SpaceData, active: Sequence[tuple[int, float]], chosen: in
 
 def marked_words(caption: str, scores: Sequence[WordScore]) -> str:
     """Return a caption with its words the more coloured the higher they score."""
-    largest = max((one.score for one in scores), default=0.0) or 1.0
+    largest = max((word.score for word in scores), default=0.0) or 1.0
     parts, done = [], 0
-    for one in scores:
-        parts.append(escape(caption[done : one.start]))
-        word = escape(caption[one.start : one.end])
-        parts.append(f'<mark style="--share:{one.score / largest:.3f}" title="{one.score:.3g}">{word}</mark>')
-        done = one.end
+    for word in scores:
+        parts.append(escape(caption[done : word.start]))
+        letters = escape(caption[word.start : word.end])
+        parts.append(f'<mark style="--share:{word.score / largest:.3f}" title="{word.score:.3g}">{letters}</mark>')
+        done = word.end
     return "".join([*parts, escape(caption[done:])])
 
 
@@ -277,8 +282,8 @@ def heat_image(heat: np.ndarray) -> Image.Image:
     colours = np.array(HEAT_COLOURS, float)
     place = share * (len(colours) - 1)
     below = np.minimum(place.astype(int), len(colours) - 2)
-    part = (place - below)[..., None]
-    mixed = colours[below] * (1 - part) + colours[below + 1] * part
+    share_above = (place - below)[..., None]
+    mixed = colours[below] * (1 - share_above) + colours[below + 1] * share_above
     return Image.fromarray(np.concatenate([mixed, share[..., None] * 255], axis=-1).round().astype(np.uint8), "RGBA")
 
 
@@ -290,9 +295,30 @@ def _remarks(remarks: Sequence[str]) -> str:
     return "".join(f"<p class=remark>{escape(remark)}</p>" for remark in remarks)
 
 
-def _panel(title: str, view: SeenImage) -> str:
-    nowhere = " <small>nowhere</small>" if view.heat is not None and not view.heat.any() else ""
-    return f"<figure>{_overlaid(view, title)}<figcaption>{escape(title)}{nowhere}</figcaption></figure>"
+def _target_panels(explanation: Explanation, target: ExplainedTarget) -> Iterator[str]:
+    """Yield what each image stream's encoder sees, with the target's map where there is one."""
+    for stream, view in explanation.views.items():
+        title = stream if len(explanation.targets) == 1 else f"{stream}: {target.title}"
+        yield _panel(title, SeenImage(view, target.grids.get(stream)), _activity(target, stream))
+
+
+def _target_words(caption: str, target: ExplainedTarget) -> str:
+    """Return the caption as each text stream has it of a target, unmarked where the target is not active."""
+    return "".join(
+        f"<section><h4><code>{escape(stream)}</code> <small>{_activity(target, stream) or 'words'}</small></h4>"
+        f"<p class=caption>{marked_words(caption, [] if stream in target.inactive else words)}</p></section>"
+        for stream, words in target.words.items()
+    )
+
+
+def _activity(target: ExplainedTarget, stream: str) -> str:
+    return "not active" if stream in target.inactive else ""
+
+
+def _panel(title: str, view: SeenImage, note: str = "") -> str:
+    note = "nowhere" if view.heat is not None and not view.heat.any() else note
+    small = f" <small>{note}</small>" if note else ""
+    return f"<figure>{_overlaid(view, title)}<figcaption>{escape(title)}{small}</figcaption></figure>"
 
 
 def _overlaid(view: SeenImage, words: str) -> str:
@@ -329,13 +355,13 @@ def _data_uri(image: Image.Image, exact: bool = False) -> str:
     return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(content).decode()}"
 
 
-def _evidence(title: str, found: Sequence[Evidence]) -> str:
-    if not found:
+def _evidence(title: str, evidence: Sequence[Evidence]) -> str:
+    if not evidence:
         return ""
     lines = "".join(
-        f"<tr><th scope=row>{escape(one.name)}</th><td>{one.lift:.1f}</td><td>{one.count}</td>"
-        f"<td>{one.z:.1f}</td></tr>"
-        for one in found
+        f"<tr><th scope=row>{escape(item.name)}</th><td>{item.lift:.1f}</td><td>{item.count}</td>"
+        f"<td>{item.z:.1f}</td></tr>"
+        for item in evidence
     )
     head = (
         f"<th scope=col>{title}</th>"
@@ -347,11 +373,11 @@ def _evidence(title: str, found: Sequence[Evidence]) -> str:
 
 
 def _patterns(liveness: Mapping[str, Any], latents: int) -> str:
-    found = {"all streams": liveness["alive_in_all"], **liveness["patterns"], "none (dead)": liveness["dead"]}
+    counts = {"all streams": liveness["alive_in_all"], **liveness["patterns"], "none (dead)": liveness["dead"]}
     lines = "".join(
         f'<li><span class="row"><span>{escape(pattern)}</span><i style="width:{100 * count / latents:.1f}%"></i>'
         f"<b>{count:,}</b></span></li>"
-        for pattern, count in found.items()
+        for pattern, count in counts.items()
     )
     return f"<ul class=bars>{lines}</ul>"
 
@@ -388,8 +414,8 @@ def _shared_latents(data: SpaceData, encoding: str, count: int = 16) -> str:
 def _linked(svg: str, data: SpaceData) -> str:
     """Let the points of a plot open their latents; for the keyboard there is the explorer's list."""
 
-    def link(found: re.Match[str]) -> str:
-        latent = int(found.group(1))
+    def link(point: re.Match[str]) -> str:
+        latent = int(point.group(1))
         title = escape(data.title(latent), quote=True)
         return f'href="?latent={latent}" data-latent="{latent}" tabindex="-1" aria-label="{title}"'
 

@@ -187,18 +187,18 @@ def _make(model: SparcModel, features: FeatureDataset, names: list[Concept] | No
 
 
 def _statistics(latents: dict[str, dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
+    statistics: dict[str, np.ndarray] = {}
     for encoding, columns in latents.items():
         depths = [name for name in columns if name.startswith("jaccard/depth")]
         deepest = max(depths, key=lambda name: int(name.removeprefix("jaccard/depth")), default=None)
-        found[f"alignment/{encoding}"] = columns[deepest] if deepest else np.full(count, np.nan)
+        statistics[f"alignment/{encoding}"] = columns[deepest] if deepest else np.full(count, np.nan)
         shares = {name: share for name, share in columns.items() if name.startswith("frequency/")}
         stacked = np.stack(list(shares.values()))
-        found[f"live/{encoding}"] = (stacked > 0).sum(axis=0)
-        found[f"fires/{encoding}"] = stacked.mean(axis=0)
-        kept = ("energy", "entropy", "cofires", "cofire_jaccard", *shares)
-        found |= {f"{name}/{encoding}": columns[name] for name in kept}
-    return {name: np.asarray(column, np.float64) for name, column in found.items()}
+        statistics[f"live/{encoding}"] = (stacked > 0).sum(axis=0)
+        statistics[f"fires/{encoding}"] = stacked.mean(axis=0)
+        names = ("energy", "entropy", "cofires", "cofire_jaccard", *shares)
+        statistics |= {f"{name}/{encoding}": columns[name] for name in names}
+    return {name: np.asarray(column, np.float64) for name, column in statistics.items()}
 
 
 def _concepts(codes: CodeTable, features: FeatureDataset, names: list[Concept]) -> list[Concept]:
@@ -208,10 +208,10 @@ def _concepts(codes: CodeTable, features: FeatureDataset, names: list[Concept]) 
         return names
     own = {concept.latent: concept for concept in names}
     return [
-        Concept(**vars(found) | {"name": own[found.latent].name, "score": own[found.latent].score})
-        if found.latent in own
-        else found
-        for found in name_concepts(codes, features, samples=TOP_SAMPLES)
+        Concept(**vars(concept) | {"name": own[concept.latent].name, "score": own[concept.latent].score})
+        if concept.latent in own
+        else concept
+        for concept in name_concepts(codes, features, samples=TOP_SAMPLES)
     ]
 
 

@@ -49,7 +49,7 @@ def prepare_space(
     shutil.copytree(space, folder, ignore=LEFT_OUT, dirs_exist_ok=True)
     for came_along in (PACKAGE_FOLDER, SHIPPED_FOLDER):
         shutil.rmtree(folder / came_along, ignore_errors=True)
-    required = [one for line in lines for one in _required_instead(line, package)]
+    required = [requirement for line in lines for requirement in _required_instead(line, package)]
     (folder / "requirements.txt").write_text("\n".join(dict.fromkeys(required)) + "\n", encoding="utf-8")
     if wanted and package == "source":
         _copy_package(folder / PACKAGE_FOLDER)
@@ -70,12 +70,12 @@ def dependencies(extras: set[str]) -> list[str]:
             f"{DISTRIBUTION} is not installed here, so its dependencies are not known; install it, for example with "
             "`pip install -e .`"
         ) from error
-    found = []
+    requirements = []
     for requirement in map(Requirement, lines):
         marker, requirement.marker = requirement.marker, None
         if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
-            found.append(str(requirement))
-    return found
+            requirements.append(str(requirement))
+    return requirements
 
 
 def _extras_of(line: str) -> set[str] | None:

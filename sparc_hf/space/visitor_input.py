@@ -43,12 +43,12 @@ def checked_upload(sent: Any, folder: str | Path) -> Path | None:
     if not isinstance(path, str) or "\0" in path or not os.path.isabs(path):
         raise refused
     folders = (os.path.abspath(folder), os.path.realpath(folder))
-    if not any(Path(os.path.normpath(path)).is_relative_to(one) for one in folders):
+    if not any(Path(os.path.normpath(path)).is_relative_to(folder) for folder in folders):
         raise refused
-    found = Path(os.path.realpath(path))  # a link may lead out again
-    if not found.is_relative_to(folders[1]) or not found.is_file():
+    file = Path(os.path.realpath(path))  # a link may lead out again
+    if not file.is_relative_to(folders[1]) or not file.is_file():
         raise refused
-    return found
+    return file
 
 
 def checked_image(path: str | Path) -> tuple[Image.Image, list[str]]:

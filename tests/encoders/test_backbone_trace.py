@@ -8,7 +8,8 @@ from PIL import Image
 from tiny_encoders import SAVERS, TEXTS
 
 from sparc_hf.encoders.stream_encoder import StreamEncoder
-from sparc_hf.encoders.trace import blocks_of, patch_vectors, pixel_statistics, trace, visible_box
+from sparc_hf.encoders.trace import blocks_of, patch_vectors, trace
+from sparc_hf.encoders.views import pixel_statistics, visible_box
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
 STREAMS = [*((family, "image") for family in SAVERS), ("clip", "text"), ("siglip", "text")]

@@ -22,7 +22,7 @@ from sparc_hf.evaluation.localization import LocalizationSettings, latents_of_cl
 from sparc_hf.evaluation.masked_images import MaskedImages, open_masked_images
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.sources.source import parse_streams
-from sparc_hf.maps.attribution import ConceptTarget
+from sparc_hf.maps.targets import ConceptTarget
 
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=60).filter(lambda values: len(set(values)) > 1))

@@ -15,15 +15,16 @@ from sparc_hf.cli import explain as cli_explain
 from sparc_hf.cli import main
 from sparc_hf.codes.encoding import sample_codes
 from sparc_hf.encoders.stream_encoder import load_encoders
-from sparc_hf.encoders.trace import visible_box
+from sparc_hf.encoders.views import visible_box
 from sparc_hf.evaluation.masked_images import open_masked_images
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sources.source import parse_streams
-from sparc_hf.maps.attribution import ConceptTarget, image_maps
 from sparc_hf.maps.contact_sheets import concept_heatmaps
 from sparc_hf.maps.explanation import explain_sample
+from sparc_hf.maps.patch_maps import image_maps
 from sparc_hf.maps.plots import overlay
+from sparc_hf.maps.targets import ConceptTarget
 from sparc_hf.space.data import SpaceData
 from sparc_hf.space.index import open_index
 from sparc_hf.space.seen_maps import latent_maps

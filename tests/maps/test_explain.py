@@ -18,13 +18,15 @@ from sparc_hf.codes.concepts import Concept, Evidence, load_concepts, save_conce
 from sparc_hf.codes.encoding import sample_codes
 from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
+from sparc_hf.encoders.trace import trace
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sources.source import parse_streams
 from sparc_hf.maps import plots as map_plots
-from sparc_hf.maps.attribution import SimilarityTarget, image_maps
 from sparc_hf.maps.explanation import active_latents, explain_sample
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent
+from sparc_hf.maps.patch_maps import image_maps
+from sparc_hf.maps.targets import SimilarityTarget
 
 STREAMS = ("dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text")
 SCENE = make_scene(5)
@@ -93,6 +95,71 @@ def test_a_huge_image_is_explained_on_a_small_copy(world):
     found = explain_sample(model, encoders, Image.new("RGB", (6000, 30), "red"), "red", {"one": [3]})
     assert found.image.size == (640, 3)
     assert found.targets[-1].maps["dino"].shape == (3, 640)
+
+
+def test_a_stream_without_maps_is_a_remark(world, monkeypatch, tmp_path, capsys):
+    """A backbone that shows no attention maps costs its own maps and words, and not the panel."""
+    model, encoders, folder = world
+    caption = SCENE.captions[0]
+    traced = trace
+
+    def refuse(encoder, *args):
+        if encoder.name == "clip_img":
+            return traced(encoder, *args)
+        raise ValueError("no attention maps here")
+
+    monkeypatch.setattr("sparc_hf.maps.methods.trace", refuse)
+    codes = sample_codes(model, encoders, SCENE.image, caption)
+    shared = active_latents({name: codes[name] for name in ("clip_img",)}, 1)
+    found = explain_sample(model, encoders, SCENE.image, caption, {"one": shared})
+    assert found.remarks[-1] == "clip_txt has no scores of words: no attention maps here"
+    assert "dino has no map: no attention maps here" in found.remarks
+    assert [list(target.grids) for target in found.targets] == [["clip_img"], ["clip_img"]]
+    assert list(found.baselines) == ["clip_img"]
+    assert {"dino has no map: no attention maps here", *found.remarks} <= {
+        line for words, _ in shown_texts(found.panel()) for line in words.split("\n")
+    }
+    SCENE.image.save(tmp_path / "a.png")
+    base = f"explain --model {folder}/model --shifts 1 --output {tmp_path}/panels --image {tmp_path}/a.png"
+    assert (
+        "dino has no map: no attention maps here"
+        in run(f"{base} --latents 3 --text a", capsys)["samples"][0]["remarks"]
+    )
+
+
+def test_settings_that_do_not_exist_are_errors_and_no_remarks(world):
+    model, encoders, _ = world
+    for latents, options, message in (
+        ({"one": [3]}, {"method": "saliency"}, "`method` must be one of"),
+        ({"one": [3]}, {"shifts": 0}, "`shifts` must be at least 1"),
+        ({"one": [32]}, {}, "a concept needs latents from 0 to 31"),
+        ({"one": []}, {}, "a concept needs latents from 0 to 31"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explain_sample(model, encoders, SCENE.image, "", latents, **options)
+
+
+def test_maps_of_coarse_grids_are_finer_and_cover_what_the_encoder_sees(world):
+    model, encoders, _ = world
+    caption = SCENE.captions[0]
+    found = explain_sample(model, encoders, SCENE.image, caption, {})
+    plain = explain_sample(model, encoders, SCENE.image, caption, {}, shifts=1)
+    for name, encoder in encoders.items():
+        if encoder.modality == "image":
+            rows, columns = encoder.record["grid"]
+            assert found.targets[0].grids[name].shape == (4 * rows, 4 * columns)
+            assert plain.targets[0].grids[name].shape == (rows, columns)
+            assert found.views[name].size == (64, 64)
+    assert found.baselines["clip_img"].shape == found.targets[0].grids["clip_img"].shape
+    assert explain_sample(model, encoders, SCENE.image, caption, {}, agreement=False).targets == []
+
+
+def test_words_that_are_not_read_are_a_remark(world):
+    model, encoders, _ = world
+    found = explain_sample(model, encoders, None, "a small blue square beside " * 40 + "the very last words", {})
+    assert len(found.remarks) == 1
+    assert found.remarks[0].startswith("clip_txt reads only the beginning")
+    assert found.remarks[0].endswith("the very last words")
 
 
 def test_codes_and_active_latents_of_a_sample(world):
@@ -320,7 +387,8 @@ def test_no_text_of_a_picture_lies_on_another():
             {"clip_txt": []},
         ),
     ]
-    figure = map_plots.explanation_panel(image, caption, rows)
+    remarks = ["dino has no map: no attention maps here", "clip_txt reads only the beginning: " + "far " * 200]
+    figure = map_plots.explanation_panel(image, caption, rows, remarks)
     assert overlaps(figure) == []
     told = {words for words, _ in shown_texts(figure)}
     assert {"dino (0.23)", "clip_img (not active)", "no such map", "largest value of each map"} <= told

@@ -18,9 +18,11 @@ from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sources.source import parse_streams
-from sparc_hf.maps.attribution import ConceptTarget, image_maps, word_scores
 from sparc_hf.maps.explanation import explain_sample
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent
+from sparc_hf.maps.patch_maps import image_maps
+from sparc_hf.maps.scored_words import word_scores
+from sparc_hf.maps.targets import ConceptTarget
 from sparc_hf.metrics.concept_probe import concept_probe
 from sparc_hf.pipeline import SparcPipeline
 from sparc_hf.training.arguments import SparcTrainingArguments

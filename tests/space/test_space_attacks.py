@@ -316,7 +316,8 @@ def test_a_visitors_own_file_is_read(web):
     for picture in ({"path": path, "meta": META}, {"path": path, "meta": META, "url": "http://127.0.0.1:1/x.png"}):
         told = told_at_once(web, "retrieve", [picture, "", "", "clip_img", "clip_img"])
         assert shows(told, (200, 30, 30))
-        assert 'class="heat"' in json.loads(told_at_once(web, "explain", [picture, "", "5"]))["data"][0]
+        alike = told_at_once(web, "explain", [picture, "a red scene", "similarity of image and caption"])
+        assert 'class="heat"' in json.loads(alike)["data"][0]
 
 
 def test_a_file_that_has_gone_is_told_like_any_other(web):

@@ -21,11 +21,14 @@ from PIL import Image
 from sparc_hf import SparcModel
 from sparc_hf.codes.concepts import load_concepts
 from sparc_hf.encoders.stream_encoder import StreamEncoder
+from sparc_hf.encoders.views import seen_images
 from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.maps.explanation import active_latents
 from sparc_hf.space import data as space_data
 from sparc_hf.space.data import ORDERS, card_text, open_space, with_own_modules
 from sparc_hf.space.fragments import (
     compare_page,
+    explanation_page,
     heat_image,
     latent_page,
     latent_samples,
@@ -34,7 +37,7 @@ from sparc_hf.space.fragments import (
     retrieval_page,
 )
 from sparc_hf.space.index import index_name, open_index
-from sparc_hf.space.seen_maps import explain, latent_maps, seen_images
+from sparc_hf.space.seen_maps import explain, latent_maps
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +123,20 @@ def test_explaining_a_concept_and_a_similarity(data):
     image, caption = data.image(2), data.caption(2)
     latent = data.strongest(data.code("clip_img", image))[0][0]
     concept = explain(data, image, caption, latent=latent)
-    assert list(concept.maps) == ["dino", "clip_img"]
-    assert list(concept.words) == ["clip_txt"]
-    assert len(concept.baselines) == 1
+    assert list(concept.views) == ["dino", "clip_img"]
+    assert list(concept.targets[0].words) == ["clip_txt"]
+    assert list(concept.baselines) == ["clip_img"]
     alike = explain(data, image, caption)
-    assert alike.latent is None
-    assert not np.array_equal(alike.maps["clip_img"].heat, concept.maps["clip_img"].heat)
-    for found in (concept, alike):
-        assert [word.word for word in found.words["clip_txt"]] == caption.split()
-        assert all(np.isfinite(view.heat).all() and view.heat.min() >= 0 for view in found.maps.values())
+    assert [target.latents for target in alike.targets] == [()]
+    assert list(alike.targets[0].grids) == ["dino", "clip_img"]
+    assert list(alike.targets[0].words) == ["clip_txt for dino", "clip_txt for clip_img"]
+    assert not np.array_equal(alike.targets[0].grids["clip_img"], concept.targets[0].grids["clip_img"])
+    for target in (*concept.targets, *alike.targets):
+        assert all([word.word for word in words] == caption.split() for words in target.words.values())
+        assert all(np.isfinite(grid).all() and grid.min() >= 0 for grid in target.grids.values())
     alone = explain(data, image)
-    assert alone.latent == data.strongest(data.code("dino", image))[0][0]
-    assert explain(data, None, caption).maps == {}
+    assert alone.targets[0].latents == tuple(active_latents(alone.codes, 1))
+    assert explain(data, None, caption).views == {}
     with pytest.raises(ValueError, match="take image and text"):
         explain(data, None, "")
 
@@ -167,8 +172,9 @@ def test_encoding_beside_explanations_changes_neither(data):
     def explained(turn: int) -> bool:
         at = turn % len(images)
         found = explain(data, images[at], captions[at])
-        same_maps = all(np.array_equal(found.maps[name].heat, view.heat) for name, view in before[at].maps.items())
-        return same_maps and found.words == before[at].words
+        (target,), (expected,) = found.targets, before[at].targets
+        same_maps = all(np.array_equal(target.grids[name], grid) for name, grid in expected.grids.items())
+        return same_maps and target.words == expected.words
 
     with ThreadPoolExecutor(6) as pool:
         told = [pool.submit(encode if turn % 3 else explained, turn) for turn in range(60)]
@@ -185,16 +191,17 @@ def test_explained_encoders_share_their_weights(data):
 
 def test_words_that_are_not_read_are_told(data):
     long = "a red circle above " + "a small blue square beside " * 30 + "the very last words"
-    unread = data.unread("clip_txt", long)
-    assert unread.endswith("the very last words")
-    read = long[: long.rindex(unread)]
+    unread = data.encoders["clip_txt"].inputs_of.unread
+    end = unread(long)
+    assert end.endswith("the very last words")
+    read = long[: long.rindex(end)]
     assert np.array_equal(data.code("clip_txt", long), data.code("clip_txt", read))
     assert not np.array_equal(data.code("clip_txt", read), data.code("clip_txt", read.strip().rsplit(" ", 1)[0]))
-    assert data.unread("clip_txt", "a red circle") == ""
-    assert data.unread("clip_txt", "") == ""
-    assert explain(data, None, long).remarks[0].endswith(unread)
+    assert unread("a red circle") == ""
+    assert unread("") == ""
+    assert explain(data, None, long).remarks[0].endswith(end)
     page = retrieval_page(data, "clip_txt", "clip_img", long)
-    assert f"not: {unread}</p>" in page
+    assert f"not: {end}</p>" in page
     assert "class=remark" not in retrieval_page(data, "clip_txt", "clip_img", "a red circle")
 
 
@@ -203,11 +210,13 @@ def test_a_backbone_without_maps_shows_plain_images(data, monkeypatch):
         raise ValueError("no attention maps here")
 
     monkeypatch.setattr("sparc_hf.space.seen_maps.image_maps", refuse)
+    monkeypatch.setattr("sparc_hf.maps.explanation.image_maps", refuse)
     assert latent_maps(data, 5, {"dino": [1]}) == {}
-    found = explain(data, data.image(1), data.caption(1), latent=5)
-    assert found.maps["dino"].heat is None
+    found = explain(data, data.image(1), data.caption(1))
+    assert found.targets[0].grids == {}
     assert "dino has no map: no attention maps here" in found.remarks
-    assert found.active["dino"]
+    assert found.codes["dino"].any()
+    assert 'class="heat"' not in explanation_page(data, found)
 
 
 def test_image_streams_alone_explain_images(data, monkeypatch):
@@ -215,9 +224,9 @@ def test_image_streams_alone_explain_images(data, monkeypatch):
     monkeypatch.setattr(data, "encoders", images)
     monkeypatch.setattr(data, "watched_encoders", with_own_modules(images))
     found = explain(data, data.image(1), "a caption that no stream reads")
-    assert found.latent is not None
-    assert list(found.maps) == ["dino", "clip_img"]
-    assert found.words == {}
+    assert found.targets[0].latents
+    assert list(found.views) == ["dino", "clip_img"]
+    assert found.targets[0].words == {}
 
 
 def test_maps_of_top_samples_cover_what_the_encoder_sees(data):
@@ -247,7 +256,7 @@ def test_everything_from_outside_is_escaped(data, monkeypatch):
         latent_samples(data, facts),
         matches_page(data, "clip_img", data.retrieve("clip_txt", "clip_img", "red circle")),
         compare_page(data, "joint"),
-        marked_words(f"red {evil}", found.words["clip_txt"]),
+        marked_words(f"red {evil}", found.targets[0].words["clip_txt"]),
     ]
     for text in pages:
         assert "<img src=x" not in text
@@ -257,7 +266,10 @@ def test_everything_from_outside_is_escaped(data, monkeypatch):
 def test_marked_words_give_the_caption_back(data):
     caption = "a <red> circle,  and & 'blue'"
     found = explain(data, None, caption, latent=1)
-    assert html.unescape(re.sub(r"</?mark[^>]*>", "", marked_words(caption, found.words["clip_txt"]))) == caption
+    assert (
+        html.unescape(re.sub(r"</?mark[^>]*>", "", marked_words(caption, found.targets[0].words["clip_txt"])))
+        == caption
+    )
 
 
 def test_features_without_images_labels_or_text(data, tmp_path):

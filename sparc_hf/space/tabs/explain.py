@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import gradio as gr
 
@@ -33,12 +34,11 @@ def explain_tab(data: SpaceData, open_latent: Callable[[Callable], None]) -> Non
     @answered
     def explained(picture: str | None, caption: str, target: str) -> str:
         image, remarks = checked_image(picture) if picture else (None, [])
-        meant = target_match(data, target)
-        found = explain(data, image, checked_text(caption), latent=None if meant is None else meant.latent)
-        if meant is not None and meant.reason:
-            remarks.append(f"{data.title(meant.latent)} is shown because of its {meant.reason}.")
-        found.remarks = remarks + found.remarks
-        return page.explanation_page(data, found)
+        match = target_match(data, target)
+        explanation = explain(data, image, checked_text(caption), latent=None if match is None else match.latent)
+        if match is not None and match.reason:
+            remarks.append(f"{data.title(match.latent)} is shown because of its {match.reason}.")
+        return page.explanation_page(data, replace(explanation, remarks=[*remarks, *explanation.remarks]))
 
     @answered
     def bar_clicked(event: gr.EventData) -> str:

@@ -63,8 +63,8 @@ class LatentAnswers:
 
     @answered
     def clicked(self, event: gr.EventData) -> tuple[Any, ...]:
-        chosen = event._data or {}
-        return self.opened(chosen.get("open", chosen.get("latent")))
+        data = event._data or {}
+        return self.opened(data.get("open", data.get("latent")))
 
     @answered
     def linked(self, request: gr.Request) -> tuple[Any, ...]:

@@ -14,16 +14,10 @@ from tiny_encoders import SAVERS, TEXTS
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.encoders.trace import trace
-from sparc_hf.maps.attribution import (
-    MAP_METHODS,
-    ConceptTarget,
-    SimilarityTarget,
-    _words,
-    attention_relevance,
-    image_maps,
-    map_on_image,
-    word_scores,
-)
+from sparc_hf.maps.methods import MAP_METHODS, attention_relevance
+from sparc_hf.maps.patch_maps import image_maps, map_on_image
+from sparc_hf.maps.scored_words import merged_words, word_scores
+from sparc_hf.maps.targets import ConceptTarget, SimilarityTarget
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
 CASES = ["flat_heads", "split_heads", "single", "one_by_one_matrix_target"]
@@ -104,7 +98,7 @@ def test_batches_and_lists_of_targets_change_nothing(world, method):
 def test_a_map_for_many_targets_takes_one_pass(world, monkeypatch):
     model, encoders = world
     passes = []
-    monkeypatch.setattr("sparc_hf.maps.attribution.trace", lambda *args: passes.append(1) or trace(*args))
+    monkeypatch.setattr("sparc_hf.maps.methods.trace", lambda *args: passes.append(1) or trace(*args))
     image_maps(model, {"vit": encoders["vit"]}, [PICTURE], [ConceptTarget((n,)) for n in range(8)])
     assert len(passes) == 1
 
@@ -136,7 +130,7 @@ def test_grad_cam_of_a_linear_model_by_hand(world, monkeypatch):
         vectors = activations[:, 1:].sum(dim=1)
         normed, hidden, attentions = activations, activations, ()
 
-    monkeypatch.setattr("sparc_hf.maps.attribution.trace", lambda *_: Linear)
+    monkeypatch.setattr("sparc_hf.maps.methods.trace", lambda *_: Linear)
     model.config.stream("vit")["normalize"] = "none"
     try:
         found = image_maps(model, {"vit": encoder}, [PICTURE], TARGETS[:1], "grad_cam")["vit"][0, 0].ravel()
@@ -227,7 +221,7 @@ def test_a_words_score_is_the_mean_of_its_tokens(world, monkeypatch):
     tokens = encoder.inputs_of.tokenizer.tokenize(text)
     assert len(tokens) > 3  # the middle word has several
     scores = torch.arange(len(tokens) + 2.0)[None]
-    monkeypatch.setattr("sparc_hf.maps.attribution._token_scores", lambda *_: scores)
+    monkeypatch.setattr("sparc_hf.maps.methods._scores", lambda *_: scores)
     words = word_scores(model, {"clip_text": encoder}, [text], TARGETS[:1])["clip_text"][0][0]
     last = [number for number, token in enumerate(tokens) if token.endswith("</w>")]
     first = [0, *(number + 1 for number in last[:-1])]
@@ -261,7 +255,7 @@ def test_words_of_pieces_equal_the_earlier_project(golden):
         told = Tokenized(offset_mapping=[offsets], words=words[:-1])
         inputs = SimpleNamespace(tokenizer=lambda *_, told=told, **__: told, settings={})
         scores = np.array([[score for *_, score in kept]])
-        (found,) = _words(SimpleNamespace(inputs_of=inputs), text, scores)
+        (found,) = merged_words(SimpleNamespace(inputs_of=inputs), text, scores)
         assert [word.word for word in found] == case["words"]
         assert [word.score for word in found] == pytest.approx(case["word_scores"])
 
