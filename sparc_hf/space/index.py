@@ -19,7 +19,7 @@ from sparc_hf.codes.code_table import CodeTable, encode_features
 from sparc_hf.codes.concepts import CONCEPTS_FILE, Concept, load_concepts, name_concepts, save_concepts
 from sparc_hf.codes.search import CodeSearch
 from sparc_hf.codes.top_samples import TopSamples, top_samples
-from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
+from sparc_hf.evaluation.suite import EvaluationSettings, LatentFigures, evaluate_model
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.shards import FileChecksums
 from sparc_hf.files.atomic_files import checksums_of, first_damage, write_json
@@ -176,7 +176,7 @@ def _make(model: SparcModel, features: FeatureDataset, names: list[Concept] | No
     )
     evaluation = evaluate_model(model, features, settings)
     codes = encode_features(model, features, encoding="single", output=folder / CODES_FOLDER)
-    np.savez(folder / STATISTICS_FILE, **_statistics(evaluation.latents, model.config.num_latents))  # pyright: ignore[reportArgumentType]
+    np.savez(folder / STATISTICS_FILE, **_statistics(evaluation.latent_figures, model.config.num_latents))  # pyright: ignore[reportArgumentType]
     best = top_samples(codes, TOP_SAMPLES)
     arrays = {f"rows/{stream}": top.rows for stream, top in best.items()}
     np.savez(folder / TOP_FILE, **arrays, **{f"values/{stream}": top.values for stream, top in best.items()})  # pyright: ignore[reportArgumentType]
@@ -186,19 +186,16 @@ def _make(model: SparcModel, features: FeatureDataset, names: list[Concept] | No
     write_json(folder / FACTS_FILE, {"format_version": FORMAT_VERSION, **facts})
 
 
-def _statistics(latents: dict[str, dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
-    statistics: dict[str, np.ndarray] = {}
-    for encoding, columns in latents.items():
-        depths = [name for name in columns if name.startswith("jaccard/depth")]
-        deepest = max(depths, key=lambda name: int(name.removeprefix("jaccard/depth")), default=None)
-        statistics[f"alignment/{encoding}"] = columns[deepest] if deepest else np.full(count, np.nan)
-        shares = {name: share for name, share in columns.items() if name.startswith("frequency/")}
-        stacked = np.stack(list(shares.values()))
-        statistics[f"live/{encoding}"] = (stacked > 0).sum(axis=0)
-        statistics[f"fires/{encoding}"] = stacked.mean(axis=0)
-        names = ("energy", "entropy", "cofires", "cofire_jaccard", *shares)
-        statistics |= {f"{name}/{encoding}": columns[name] for name in names}
-    return {name: np.asarray(column, np.float64) for name, column in statistics.items()}
+def _statistics(latent_figures: dict[str, LatentFigures], count: int) -> dict[str, np.ndarray]:
+    columns: dict[str, np.ndarray] = {}
+    for encoding, figures in latent_figures.items():
+        shares = np.stack(list(figures.frequency.values()))
+        columns[f"alignment/{encoding}"] = figures.jaccard[-1] if len(figures.jaccard) else np.full(count, np.nan)
+        columns[f"live/{encoding}"] = (shares > 0).sum(axis=0)
+        columns[f"fires/{encoding}"] = shares.mean(axis=0)
+        columns |= {f"{name}/{encoding}": values for name, values in figures.universality.items()}
+        columns |= {f"frequency/{stream}/{encoding}": share for stream, share in figures.frequency.items()}
+    return {name: np.asarray(column, np.float64) for name, column in columns.items()}
 
 
 def _concepts(codes: CodeTable, features: FeatureDataset, names: list[Concept]) -> list[Concept]:
@@ -208,10 +205,10 @@ def _concepts(codes: CodeTable, features: FeatureDataset, names: list[Concept]) 
         return names
     own = {concept.latent: concept for concept in names}
     return [
-        Concept(**vars(concept) | {"name": own[concept.latent].name, "score": own[concept.latent].score})
-        if concept.latent in own
-        else concept
-        for concept in name_concepts(codes, features, samples=TOP_SAMPLES)
+        Concept(**vars(found) | {"name": own[found.latent].name, "score": own[found.latent].score})
+        if found.latent in own
+        else found
+        for found in name_concepts(codes, features, samples=TOP_SAMPLES)
     ]
 
 
