@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from sparc_hf.features.batches import FeatureBatches
     from sparc_hf.features.dataset import FeatureDataset
     from sparc_hf.features.extraction import extract_features
-    from sparc_hf.features.sources.source import open_source, parse_streams
+    from sparc_hf.features.sources.source import open_source
     from sparc_hf.features.statistics import standardization_of
+    from sparc_hf.features.stream_records import parse_streams
     from sparc_hf.features.streamed_batches import StreamedBatches
     from sparc_hf.features.writer import FeatureWriter
     from sparc_hf.hub.cards import write_dataset_card, write_model_card
@@ -120,7 +121,7 @@ __getattr__, __dir__ = lazy_names(
         "name_concepts": "codes.concepts",
         "open_masked_images": "evaluation.masked_images",
         "open_source": "features.sources.source",
-        "parse_streams": "features.sources.source",
+        "parse_streams": "features.stream_records",
         "save_concepts": "codes.concepts",
         "standardization_of": "features.statistics",
         "top_samples": "codes.top_samples",

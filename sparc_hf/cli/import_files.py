@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.shards import check_target
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.stream_records import parse_streams
 from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.legacy.hdf5_features import AnalysisCache, FeatureFiles, configured_files, is_analysis_cache
 from sparc_hf.legacy.importing import LegacyFeatures, import_features
 from sparc_hf.legacy.npz_activations import ActivationTree, has_activations
+from sparc_hf.model.stream_record import check_names_differ, check_stream_name
 
 if TYPE_CHECKING:
     from sparc_hf.model.modeling_sparc import SparcModel
@@ -138,11 +139,15 @@ def run_import_files(args: Any) -> dict[str, Any]:
 def _stream_files(sources: Sequence[str]) -> dict[str, Path] | None:
     """Return stream name -> file from `name=file` strings, or None for one source of another kind."""
     pairs = [source.partition("=") for source in sources]
-    named = [bool(equals) and name.isidentifier() for name, equals, _ in pairs]
-    if len(sources) == 1 and not named[0]:
+    # The path of one source may have that sign in it too.
+    if len(pairs) == 1 and not (pairs[0][1] and pairs[0][0].isidentifier()):
         return None
-    if not all(named) or len({name for name, _, _ in pairs}) != len(pairs):
+    if not all(equals for _, equals, _ in pairs):
         raise ValueError(f"several sources must be name=file.h5, each name once, but they are {list(sources)}")
+    names = [name for name, _, _ in pairs]
+    for name in names:
+        check_stream_name(name)
+    check_names_differ(names)
     return {name: Path(file) for name, _, file in pairs}
 
 

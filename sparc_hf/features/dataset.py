@@ -17,7 +17,6 @@ from sparc_hf.features.columns import (
     check_texts,
     checked_floats,
     class_ids_per_row,
-    completed_records,
     fixed_size_lists,
     lengths_and_ids,
     list_width,
@@ -26,19 +25,19 @@ from sparc_hf.features.columns import (
 from sparc_hf.features.parquet import FACTS, is_parquet_address, open_parquet
 from sparc_hf.features.shards import (
     FEATURE_FOLDER,
-    StreamRecords,
     check_files,
     check_target,
-    checked_streams,
     finish_folder,
     joined,
     open_shard,
     read_manifest,
     write_shard,
 )
+from sparc_hf.features.stream_records import completed_records
 from sparc_hf.files.atomic_files import writing
 from sparc_hf.files.atomic_folders import new_folder
 from sparc_hf.files.folder_lock import locked_folder
+from sparc_hf.model.stream_record import StreamRecords, checked_stream_records
 
 if TYPE_CHECKING:
     import datasets
@@ -80,7 +79,7 @@ class FeatureDataset:
         taxonomy: Any = None,
         source: Any = None,
     ):
-        self.streams = checked_streams(streams)
+        self.streams = checked_stream_records(streams)
         self.table = with_fixed_widths(table, self.streams)
         self.label_names = None if label_names is None else list(label_names)
         self.taxonomy = taxonomy

@@ -119,7 +119,7 @@ def extract_features(
         workers=workers,
     )
     records = [_record(encoder, name, autocast) for name, encoder in encoders.items()]
-    rows = RowSchema(records, dtype, _extra_columns(columns, features, tokens))
+    rows = RowSchema(records, dtype, _extra_columns(columns, features, tokens), measured=False)
     facts = {
         "label_names": None if label_names is None else list(label_names),
         "taxonomy": taxonomy,
@@ -253,7 +253,8 @@ def _with_statistics(folder: ShardFolder, records: list[dict[str, Any]], shards:
     """Return the stream records, with mean and standard deviation where they are to be standardised without any."""
     if not any(record["normalize"] == "standardize" and "mean" not in record for record in records):
         return records
-    made = FeatureDataset(folder.open_table(shards), records)
+    widths = [{key: record[key] for key in ("name", "hidden_size")} for record in records]
+    made = FeatureDataset(folder.open_table(shards), widths)
     return [
         record | standardization_of(made, record["name"], per_channel=record.get("per_channel", False))
         if record["normalize"] == "standardize" and "mean" not in record

@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparc_hf.features.shards import (
-    FORMAT_VERSION,
-    DatasetFacts,
-    FileChecksums,
-    NewerFormat,
-    check_version,
-    checked_streams,
-)
+from sparc_hf.features.shards import FORMAT_VERSION, DatasetFacts, FileChecksums, NewerFormat, check_version
 from sparc_hf.files.atomic_files import checksums_of, first_damage, new_file, write_json
 from sparc_hf.files.checked_reading import Count, checked, read_json
+from sparc_hf.model.stream_record import checked_stream_records
 
 if TYPE_CHECKING:
     import datasets
@@ -304,4 +298,4 @@ def _facts(schema: pa.Schema, file: str) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{file}` has damaged metadata: {error}") from error
-    return {name: facts.get(name) for name in (*FACTS, "rows")} | {"streams": checked_streams(facts["streams"])}
+    return {name: facts.get(name) for name in (*FACTS, "rows")} | {"streams": checked_stream_records(facts["streams"])}

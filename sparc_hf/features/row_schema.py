@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from sparc_hf.features.columns import fixed_size_lists
-from sparc_hf.features.shards import StreamRecords, checked_streams
+from sparc_hf.model.stream_record import StreamRecords, checked_stream_records
 
 FLOAT_TYPES = ("float32", "float16")
 
@@ -20,17 +20,24 @@ class RowSchema:
         dtype: how the numbers are stored, "float32" or "float16".
         extra_columns: the other columns, among `id`, `image`, `text`, `captions` and `labels`, or a dict column name
             -> datasets feature.
+        measured: see `checked_stream_records`.
 
     Raises:
         ValueError: for bad records, another dtype, or columns without a type or with the name of a stream.
     """
 
-    def __init__(self, streams: StreamRecords, dtype: str, extra_columns: Sequence[str] | Mapping[str, Any] = ()):
+    def __init__(
+        self,
+        streams: StreamRecords,
+        dtype: str,
+        extra_columns: Sequence[str] | Mapping[str, Any] = (),
+        measured: bool = True,
+    ):
         from datasets import Features, List, Value
 
         if dtype not in FLOAT_TYPES:
             raise ValueError(f"`dtype` must be one of {list(FLOAT_TYPES)}, but it is {dtype!r}")
-        self.streams, self.dtype = checked_streams(streams), dtype
+        self.streams, self.dtype = checked_stream_records(streams, measured=measured), dtype
         self.extra_features = _extra_features(extra_columns, self.streams)
         columns = {record["name"]: List(Value(dtype), length=record["hidden_size"]) for record in self.streams}
         self.schema: pa.Schema = Features({**columns, **self.extra_features}).arrow_schema

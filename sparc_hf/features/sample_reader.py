@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparc_hf.encoders.inputs import open_image, upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
-from sparc_hf.features.shards import LARGEST_SIZE
 from sparc_hf.features.sources.source import find_column, is_image, schema_of
 
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 PREFETCHED_BATCHES = 2
 WATCH_SECONDS = 1.0
+# `labels` is a column of int32.
+LARGEST_ID = 2**31 - 1
 
 
 @dataclass
@@ -347,8 +348,8 @@ class _Preparation(Dataset):
             ids = [self._class_ids[label] if isinstance(label, str) else label for label in values]
         except KeyError as error:
             raise _BadRow(f"its label {error} is not among `label_names`") from error
-        if odd := [label for label in ids if not isinstance(label, int) or not 0 <= label <= LARGEST_SIZE]:
-            raise _BadRow(f"its label {reprlib.repr(odd[0])} is no class id, a whole number from 0 to {LARGEST_SIZE}")
+        if odd := [label for label in ids if not isinstance(label, int) or not 0 <= label <= LARGEST_ID]:
+            raise _BadRow(f"its label {reprlib.repr(odd[0])} is no class id, a whole number from 0 to {LARGEST_ID}")
         return ids
 
     def _name_of(self, row: Mapping[str, Any]) -> str | None:

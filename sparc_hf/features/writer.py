@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from sparc_hf.features.row_schema import RowSchema
 from sparc_hf.features.shard_folder import ShardFolder
-from sparc_hf.features.shards import StreamRecords, check_target
+from sparc_hf.features.shards import check_target
 from sparc_hf.files.folder_lock import locked_folder
+from sparc_hf.model.stream_record import StreamRecords
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import numpy as np
 from sparc_hf.files.atomic_files import sha256_of
 from sparc_hf.files.checked_reading import checked, read_json
 from sparc_hf.legacy.declared_sizes import check_declared
+from sparc_hf.model.stream_record import check_stream_name
 
 ROWS_AT_ONCE = 1024
 
@@ -37,6 +38,8 @@ class FeatureFiles:
     label_names = None
 
     def __init__(self, files: Mapping[str, Path]):
+        for name in files:
+            check_stream_name(name)
         self._opened = ExitStack()
         try:
             self._files = {name: self._opened.enter_context(open_hdf5(path)) for name, path in files.items()}
@@ -141,6 +144,8 @@ class AnalysisCache:
         self._file = open_hdf5(path)
         try:
             self._streams = self._ordered_streams()
+            for name in self._streams:
+                check_stream_name(name)
             self._batches = self._batch_names()
             self.records = [self._record(name) for name in self._streams]
         except BaseException:

@@ -13,6 +13,7 @@ import torch
 
 from sparc_hf.encoders.token_grid import resample_tokens
 from sparc_hf.legacy.declared_sizes import check_declared
+from sparc_hf.model.stream_record import check_stream_name
 
 COMBINED = "_combined"
 STATISTICS_IMAGES = 512
@@ -66,6 +67,8 @@ class ActivationTree:
         first = self._images[0]
         activations, _ = _read(first)
         self._models = list(models) or sorted(activations)
+        for name in self._models:
+            check_stream_name(name)
         self._tokens = {name: activations[name].shape for name in self._models}
         grids = {name: _grid(first.files, name, shape[0]) for name, shape in self._tokens.items()}
         self._grids = grids

@@ -14,6 +14,7 @@ from sparc_hf.files.checked_reading import Limit, checked, read_yaml
 from sparc_hf.legacy.sparc_checkpoints import check_output, checked_state, read_checkpoint, save_imported
 from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.model.modeling_sparc import SparcModel
+from sparc_hf.model.stream_record import check_stream_name
 
 AUXK_COEF = 0.1
 SETTINGS = {"lr": "learning_rate", "nb_epochs": "epochs", "batch_size": "batch_size"}
@@ -122,8 +123,11 @@ def _read_settings(source: Path, run_config: str | os.PathLike | None) -> dict[s
         content = checked(read_yaml(found[0]), UsaeRun, found[0].name)
     except ValueError as error:
         raise ValueError(f"`{found[0]}` is no configuration of Universal Sparse Autoencoders: {error}") from error
-    if unfit := [name for name in content["model_zoo"] if not str(name).isidentifier()]:
-        raise ValueError(f"`{found[0]}` names the models {unfit}, which cannot be names of streams; rename them there")
+    for name in content["model_zoo"]:
+        try:
+            check_stream_name(name)
+        except ValueError as error:
+            raise ValueError(f"`{found[0]}` names a model that has to be renamed there: {error}") from error
     return content
 
 

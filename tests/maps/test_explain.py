@@ -20,7 +20,7 @@ from sparc_hf.demo.scenes import CLASS_NAMES, make_scene, make_scenes_dataset
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.stream_records import parse_streams
 from sparc_hf.maps import plots as map_plots
 from sparc_hf.maps.attribution import SimilarityTarget, image_maps
 from sparc_hf.maps.explanation import active_latents, explain_sample

@@ -1,11 +1,9 @@
-"""Where samples come from: datasets of any stored form, their image and text columns, and streams as strings."""
+"""Where samples come from: datasets of any stored form, and their image and text columns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from sparc_hf.encoders.families import MODALITIES, POOLINGS
 
 if TYPE_CHECKING:
     import datasets
@@ -117,35 +115,6 @@ def find_column(dataset: "datasets.Dataset | datasets.IterableDataset", modality
         problem = f"several {modality} columns, {found}" if found else f"no {modality} column among {list(features)}"
         raise ValueError(f"the dataset has {problem}; name one with `{modality}_column`")
     return found[0]
-
-
-def parse_streams(specifications: Sequence[str]) -> list[dict[str, Any]]:
-    """Return stream records from strings `name=encoder[@revision]:modality[:pooling]`.
-
-    Raises:
-        ValueError: for a string of another form, or a name that occurs twice.
-    """
-    records = []
-    for text in specifications:
-        name, _, rest = text.partition("=")
-        parts = rest.rsplit(":", 2)
-        pooling = parts.pop() if len(parts) == 3 and parts[1] in MODALITIES else None
-        encoder, modality = ":".join(parts[:-1]), parts[-1]
-        if not name.isidentifier() or not encoder or modality not in MODALITIES:
-            raise ValueError(
-                f"cannot read the stream {text!r}; write name=encoder[@revision]:modality[:pooling], for example "
-                "dino=facebook/dinov2-base:image"
-            )
-        if pooling not in (None, *POOLINGS):
-            raise ValueError(f"the stream {text!r} has the pooling {pooling!r}; it must be one of {list(POOLINGS)}")
-        record: dict[str, Any] = {"name": name, "encoder": encoder, "modality": modality}
-        if "@" in encoder and not Path(encoder).is_dir():
-            record["encoder"], _, record["revision"] = encoder.rpartition("@")
-        records.append(record | ({"pooling": pooling} if pooling else {}))
-    names = [record["name"] for record in records]
-    if len(set(names)) != len(names):
-        raise ValueError(f"every stream needs its own name, but they are {names}")
-    return records
 
 
 def is_image(feature: Any) -> bool:
