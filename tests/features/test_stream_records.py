@@ -8,7 +8,7 @@ import pytest
 
 from sparc_hf import FeatureDataset, FeatureWriter, SparcConfig
 from sparc_hf.cli import main
-from sparc_hf.features.row_schema import RowSchema
+from sparc_hf.features.writer import RowSchema
 
 GOOD = {"name": "dino", "hidden_size": 4}
 STANDARDIZED = GOOD | {"normalize": "standardize", "mean": 0.0, "std": 1.0}
