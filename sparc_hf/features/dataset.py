@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from sparc_hf.features.batches import FeatureBatches
 from sparc_hf.features.columns import (
     ColumnRows,
     check_texts,
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     import datasets
     import PIL.Image
     import scipy.sparse
-
-__all__ = ["FeatureBatches", "FeatureDataset"]
 
 Rows = Sequence[int] | np.ndarray | slice
 FEW_ROWS = 32
