@@ -74,18 +74,18 @@ def run_import(args: ImportArguments, complete: Callable[[Path], Any] | None = N
     check_output_folder(args.output)
     if args.grid is not None and (len(args.grid) != 2 or min(args.grid) < 1):
         raise ValueError(f"`grid` must be rows and columns, such as `14 14`, but it is {args.grid}")
-    paths = _stream_files(args.source)
-    only = Path(args.source[0])
-    checkpoint = _checkpoint_of(only) if paths is None else None
+    stream_files = _stream_files(args.source)
+    source = Path(args.source[0])
+    checkpoint = _checkpoint_of(source) if stream_files is None else None
     if checkpoint is not None:
         # Not at the top: transformers' model classes take more memory than the import of features.
         from sparc_hf.legacy.sparc_checkpoints import import_checkpoint
         from sparc_hf.legacy.usae_checkpoints import import_usae_checkpoints
 
-        is_usae = only.is_dir() and checkpoint.name != CHECKPOINT_FILES[0]
+        is_usae = source.is_dir() and checkpoint.name != CHECKPOINT_FILES[0]
         load = import_usae_checkpoints if is_usae else import_checkpoint
         return load(
-            only if is_usae else checkpoint,
+            source if is_usae else checkpoint,
             args.output,
             run_config=args.run_config,
             records=records,
@@ -93,23 +93,23 @@ def run_import(args: ImportArguments, complete: Callable[[Path], Any] | None = N
             complete=complete,
         )
     check_target(Path(args.output))
-    if paths is not None:
-        found: LegacyFeatures = FeatureFiles(paths)
-    elif only.suffix == ".json":
-        found = FeatureFiles(configured_files(only, args.split or "train"))
-    elif only.suffix in HDF5_SUFFIXES and is_analysis_cache(only):
-        found = AnalysisCache(only)
-    elif only.suffix in HDF5_SUFFIXES:
-        raise ValueError(f"`{only}` is a feature file of one stream; say which: `--source name={only}`")
-    elif only.is_dir() and has_activations(only):
-        found = ActivationTree(only, split=args.split, models=args.models, grid=args.grid)
+    if stream_files is not None:
+        files: LegacyFeatures = FeatureFiles(stream_files)
+    elif source.suffix == ".json":
+        files = FeatureFiles(configured_files(source, args.split or "train"))
+    elif source.suffix in HDF5_SUFFIXES and is_analysis_cache(source):
+        files = AnalysisCache(source)
+    elif source.suffix in HDF5_SUFFIXES:
+        raise ValueError(f"`{source}` is a feature file of one stream; say which: `--source name={source}`")
+    elif source.is_dir() and has_activations(source):
+        files = ActivationTree(source, split=args.split, models=args.models, grid=args.grid)
     else:
-        state = "is none of these" if only.exists() else "does not exist"
+        state = "is none of these" if source.exists() else "does not exist"
         raise ValueError(
-            f"`{only}` {state}: `source` is name=file.h5 for each stream, a configuration .json, an analysis cache "
+            f"`{source}` {state}: `source` is name=file.h5 for each stream, a configuration .json, an analysis cache "
             ".h5, a folder of npz activations, or a checkpoint .pth or its folder"
         )
-    return import_features(found, args.output, dtype=args.dtype, records=records)  # pyright: ignore[reportArgumentType] argparse checked it
+    return import_features(files, args.output, dtype=args.dtype, records=records)  # pyright: ignore[reportArgumentType] argparse checked it
 
 
 def run_import_files(args: Any) -> dict[str, Any]:
@@ -123,10 +123,10 @@ def run_import_files(args: Any) -> dict[str, Any]:
         card = write_model_card(folder, settings=read_settings(folder), title=title, repo=args.output)
         cards.append(Path(args.output) / card.name)
 
-    found = run_import(args, complete=write_card)
-    if isinstance(found, FeatureDataset):
-        return {"features": args.output, "rows": len(found), "streams": found.streams}
-    config = found.config
+    imported = run_import(args, complete=write_card)
+    if isinstance(imported, FeatureDataset):
+        return {"features": args.output, "rows": len(imported), "streams": imported.streams}
+    config = imported.config
     return {
         "model": args.output,
         "latents": config.num_latents,

@@ -118,9 +118,9 @@ class FeatureDataset:
                 f"`{folder}` should have {manifest['rows']} rows, but its shards have {table.num_rows}; make it again"
             )
         facts = {key: manifest.get(key) for key in ("label_names", "taxonomy", "source")}
-        made = cls(table, manifest["streams"], **facts)
-        made.rows_skipped = int(manifest.get("rows_skipped", 0))
-        return made
+        dataset = cls(table, manifest["streams"], **facts)
+        dataset.rows_skipped = int(manifest.get("rows_skipped", 0))
+        return dataset
 
     @classmethod
     def from_arrays(
@@ -150,8 +150,8 @@ class FeatureDataset:
         Raises:
             ValueError: for arrays that do not fit together, or records that do not fit the arrays.
         """
-        known = {name: checked_floats(name, values) for name, values in arrays.items()}
-        columns: dict[str, pa.Array] = {name: fixed_size_lists(values) for name, values in known.items()}
+        floats = {name: checked_floats(name, values) for name, values in arrays.items()}
+        columns: dict[str, pa.Array] = {name: fixed_size_lists(values) for name, values in floats.items()}
         extras = {"id": ids, "text": text}
         columns |= {name: pa.array(list(values), pa.string()) for name, values in extras.items() if values is not None}
         if labels is not None:
@@ -159,7 +159,7 @@ class FeatureDataset:
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"all columns must have the same number of rows, but they have {lengths}")
-        records = completed_records(streams, {name: values.shape[1] for name, values in known.items()})
+        records = completed_records(streams, {name: values.shape[1] for name, values in floats.items()})
         return cls(pa.table(columns), records, label_names=label_names, taxonomy=taxonomy, source=source)
 
     @classmethod

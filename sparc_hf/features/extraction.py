@@ -133,9 +133,9 @@ def extract_features(
         repair=repair,
     )
     encode = partial(_encoded_columns, encoders=encoders, dtype=dtype, tokens=tokens, autocast=autocast)
-    made = _write_shards(Path(path), open_writer, reader, encode, skip=on_error == "skip", repair=repair)
+    was_written = _write_shards(Path(path), open_writer, reader, encode, skip=on_error == "skip", repair=repair)
     # Files that were just written or checked are not read once more.
-    return FeatureDataset.load(path, verify=not made)
+    return FeatureDataset.load(path, verify=not was_written)
 
 
 def _write_shards(
@@ -206,9 +206,9 @@ def _encode_shards(
 
     total = done = None
     if reader.total is not None:
-        mine = range(rank, reader.shards, size)
-        total = sum(map(reader.samples_in, mine))
-        done = total - sum(reader.samples_in(shard) for shard in mine if wanted(shard))
+        own_shards = range(rank, reader.shards, size)
+        total = sum(map(reader.samples_in, own_shards))
+        done = total - sum(reader.samples_in(shard) for shard in own_shards if wanted(shard))
         if done:
             logger.info("going on behind %d samples that are done", done)
     with tqdm(total=total, initial=done or 0, unit=" rows", desc="extract", disable=rank > 0) as bar:
@@ -304,8 +304,8 @@ def _extra_columns(columns: Any, features: Any, tokens: int | None) -> dict[str,
     from datasets import Image, List, Value
 
     types = {"id": Value("string"), "text": Value("string"), "labels": List(Value("int32"))}
-    made = {"id": columns.id, "text": columns.text if tokens is None else None, "labels": columns.labels}
-    extras: dict[str, Any] = {name: types[name] for name in made if made[name]}
+    source_columns = {"id": columns.id, "text": columns.text if tokens is None else None, "labels": columns.labels}
+    extras: dict[str, Any] = {name: types[name] for name in source_columns if source_columns[name]}
     extras |= {name: features[name] for name in columns.keep}
     if tokens is None:
         return extras

@@ -333,7 +333,7 @@ def _extra_features(
     """Return column name -> datasets feature for the columns beside the streams."""
     from datasets import Image, List, Value
 
-    known = {
+    usual_types = {
         "id": Value("string"),
         "image": Image(),
         "text": Value("string"),
@@ -343,10 +343,10 @@ def _extra_features(
         "token": Value("int32"),
     }
     if not isinstance(columns, Mapping):
-        unknown = sorted(set(columns) - set(known))
+        unknown = sorted(set(columns) - set(usual_types))
         if unknown:
             raise ValueError(f"columns {unknown} need a type; pass `extra_columns` as a dict name -> datasets feature")
-        columns = {name: known[name] for name in columns}
+        columns = {name: usual_types[name] for name in columns}
     taken = sorted({record["name"] for record in streams} & set(columns))
     if taken:
         raise ValueError(f"columns {taken} carry the name of a stream; rename the stream or the column")
