@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparc_hf.features.dataset import FeatureBatches, FeatureDataset
+from sparc_hf.features.batches import FeatureBatches
+from sparc_hf.features.dataset import FeatureDataset
 
 
 def make(folder: Path, rows: int, widths: list[int], dtype: str, rows_per_shard: int) -> FeatureDataset:

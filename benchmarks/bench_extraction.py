@@ -15,7 +15,8 @@ from pathlib import Path
 
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.features.extraction import extract_features
-from sparc_hf.features.sources.source import open_source, parse_streams
+from sparc_hf.features.sources.source import open_source
+from sparc_hf.features.stream_records import parse_streams
 
 STREAMS = ["dino=demo:dino:image", "clip_img=demo:clip:image", "clip_txt=demo:clip:text"]
 

@@ -48,7 +48,8 @@ class Peak:
 def measure(rows: int, width: int, folder: Path) -> dict[str, float]:
     import numpy as np
 
-    from sparc_hf.features.dataset import FeatureBatches, FeatureDataset
+    from sparc_hf.features.batches import FeatureBatches
+    from sparc_hf.features.dataset import FeatureDataset
     from sparc_hf.features.writer import FeatureWriter
 
     draws = np.random.default_rng(0)

@@ -21,7 +21,7 @@ from PIL import Image
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.demo.scenes import make_scene
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.stream_records import parse_streams
 from sparc_hf.maps.methods import MAP_METHODS
 from sparc_hf.maps.patch_maps import image_maps
 from sparc_hf.maps.targets import ConceptTarget

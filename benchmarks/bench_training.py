@@ -18,7 +18,8 @@ from results_table import caption_rows
 
 from sparc_hf import SparcModel
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
-from sparc_hf.features.dataset import FeatureBatches, FeatureDataset
+from sparc_hf.features.batches import FeatureBatches
+from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.training.arguments import SparcTrainingArguments
 from sparc_hf.training.trainer import SparcTrainer
 

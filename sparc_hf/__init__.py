@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from sparc_hf.evaluation.masked_images import open_masked_images
     from sparc_hf.evaluation.report import write_report
     from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model, evaluate_models
-    from sparc_hf.features.batches import FeatureBatches
+    from sparc_hf.features.batches import FeatureBatches, StreamedBatches
     from sparc_hf.features.dataset import FeatureDataset
     from sparc_hf.features.extraction import extract_features
-    from sparc_hf.features.sources.source import open_source, parse_streams
+    from sparc_hf.features.sources.source import open_source
     from sparc_hf.features.statistics import standardization_of
-    from sparc_hf.features.streamed_batches import StreamedBatches
+    from sparc_hf.features.stream_records import parse_streams
     from sparc_hf.features.writer import FeatureWriter
     from sparc_hf.hub.cards import write_dataset_card, write_model_card
     from sparc_hf.legacy.importing import import_features
@@ -105,7 +105,7 @@ __getattr__, __dir__ = lazy_names(
         "SparcTrainingArguments": "training.arguments",
         "SparseCodes": "model.outputs",
         "StreamEncoder": "encoders.stream_encoder",
-        "StreamedBatches": "features.streamed_batches",
+        "StreamedBatches": "features.batches",
         "TopSamples": "codes.top_samples",
         "encode_features": "codes.code_table",
         "evaluate_model": "evaluation.suite",
@@ -122,7 +122,7 @@ __getattr__, __dir__ = lazy_names(
         "name_concepts": "codes.concepts",
         "open_masked_images": "evaluation.masked_images",
         "open_source": "features.sources.source",
-        "parse_streams": "features.sources.source",
+        "parse_streams": "features.stream_records",
         "save_concepts": "codes.concepts",
         "standardization_of": "features.statistics",
         "top_samples": "codes.top_samples",

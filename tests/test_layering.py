@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "model": set(),
     "encoders": set(),
     "metrics": set(),
-    "features": {"encoders"},
+    "features": {"model", "encoders"},
     "model_folder": {"model"},
     "training": {"model", "model_folder", "features"},
     "codes": {"model", "model_folder", "encoders", "features", "metrics"},

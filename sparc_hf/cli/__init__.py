@@ -18,23 +18,23 @@ from sparc_hf.cli.user_errors import is_users
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 2 for unusable input, 128 + n when stopped by signal n."""
-    chosen, rest = _choose(sys.argv[1:] if argv is None else argv)
+    name, rest = _choose(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("sparc_hf").setLevel(logging.INFO)
-    command = COMMANDS[chosen]
+    command = COMMANDS[name]
     settings: Any = None
     try:
-        settings, wait = settings_of(chosen, command, rest, list(COMMANDS))
+        settings, wait = settings_of(name, command, rest, list(COMMANDS))
         with locked_folders(settings, command.writes, wait=wait, is_shared=command.is_shared):
             result = command.run(settings)
     except KeyboardInterrupt:
-        return _fail(chosen, "interrupted", 130)
+        return _fail(name, "interrupted", 130)
     except Exception as error:
         stopped_by = getattr(error, "signal_number", None)  # of a run that saved its state and left
         memory = memory_sentence(error, settings)
         if stopped_by is None and memory is None and not is_users(error):
             raise
-        return _fail(chosen, memory or str(error), 2 if stopped_by is None else 128 + stopped_by)
+        return _fail(name, memory or str(error), 2 if stopped_by is None else 128 + stopped_by)
     if result is not None:
         sys.stdout.write(result if isinstance(result, str) else json.dumps(result, indent=2) + "\n")
     return 0
@@ -51,16 +51,16 @@ def _choose(argv: Sequence[str]) -> tuple[str, list[str]]:
     verbs = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         verbs.add_parser(name, help=command.summary, add_help=False)
-    given, rest = parser.parse_known_args(argv[:1])
-    if given.version:
+    parsed, rest = parser.parse_known_args(argv[:1])
+    if parsed.version:
         from sparc_hf.version import __version__
 
         sys.stdout.write(f"sparc_hf {__version__}\n")
         parser.exit()
-    if given.command is None:
+    if parsed.command is None:
         parser.print_help()
         parser.exit(2)
-    return given.command, [*rest, *argv[1:]]
+    return parsed.command, [*rest, *argv[1:]]
 
 
 def _fail(command: str, message: str, status: int) -> int:

@@ -15,7 +15,8 @@ from sparc_hf.features.shards import MANIFEST_NAME, check_target
 from sparc_hf.features.sources.coco import open_coco
 from sparc_hf.features.sources.imagenet import open_imagenet
 from sparc_hf.features.sources.open_images import open_open_images
-from sparc_hf.features.sources.source import Source, open_source, parse_streams
+from sparc_hf.features.sources.source import Source, open_source
+from sparc_hf.features.stream_records import parse_streams
 from sparc_hf.files.folder_lock import launched_rank
 from sparc_hf.files.output_folder import check_output_folder
 

@@ -64,10 +64,9 @@ def memory_sentence(error: BaseException, settings: Any) -> str | None:
     smaller = [f"--{name}" for name in MEMORY_FLAGS if hasattr(settings, name)]
     advice = "give it more" + (f", or lower {' or '.join(smaller)}" if smaller else "")
     can_resume = hasattr(settings, "resume")
-    kept = "continue from the last checkpoint with --resume" if can_resume else "what was there before is unchanged"
-    return (
-        f"there is not enough memory ({' '.join(str(error).split())[:200] or 'allocation failed'}); {advice}; {kept}"
-    )
+    outcome = "continue from the last checkpoint with --resume" if can_resume else "what was there before is unchanged"
+    reason = " ".join(str(error).split())[:200] or "allocation failed"
+    return f"there is not enough memory ({reason}); {advice}; {outcome}"
 
 
 def yes_or_no(text: str) -> bool:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.shards import check_target
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.stream_records import parse_streams
 from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.legacy.hdf5_features import AnalysisCache, FeatureFiles, configured_files, is_analysis_cache
 from sparc_hf.legacy.importing import LegacyFeatures, import_features
 from sparc_hf.legacy.npz_activations import ActivationTree, has_activations
+from sparc_hf.model.stream_record import check_names_differ, check_stream_name
 
 if TYPE_CHECKING:
     from sparc_hf.model.modeling_sparc import SparcModel
@@ -73,18 +74,18 @@ def run_import(args: ImportArguments, complete: Callable[[Path], Any] | None = N
     check_output_folder(args.output)
     if args.grid is not None and (len(args.grid) != 2 or min(args.grid) < 1):
         raise ValueError(f"`grid` must be rows and columns, such as `14 14`, but it is {args.grid}")
-    paths = _stream_files(args.source)
-    only = Path(args.source[0])
-    checkpoint = _checkpoint_of(only) if paths is None else None
+    stream_files = _stream_files(args.source)
+    source = Path(args.source[0])
+    checkpoint = _checkpoint_of(source) if stream_files is None else None
     if checkpoint is not None:
         # Not at the top: transformers' model classes take more memory than the import of features.
         from sparc_hf.legacy.sparc_checkpoints import import_checkpoint
         from sparc_hf.legacy.usae_checkpoints import import_usae_checkpoints
 
-        is_usae = only.is_dir() and checkpoint.name != CHECKPOINT_FILES[0]
+        is_usae = source.is_dir() and checkpoint.name != CHECKPOINT_FILES[0]
         load = import_usae_checkpoints if is_usae else import_checkpoint
         return load(
-            only if is_usae else checkpoint,
+            source if is_usae else checkpoint,
             args.output,
             run_config=args.run_config,
             records=records,
@@ -92,23 +93,23 @@ def run_import(args: ImportArguments, complete: Callable[[Path], Any] | None = N
             complete=complete,
         )
     check_target(Path(args.output))
-    if paths is not None:
-        found: LegacyFeatures = FeatureFiles(paths)
-    elif only.suffix == ".json":
-        found = FeatureFiles(configured_files(only, args.split or "train"))
-    elif only.suffix in HDF5_SUFFIXES and is_analysis_cache(only):
-        found = AnalysisCache(only)
-    elif only.suffix in HDF5_SUFFIXES:
-        raise ValueError(f"`{only}` is a feature file of one stream; say which: `--source name={only}`")
-    elif only.is_dir() and has_activations(only):
-        found = ActivationTree(only, split=args.split, models=args.models, grid=args.grid)
+    if stream_files is not None:
+        files: LegacyFeatures = FeatureFiles(stream_files)
+    elif source.suffix == ".json":
+        files = FeatureFiles(configured_files(source, args.split or "train"))
+    elif source.suffix in HDF5_SUFFIXES and is_analysis_cache(source):
+        files = AnalysisCache(source)
+    elif source.suffix in HDF5_SUFFIXES:
+        raise ValueError(f"`{source}` is a feature file of one stream; say which: `--source name={source}`")
+    elif source.is_dir() and has_activations(source):
+        files = ActivationTree(source, split=args.split, models=args.models, grid=args.grid)
     else:
-        state = "is none of these" if only.exists() else "does not exist"
+        state = "is none of these" if source.exists() else "does not exist"
         raise ValueError(
-            f"`{only}` {state}: `source` is name=file.h5 for each stream, a configuration .json, an analysis cache "
+            f"`{source}` {state}: `source` is name=file.h5 for each stream, a configuration .json, an analysis cache "
             ".h5, a folder of npz activations, or a checkpoint .pth or its folder"
         )
-    return import_features(found, args.output, dtype=args.dtype, records=records)  # pyright: ignore[reportArgumentType] argparse checked it
+    return import_features(files, args.output, dtype=args.dtype, records=records)  # pyright: ignore[reportArgumentType] argparse checked it
 
 
 def run_import_files(args: Any) -> dict[str, Any]:
@@ -122,10 +123,10 @@ def run_import_files(args: Any) -> dict[str, Any]:
         card = write_model_card(folder, settings=read_settings(folder), title=title, repo=args.output)
         cards.append(Path(args.output) / card.name)
 
-    found = run_import(args, complete=write_card)
-    if isinstance(found, FeatureDataset):
-        return {"features": args.output, "rows": len(found), "streams": found.streams}
-    config = found.config
+    imported = run_import(args, complete=write_card)
+    if isinstance(imported, FeatureDataset):
+        return {"features": args.output, "rows": len(imported), "streams": imported.streams}
+    config = imported.config
     return {
         "model": args.output,
         "latents": config.num_latents,
@@ -138,11 +139,15 @@ def run_import_files(args: Any) -> dict[str, Any]:
 def _stream_files(sources: Sequence[str]) -> dict[str, Path] | None:
     """Return stream name -> file from `name=file` strings, or None for one source of another kind."""
     pairs = [source.partition("=") for source in sources]
-    named = [bool(equals) and name.isidentifier() for name, equals, _ in pairs]
-    if len(sources) == 1 and not named[0]:
+    # The path of one source may have that sign in it too.
+    if len(pairs) == 1 and not (pairs[0][1] and pairs[0][0].isidentifier()):
         return None
-    if not all(named) or len({name for name, _, _ in pairs}) != len(pairs):
+    if not all(equals for _, equals, _ in pairs):
         raise ValueError(f"several sources must be name=file.h5, each name once, but they are {list(sources)}")
+    names = [name for name, _, _ in pairs]
+    for name in names:
+        check_stream_name(name)
+    check_names_differ(names)
     return {name: Path(file) for name, _, file in pairs}
 
 

@@ -51,7 +51,7 @@ def settings_of(name: str, command: Command, argv: Sequence[str], sections: Sequ
     if command.writes:
         wait_help = "wait until another process that writes into the same folder is done, instead of refusing"
         files.add_argument("--wait", nargs="?", const=True, default=False, type=yes_or_no, help=wait_help)
-    given, flags = files.parse_known_args(argv)
+    file_flags, flags = files.parse_known_args(argv)
     module, _, class_name = command.arguments.partition(":")
     arguments = getattr(importlib.import_module(module), class_name)
 
@@ -63,18 +63,18 @@ def settings_of(name: str, command: Command, argv: Sequence[str], sections: Sequ
     # One sentence instead of the usage text, which is longer than a screen.
     parser.error = lambda message: parser.exit(2, f"sparc {name}: {message}; see `sparc {name} --help`\n")
     defaults: list[str] = []
-    if given.preset is not None:
-        if given.preset not in _presets():
-            raise ValueError(f"there is no preset `{given.preset}`; the presets are {sorted(_presets())}")
-        defaults += _flags_of(_presets()[given.preset], name, sections)
-    if given.config is not None:
-        defaults += _flags_of(Path(given.config), name, sections)
+    if file_flags.preset is not None:
+        if file_flags.preset not in _presets():
+            raise ValueError(f"there is no preset `{file_flags.preset}`; the presets are {sorted(_presets())}")
+        defaults += _flags_of(_presets()[file_flags.preset], name, sections)
+    if file_flags.config is not None:
+        defaults += _flags_of(Path(file_flags.config), name, sections)
     bare = 0
     while command.leading and bare < len(flags) and not flags[bare].startswith("-"):
         bare += 1
     if bare:
         flags = [f"--{command.leading}", *flags]
-    flags += ["--wait"] if getattr(given, "wait", False) else []
+    flags += ["--wait"] if getattr(file_flags, "wait", False) else []
     # Behind the filled dataclass come the parsed flags that all commands have, and what no flag takes.
     filled, *common, unknown = parser.parse_args_into_dataclasses(
         [*defaults, *flags], look_for_args_file=False, return_remaining_strings=True
@@ -100,7 +100,7 @@ def _flags_of(file: Path, command: str, sections: Sequence[str]) -> list[str]:
     flags: list[str] = []
     for key, value in content.items():
         values = value if isinstance(value, list) else [value]
-        if not all(isinstance(one, str | int | float | date) or one is None for one in values):
+        if not all(isinstance(item, str | int | float | date) or item is None for item in values):
             raise ValueError(f"`{key}` in {file} must be one value or a list of them, but it holds values in others")
         if value is not None:
             flags += [f"--{key}", *map(str, values)]

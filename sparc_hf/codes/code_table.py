@@ -11,8 +11,9 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
+from sparc_hf.features.batches import FeatureBatches
 from sparc_hf.features.columns import fixed_size_lists
-from sparc_hf.features.dataset import FeatureBatches, FeatureDataset
+from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.shards import (
     FolderKind,
     Manifest,

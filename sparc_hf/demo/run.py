@@ -19,7 +19,7 @@ from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.shards import FEATURE_FOLDER, sha256_of
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.stream_records import parse_streams
 from sparc_hf.files.atomic_files import write_json
 from sparc_hf.files.atomic_folders import (
     carry_over,

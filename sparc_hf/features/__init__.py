@@ -8,7 +8,7 @@ __getattr__, __dir__ = lazy_names(
         "FeatureBatches": "batches",
         "FeatureDataset": "dataset",
         "FeatureWriter": "writer",
-        "StreamedBatches": "streamed_batches",
+        "StreamedBatches": "batches",
         "extract_features": "extraction",
     },
 )

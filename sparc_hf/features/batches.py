@@ -1,10 +1,14 @@
-"""Shuffled, sharded, resumable batches of feature rows, gathered straight from Arrow memory."""
+"""Shuffled, sharded, resumable batches: of a feature dataset in Arrow memory, or read from the Hub as they come."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from sparc_hf.features.columns import ColumnRows
+from sparc_hf.features.parquet import open_parquet
 
 
 class RowSource(Protocol):
@@ -56,11 +60,8 @@ class FeatureBatches:
         pin_memory: bool = False,
     ):
         rows = len(features)
-        unknown = sorted(set(streams or ()) - set(features.stream_names))
-        if unknown or (streams is not None and not streams):
-            raise ValueError(f"`streams` must be among {features.stream_names}, but it is {streams}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"`rank` must be from 0 to `world_size` - 1 = {world_size - 1}, but it is {rank}")
+        self.streams = _streams_to_read(features.stream_names, streams)
+        _check_rank(rank, world_size)
         if batch_size < world_size:
             raise ValueError(f"`batch_size` is {batch_size} rows for {world_size} processes; each needs at least one")
         if rows < world_size:
@@ -68,7 +69,6 @@ class FeatureBatches:
         if seed < 0:
             raise ValueError(f"`seed` must not be negative, but it is {seed}")
         self.features = features
-        self.streams = [name for name in features.stream_names if streams is None or name in streams]
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.rank, self.world_size = rank, world_size
         self.pin_memory = pin_memory and torch.cuda.is_available()
@@ -146,3 +146,87 @@ class FeatureBatches:
     def _read(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         batch = {name: torch.from_numpy(self.features.array(name, rows)) for name in self.streams}
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
+
+
+class StreamedBatches:
+    """Batches of a pushed feature dataset, read file by file without keeping it.
+
+    Shuffling is that of a stream: the files in random order, and rows drawn from a buffer; `FeatureBatches` shuffles
+    fully. Every process reads its own files where their number allows, its own rows otherwise. An epoch iterated to
+    its end is followed by the next one.
+
+    Args:
+        address: `hf://datasets/<owner>/<name>[@<revision>][/<split>]`, or the folder that was pushed.
+        batch_size: rows of a batch of this process; the last one of an epoch may have fewer.
+        streams: the streams to read; all by default.
+        shuffle_rows: rows of the buffer to draw from; 0 keeps the stored order.
+        seed: seed of the order.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Attributes:
+        records: stream records, for SparcConfig.
+        rows: rows of the dataset, over all processes.
+        epoch: the current epoch.
+
+    Raises:
+        ValueError: as `open_parquet`, and for unknown streams or a rank outside the world.
+    """
+
+    def __init__(
+        self,
+        address: str | os.PathLike,
+        *,
+        batch_size: int,
+        streams: Sequence[str] | None = None,
+        shuffle_rows: int = 16384,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        from datasets.distributed import split_dataset_by_node
+
+        split = open_parquet(address, streaming=True)
+        self.streams = _streams_to_read([record["name"] for record in split.facts["streams"]], streams)
+        _check_rank(rank, world_size)
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, but it is {batch_size}")
+        self.records = [record for record in split.facts["streams"] if record["name"] in self.streams]
+        self.rows: int = split.facts["rows"]
+        self.batch_size = batch_size
+        self.epoch = 0
+        rows = split.stream_rows().select_columns(self.streams)
+        if shuffle_rows:
+            rows = rows.shuffle(seed=seed, buffer_size=shuffle_rows)
+        self._rows = split_dataset_by_node(rows, rank, world_size).with_format("arrow")
+        self._rows.set_epoch(0)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield stream -> float32 [rows, hidden_size] to the end of the epoch, in the form `SparcModel` takes."""
+        self._rows.set_epoch(self.epoch)
+        table: Any
+        for table in self._rows.iter(self.batch_size):
+            yield {name: torch.from_numpy(ColumnRows(table.column(name)).all()) for name in self.streams}
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position; rows in the shuffle buffer are read anew on resuming, in another order."""
+        return {"epoch": self.epoch, "rows": self._rows.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration go on where `state_dict` was taken."""
+        self.epoch = state["epoch"]
+        self._rows.set_epoch(self.epoch)
+        self._rows.load_state_dict(state["rows"])
+
+
+def _streams_to_read(known: Sequence[str], streams: Sequence[str] | None) -> list[str]:
+    """Return the names of the streams to read, in their own order; all of them for None."""
+    if streams is not None and (not streams or set(streams) - set(known)):
+        raise ValueError(f"`streams` must be among {known}, but it is {list(streams)}")
+    return [name for name in known if streams is None or name in streams]
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"`rank` must be from 0 to `world_size` - 1 = {world_size - 1}, but it is {rank}")

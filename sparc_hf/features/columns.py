@@ -1,4 +1,4 @@
-"""Columns of a feature table: float rows without copies, widths, labels, and the records that fit them."""
+"""Columns of a feature table: float rows without copies, widths, labels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,33 +83,6 @@ def list_width(table: pa.Table, name: str) -> int:
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not table.num_rows:
         raise ValueError(f"stream `{name}` needs a column of float lists with at least one row, but it is {kind}")
     return len(table.column(name)[0])
-
-
-def completed_records(streams: Any, widths: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return stream records with the width of their columns filled in.
-
-    Args:
-        streams: records, perhaps without `hidden_size`, as a list or a dict name -> record; or None.
-        widths: stream name -> width of its column.
-
-    Raises:
-        ValueError: if the names or a width disagree.
-    """
-    if isinstance(streams, Mapping):
-        streams = [{**record, "name": name} for name, record in streams.items()]
-    if streams is None:
-        streams = [{"name": name} for name in widths]
-    records: list[dict[str, Any]] = [dict(record) for record in streams]
-    names = [record.get("name") for record in records]
-    if set(names) != set(widths):
-        raise ValueError(f"the stream records are for {names}, but the feature columns are {list(widths)}")
-    for record in records:
-        width = widths[record["name"]]
-        if record.setdefault("hidden_size", width) != width:
-            raise ValueError(
-                f"stream `{record['name']}` has `hidden_size` {record['hidden_size']}, but its rows have {width}"
-            )
-    return records
 
 
 def checked_floats(name: str, values: Any) -> np.ndarray:

@@ -11,13 +11,11 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from sparc_hf.features.batches import FeatureBatches
 from sparc_hf.features.columns import (
     ColumnRows,
     check_texts,
     checked_floats,
     class_ids_per_row,
-    completed_records,
     fixed_size_lists,
     lengths_and_ids,
     list_width,
@@ -26,26 +24,24 @@ from sparc_hf.features.columns import (
 from sparc_hf.features.parquet import FACTS, is_parquet_address, open_parquet
 from sparc_hf.features.shards import (
     FEATURE_FOLDER,
-    StreamRecords,
     check_files,
     check_target,
-    checked_streams,
     finish_folder,
     joined,
     open_shard,
     read_manifest,
     write_shard,
 )
+from sparc_hf.features.stream_records import completed_records
 from sparc_hf.files.atomic_files import writing
 from sparc_hf.files.atomic_folders import new_folder
 from sparc_hf.files.folder_lock import locked_folder
+from sparc_hf.model.stream_record import StreamRecords, checked_stream_records
 
 if TYPE_CHECKING:
     import datasets
     import PIL.Image
     import scipy.sparse
-
-__all__ = ["FeatureBatches", "FeatureDataset"]
 
 Rows = Sequence[int] | np.ndarray | slice
 FEW_ROWS = 32
@@ -80,7 +76,7 @@ class FeatureDataset:
         taxonomy: Any = None,
         source: Any = None,
     ):
-        self.streams = checked_streams(streams)
+        self.streams = checked_stream_records(streams)
         self.table = with_fixed_widths(table, self.streams)
         self.label_names = None if label_names is None else list(label_names)
         self.taxonomy = taxonomy
@@ -122,9 +118,9 @@ class FeatureDataset:
                 f"`{folder}` should have {manifest['rows']} rows, but its shards have {table.num_rows}; make it again"
             )
         facts = {key: manifest.get(key) for key in ("label_names", "taxonomy", "source")}
-        made = cls(table, manifest["streams"], **facts)
-        made.rows_skipped = int(manifest.get("rows_skipped", 0))
-        return made
+        dataset = cls(table, manifest["streams"], **facts)
+        dataset.rows_skipped = int(manifest.get("rows_skipped", 0))
+        return dataset
 
     @classmethod
     def from_arrays(
@@ -154,8 +150,8 @@ class FeatureDataset:
         Raises:
             ValueError: for arrays that do not fit together, or records that do not fit the arrays.
         """
-        known = {name: checked_floats(name, values) for name, values in arrays.items()}
-        columns: dict[str, pa.Array] = {name: fixed_size_lists(values) for name, values in known.items()}
+        floats = {name: checked_floats(name, values) for name, values in arrays.items()}
+        columns: dict[str, pa.Array] = {name: fixed_size_lists(values) for name, values in floats.items()}
         extras = {"id": ids, "text": text}
         columns |= {name: pa.array(list(values), pa.string()) for name, values in extras.items() if values is not None}
         if labels is not None:
@@ -163,7 +159,7 @@ class FeatureDataset:
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"all columns must have the same number of rows, but they have {lengths}")
-        records = completed_records(streams, {name: values.shape[1] for name, values in known.items()})
+        records = completed_records(streams, {name: values.shape[1] for name, values in floats.items()})
         return cls(pa.table(columns), records, label_names=label_names, taxonomy=taxonomy, source=source)
 
     @classmethod

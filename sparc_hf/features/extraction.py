@@ -5,21 +5,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sparc_hf.encoders.stream_encoder import StreamEncoder, checked_device
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.features.encoded_rows import ShardRows, encoded_columns, tokens_per_sample
-from sparc_hf.features.row_schema import RowSchema
-from sparc_hf.features.sample_reader import SampleReader, chosen_columns
-from sparc_hf.features.shard_folder import ShardFolder
+from sparc_hf.features.sample_reader import Batch, SampleReader, chosen_columns, failure
 from sparc_hf.features.sources.source import schema_of
 from sparc_hf.features.statistics import standardization_of
+from sparc_hf.features.writer import RowSchema, ShardWriter
 from sparc_hf.files.folder_lock import launched_rank, locked_folder
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
+
+# A batch's columns, None where all its rows failed, and the rows that did.
+Encode = Callable[[Batch], tuple[dict[str, Any] | None, list[dict[str, Any]]]]
 
 
 def extract_features(
@@ -91,7 +94,7 @@ def extract_features(
     check_sizes(batch_size, rows_per_shard, workers)
     if not encoders or not getattr(dataset, "num_rows", 1):
         raise ValueError(f"nothing to extract: {len(encoders)} streams and {getattr(dataset, 'num_rows', '?')} rows")
-    tokens = tokens_per_sample(encoders)
+    tokens = _tokens_per_sample(encoders)
     columns = chosen_columns(
         dataset,
         {encoder.modality for encoder in encoders.values()},
@@ -119,46 +122,44 @@ def extract_features(
         workers=workers,
     )
     records = [_record(encoder, name, autocast) for name, encoder in encoders.items()]
-    rows = RowSchema(records, dtype, _extra_columns(columns, features, tokens))
-    facts = {
-        "label_names": None if label_names is None else list(label_names),
-        "taxonomy": taxonomy,
-        "source": {**(source or {}), "rows": reader.total, **columns.record},
-    }
-    settings = {"streams": records, **facts, "columns": rows.column_types, "rows_per_shard": rows_per_shard}
-
-    def make(folder: ShardFolder, processes: "PartialState | None") -> None:
-        _make_shards(reader, encoders, rows, folder, tokens, autocast, on_error == "skip", processes)
-
-    def finish(folder: ShardFolder) -> None:
-        streams = folder.streams or _with_statistics(folder, records, reader.shards)
-        folder.finish(rows.schema, {"streams": streams, **facts}, reader.shards)
-
-    made = _fill(Path(path), settings, repair, make, finish)
+    open_writer = partial(
+        ShardWriter,
+        Path(path),
+        RowSchema(records, dtype, _extra_columns(columns, features, tokens), measured=False),
+        rows_per_shard=rows_per_shard,
+        label_names=label_names,
+        taxonomy=taxonomy,
+        source={**(source or {}), "rows": reader.total, **columns.record},
+        repair=repair,
+    )
+    encode = partial(_encoded_columns, encoders=encoders, dtype=dtype, tokens=tokens, autocast=autocast)
+    was_written = _write_shards(Path(path), open_writer, reader, encode, skip=on_error == "skip", repair=repair)
     # Files that were just written or checked are not read once more.
-    return FeatureDataset.load(path, verify=not made)
+    return FeatureDataset.load(path, verify=not was_written)
 
 
-def _fill(
+def _write_shards(
     path: Path,
-    settings: dict[str, Any],
+    open_writer: Callable[[], ShardWriter],
+    reader: SampleReader,
+    encode: Encode,
+    *,
+    skip: bool,
     repair: bool,
-    make: "Callable[[ShardFolder, PartialState | None], None]",
-    finish: Callable[[ShardFolder], None],
 ) -> bool:
     """Make the shards of a folder, all processes together, and finish it; return False where it was finished."""
     processes = launched_processes()
     with locked_folder(path, rank=launched_rank()):
         with processes.main_process_first() if processes else nullcontext():
-            folder = ShardFolder(path, settings, repair=repair)
-        if folder.finished and not repair:
+            writer = open_writer()
+        if writer.folder.finished and not repair:
             logger.info("%s is finished already", path)
             return False
-        make(folder, processes)
+        _encode_shards(reader, encode, writer, skip, processes)
         if processes:
             processes.wait_for_everyone()
         if processes is None or processes.is_main_process:
-            finish(folder)
+            writer.finish(reader.shards, writer.folder.streams or _with_statistics(writer, reader.shards))
         if processes:
             processes.wait_for_everyone()
     return True
@@ -189,40 +190,104 @@ def launched_processes() -> "PartialState | None":
     return processes
 
 
-def _make_shards(
-    reader: SampleReader,
-    encoders: Mapping[str, StreamEncoder],
-    rows: RowSchema,
-    folder: ShardFolder,
-    tokens: int | None,
-    autocast: bool,
-    skip: bool,
-    processes: "PartialState | None",
+def _encode_shards(
+    reader: SampleReader, encode: Encode, writer: ShardWriter, skip: bool, processes: "PartialState | None"
 ) -> None:
-    """Encode and save the shards of this process that are not there yet, with a progress bar."""
+    """Encode and save the shards of this process that are not there yet, with a progress bar.
+
+    Raises:
+        ValueError: naming the first row that failed, unless such rows are to be skipped.
+    """
     rank, size = (processes.process_index, processes.num_processes) if processes else (0, 1)
 
     @cache
     def wanted(shard: int) -> bool:
-        return shard % size == rank and folder.entry(shard) is None
+        return shard % size == rank and writer.folder.entry(shard) is None
 
     total = done = None
     if reader.total is not None:
-        mine = range(rank, reader.shards, size)
-        total = sum(map(reader.samples_in, mine))
-        done = total - sum(reader.samples_in(shard) for shard in mine if wanted(shard))
+        own_shards = range(rank, reader.shards, size)
+        total = sum(map(reader.samples_in, own_shards))
+        done = total - sum(reader.samples_in(shard) for shard in own_shards if wanted(shard))
         if done:
             logger.info("going on behind %d samples that are done", done)
-    bar = tqdm(total=total, initial=done or 0, unit=" rows", desc="extract", disable=rank > 0)
-    with bar:
-        shard = ShardRows(rows, folder)
+    with tqdm(total=total, initial=done or 0, unit=" rows", desc="extract", disable=rank > 0) as bar:
         for batch in reader.batches(wanted):
-            if batch.shard != shard.number:
-                shard.save()
-                shard = ShardRows(rows, folder, batch.shard)
-            shard.append(*encoded_columns(batch, encoders, rows.dtype, tokens, autocast), skip=skip)
+            if batch.shard != writer.number:
+                writer.save()
+                writer.begin(batch.shard)
+            columns, failures = encode(batch)
+            failures.sort(key=lambda fault: fault["row"])
+            if failures and not skip:
+                _refuse(failures[0])
+            writer.skip(failures)
+            if columns is not None:
+                arrays, extras, _ = writer.schema.checked(columns)
+                writer.add(arrays, extras)
             bar.update(len(batch.numbers) + len(batch.failed))
-        shard.save()
+        writer.save()
+
+
+def _refuse(failure: Mapping[str, Any]) -> NoReturn:
+    name = f" ({failure['id']})" if failure["id"] is not None else ""
+    raise ValueError(f"row {failure['row']}{name}: {failure['reason']}; or leave such rows out with `on_error` skip")
+
+
+def _encoded_columns(
+    batch: Batch, encoders: Mapping[str, StreamEncoder], dtype: str, tokens: int | None, autocast: bool
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Return the columns of the samples that came out well, or None, and the failures of the others."""
+    failures = list(batch.failed)
+    arrays: dict[str, np.ndarray] = {}
+    is_usable = np.ones(len(batch.numbers), dtype=bool)
+    for name, encoder in encoders.items() if batch.numbers else ():
+        rows = _rows_of(encoder, batch.inputs[name], autocast).unflatten(0, (-1, tokens or 1))
+        if encoder.modality == "image" and batch.image_of is not None:
+            rows = rows[batch.image_of]
+        with np.errstate(over="ignore"):
+            arrays[name] = rows.numpy().astype(dtype, copy=False)  # [samples, tokens, hidden_size]
+        is_finite = np.isfinite(arrays[name]).all(axis=(1, 2))
+        for place in np.flatnonzero(is_usable & ~is_finite):
+            sample_id = batch.columns["id"][place] if "id" in batch.columns else None
+            reason = (
+                f"encoder `{name}` gives a NaN or infinite number in {dtype}; look at that sample, or try another "
+                "`dtype` or no `autocast`"
+            )
+            failures.append(failure(batch.numbers[place], sample_id, reason))
+        is_usable &= is_finite
+    usable = np.flatnonzero(is_usable)
+    if not len(usable):
+        return None, failures
+    columns: dict[str, Any] = {name: array[usable].reshape(-1, array.shape[2]) for name, array in arrays.items()}
+    for name, values in batch.columns.items():
+        if tokens is None or name != "text":
+            columns[name] = [values[place] for place in usable for _ in range(tokens or 1)]
+    if tokens is not None:
+        columns["sample"] = np.repeat([batch.numbers[place] for place in usable], tokens).tolist()
+        columns["token"] = list(range(tokens)) * len(usable)
+    return columns, failures
+
+
+def _rows_of(encoder: StreamEncoder, inputs: Mapping[str, Tensor], autocast: bool) -> Tensor:
+    on = autocast and encoder.device.type == "cuda"
+    with torch.autocast("cuda", dtype=torch.bfloat16) if on else nullcontext():
+        return encoder.rows(inputs).cpu()
+
+
+def _tokens_per_sample(encoders: Mapping[str, StreamEncoder]) -> int | None:
+    """Return the rows a sample has where streams are patch tokens, None where they are vectors.
+
+    Raises:
+        ValueError: if streams of both kinds are mixed, or their grids differ.
+    """
+    grids = {name: e.record["grid"] if e.pooling == "tokens" else None for name, e in encoders.items()}
+    first = next(iter(grids.values()))
+    if any(grid != first for grid in grids.values()):
+        raise ValueError(
+            "all streams must have rows of one kind: vectors, or patch tokens on one grid (`grid`), but they have "
+            f"{grids}"
+        )
+    return None if first is None else first[0] * first[1]
 
 
 def _record(encoder: StreamEncoder, name: str, autocast: bool) -> dict[str, Any]:
@@ -239,8 +304,8 @@ def _extra_columns(columns: Any, features: Any, tokens: int | None) -> dict[str,
     from datasets import Image, List, Value
 
     types = {"id": Value("string"), "text": Value("string"), "labels": List(Value("int32"))}
-    made = {"id": columns.id, "text": columns.text if tokens is None else None, "labels": columns.labels}
-    extras: dict[str, Any] = {name: types[name] for name in made if made[name]}
+    source_columns = {"id": columns.id, "text": columns.text if tokens is None else None, "labels": columns.labels}
+    extras: dict[str, Any] = {name: types[name] for name in source_columns if source_columns[name]}
     extras |= {name: features[name] for name in columns.keep}
     if tokens is None:
         return extras
@@ -249,14 +314,17 @@ def _extra_columns(columns: Any, features: Any, tokens: int | None) -> dict[str,
     return extras | {"sample": Value("int64"), "token": Value("int32")}
 
 
-def _with_statistics(folder: ShardFolder, records: list[dict[str, Any]], shards: int) -> list[dict[str, Any]]:
+def _with_statistics(writer: ShardWriter, shards: int) -> list[dict[str, Any]]:
     """Return the stream records, with mean and standard deviation where they are to be standardised without any."""
-    if not any(record["normalize"] == "standardize" and "mean" not in record for record in records):
+    records = writer.schema.streams
+    unmeasured = [record for record in records if record["normalize"] == "standardize" and "mean" not in record]
+    if not unmeasured:
         return records
-    made = FeatureDataset(folder.open_table(shards), records)
+    widths = [{key: record[key] for key in ("name", "hidden_size")} for record in records]
+    rows = FeatureDataset(writer.folder.open_table(shards), widths)
     return [
-        record | standardization_of(made, record["name"], per_channel=record.get("per_channel", False))
-        if record["normalize"] == "standardize" and "mean" not in record
+        record | standardization_of(rows, record["name"], per_channel=record.get("per_channel", False))
+        if record in unmeasured
         else record
         for record in records
     ]

@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparc_hf.features.shards import (
-    FORMAT_VERSION,
-    DatasetFacts,
-    FileChecksums,
-    NewerFormat,
-    check_version,
-    checked_streams,
-)
+from sparc_hf.features.shards import FORMAT_VERSION, DatasetFacts, FileChecksums, NewerFormat, check_version
 from sparc_hf.files.atomic_files import checksums_of, first_damage, new_file, write_json
 from sparc_hf.files.checked_reading import Count, checked, read_json
+from sparc_hf.model.stream_record import checked_stream_records
 
 if TYPE_CHECKING:
     import datasets
@@ -82,13 +76,13 @@ class ParquetSplit:
         from datasets.exceptions import DatasetsError
 
         try:
-            found = datasets.load_dataset("parquet", data_files=self.files, split="train")
+            dataset = datasets.load_dataset("parquet", data_files=self.files, split="train")
         except (DatasetsError, pa.ArrowException, OSError) as error:
             cause = error.__cause__ or error
             raise ValueError(
                 f"a Parquet file beside `{self.files[0]}` is damaged: {str(cause).splitlines()[0]}"
             ) from error
-        table: pa.Table = found.data.table.replace_schema_metadata(found.features.arrow_schema.metadata)
+        table: pa.Table = dataset.data.table.replace_schema_metadata(dataset.features.arrow_schema.metadata)
         if table.num_rows != self.facts["rows"]:
             raise ValueError(
                 f"the {len(self.files)} Parquet files beside `{self.files[0]}` should have {self.facts['rows']} rows, "
@@ -131,9 +125,9 @@ def write_parquet_split(features: SavableFeatures, folder: Path, split: str, fil
         raise ValueError(f"the split `{split}` has no rows")
     (folder / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
     facts = {name: getattr(features, name) for name in FACTS}
-    told = json.dumps({"format_version": FORMAT_VERSION, "rows": rows, **facts}).encode()
+    metadata = json.dumps({"format_version": FORMAT_VERSION, "rows": rows, **facts}).encode()
     schema = features.table.schema
-    schema = schema.with_metadata({**(schema.metadata or {}), METADATA_KEY: told})
+    schema = schema.with_metadata({**(schema.metadata or {}), METADATA_KEY: metadata})
     groups = range(0, rows, ROWS_PER_GROUP)
     bytes_per_group = max(1, features.record_batch(slice(0, ROWS_PER_GROUP)).nbytes)
     groups_per_file = max(1, file_bytes // bytes_per_group)
@@ -249,8 +243,8 @@ def _open_remote(address: str, streaming: bool, verify: bool) -> ParquetSplit:
             # All files from one commit, whatever is pushed meanwhile.
             commit = HfApi().dataset_info(repo, revision=revision).sha
             system = HfFileSystem()
-            found = system.glob(f"datasets/{repo}@{commit}/{DATA_FOLDER}/*.parquet")
-            files = _files_of_split([f"hf://{path}" for path in found], split, address)
+            paths = system.glob(f"datasets/{repo}@{commit}/{DATA_FOLDER}/*.parquet")
+            files = _files_of_split([f"hf://{path}" for path in paths], split, address)
             with system.open(files[0].removeprefix("hf://")) as file:
                 return ParquetSplit(files, _facts(_schema_of(files[0], file), files[0]))
         wanted = [f"{DATA_FOLDER}/{split or '*'}-*.parquet", f"{DATA_FOLDER}/{CHECKSUMS_FILE.format(split or '*')}"]
@@ -279,8 +273,8 @@ def _files_of_split(files: Sequence[str], split: str | None, address: str) -> li
     if split is None and "train" in splits:
         split = "train"
     if split is None or split not in splits:
-        found = f"the splits {splits}" if splits else f"no {DATA_FOLDER}/<split>-*.parquet"
-        raise ValueError(f"`{address}` has {found}; write a split behind it, as in `{address.rstrip('/')}/test`")
+        content = f"the splits {splits}" if splits else f"no {DATA_FOLDER}/<split>-*.parquet"
+        raise ValueError(f"`{address}` has {content}; write a split behind it, as in `{address.rstrip('/')}/test`")
     return sorted(file for file in files if Path(file).name.startswith(f"{split}-"))
 
 
@@ -290,18 +284,18 @@ def _split_of(file: str) -> str:
 
 def _facts(schema: pa.Schema, file: str) -> dict[str, Any]:
     """Return what a file says of its dataset."""
-    told = (schema.metadata or {}).get(METADATA_KEY)
-    if told is None:
+    metadata = (schema.metadata or {}).get(METADATA_KEY)
+    if metadata is None:
         raise ValueError(
             f"`{file}` does not say which streams it holds (no {METADATA_KEY.decode()} in its metadata); open it with "
             "`FeatureDataset.from_dataset(load_dataset(...), streams=...)`"
         )
     try:
-        facts = checked(json.loads(told), dict[str, Any], METADATA_KEY.decode())
+        facts = checked(json.loads(metadata), dict[str, Any], METADATA_KEY.decode())
         check_version(facts, file)
         checked(facts, _Facts, METADATA_KEY.decode())
     except NewerFormat:
         raise
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{file}` has damaged metadata: {error}") from error
-    return {name: facts.get(name) for name in (*FACTS, "rows")} | {"streams": checked_streams(facts["streams"])}
+    return {name: facts.get(name) for name in (*FACTS, "rows")} | {"streams": checked_stream_records(facts["streams"])}

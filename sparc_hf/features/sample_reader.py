@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparc_hf.encoders.inputs import open_image, upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
-from sparc_hf.features.shards import LARGEST_SIZE
 from sparc_hf.features.sources.source import find_column, is_image, schema_of
 
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 PREFETCHED_BATCHES = 2
 WATCH_SECONDS = 1.0
+# `labels` is a column of int32.
+LARGEST_ID = 2**31 - 1
 
 
 @dataclass
@@ -99,17 +100,25 @@ def chosen_columns(
     Raises:
         ValueError: for a column that is not there or cannot be found, or a kept one whose name is taken.
     """
-    known = list(schema_of(dataset))
+    column_names = list(schema_of(dataset))
     named = [image_column, text_column, id_column, labels_column, *keep_columns]
-    if missing := [name for name in named if name is not None and name not in known]:
-        raise ValueError(f"the dataset has no columns {missing}; it has {known}")
+    if missing := [name for name in named if name is not None and name not in column_names]:
+        raise ValueError(f"the dataset has no columns {missing}; it has {column_names}")
     image = (image_column or find_column(dataset, "image")) if "image" in modalities else None
     text = text_column or (find_column(dataset, "text") if "text" in modalities else None)
     _check_kinds(schema_of(dataset), image, text, labels_column)
-    made = {"id": id_column or ("id" if "id" in known else None), "text": text, "labels": labels_column}
-    if taken := [name for name in keep_columns if made.get(name) not in (None, name)]:
-        raise ValueError(f"columns {taken} cannot be kept, because {made} take their names; rename them first")
-    return Columns(image=image, keep=tuple(name for name in keep_columns if made.get(name) is None), **made)
+    source_columns = {
+        "id": id_column or ("id" if "id" in column_names else None),
+        "text": text,
+        "labels": labels_column,
+    }
+    if taken := [name for name in keep_columns if source_columns.get(name) not in (None, name)]:
+        raise ValueError(
+            f"columns {taken} cannot be kept, because {source_columns} take their names; rename them first"
+        )
+    return Columns(
+        image=image, keep=tuple(name for name in keep_columns if source_columns.get(name) is None), **source_columns
+    )
 
 
 def _check_kinds(features: Any, image: str | None, text: str | None, labels: str | None) -> None:
@@ -268,40 +277,40 @@ class _Preparation(Dataset):
 
     def __getitem__(self, block: _Block) -> Batch:
         count = len(next(iter(block.rows.values())))
-        made = Batch(block.shard, [])
+        batch = Batch(block.shard, [])
         values: dict[str, list[Any]] = {name: [] for name in self._written()}
         texts: list[str] = []
         image_of: list[int] = []
         decoded: list[Any] = []
         previous: str | None = None
-        for number in range(count):
-            row = {name: column[number] for name, column in block.rows.items()}
+        for place in range(count):
+            row = {name: column[place] for name, column in block.rows.items()}
             try:
                 written = self._row_values(row)
                 path = _file_of(row[self.columns.image]) if self.columns.image else None
                 if self.columns.image and (path is None or path != previous):
                     decoded.append(self._decoded(row[self.columns.image]))
             except _BadRow as error:
-                made.failed.append(failure(block.first + number, self._name_of(row), str(error)))
+                batch.failed.append(failure(block.first + place, self._name_of(row), str(error)))
                 continue
             previous = path
-            made.numbers.append(block.first + number)
+            batch.numbers.append(block.first + place)
             image_of.append(len(decoded) - 1)
             texts.append(written.get("text", ""))
             for name, value in written.items():
                 values[name].append(value)
-        made.columns = values
-        if made.numbers:
+        batch.columns = values
+        if batch.numbers:
             for modality, prepare, streams in self._groups:
                 inputs = prepare(decoded if modality == "image" else texts)
-                made.inputs.update((name, inputs) for name in streams)
+                batch.inputs.update((name, inputs) for name in streams)
             if self.columns.image:
-                made.image_of = torch.tensor(image_of)
-        return made
+                batch.image_of = torch.tensor(image_of)
+        return batch
 
     def _written(self) -> list[str]:
-        made = {"id": self.columns.id, "text": self.columns.text, "labels": self.columns.labels}
-        return [*(name for name in made if made[name]), *self.columns.keep]
+        source_columns = {"id": self.columns.id, "text": self.columns.text, "labels": self.columns.labels}
+        return [*(name for name in source_columns if source_columns[name]), *self.columns.keep]
 
     def _row_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
         values = {name: self._embedded(name, row[name]) for name in self.columns.keep}
@@ -311,10 +320,10 @@ class _Preparation(Dataset):
             values["labels"] = self._labels(row[self.columns.labels])
         if self.columns.text:
             value = row[self.columns.text]
-            parts = value if isinstance(value, list) else [value]
-            if odd := [part for part in parts if not (part is None or isinstance(part, str))]:
+            captions = value if isinstance(value, list) else [value]
+            if odd := [caption for caption in captions if not (caption is None or isinstance(caption, str))]:
                 raise _BadRow(f"its text holds {reprlib.repr(odd[0])}, which is no text")
-            text = " ".join(filter(None, parts))
+            text = " ".join(filter(None, captions))
             if not text.strip():
                 raise _BadRow("its text is empty; add one or remove the row")
             values["text"] = text
@@ -347,16 +356,16 @@ class _Preparation(Dataset):
             ids = [self._class_ids[label] if isinstance(label, str) else label for label in values]
         except KeyError as error:
             raise _BadRow(f"its label {error} is not among `label_names`") from error
-        if odd := [label for label in ids if not isinstance(label, int) or not 0 <= label <= LARGEST_SIZE]:
-            raise _BadRow(f"its label {reprlib.repr(odd[0])} is no class id, a whole number from 0 to {LARGEST_SIZE}")
+        if odd := [label for label in ids if not isinstance(label, int) or not 0 <= label <= LARGEST_ID]:
+            raise _BadRow(f"its label {reprlib.repr(odd[0])} is no class id, a whole number from 0 to {LARGEST_ID}")
         return ids
 
     def _name_of(self, row: Mapping[str, Any]) -> str | None:
         """Return the id of a row, or the file of its image."""
-        known = row[self.columns.id] if self.columns.id else None
-        if known is None and self.columns.image:
-            known = _file_of(row[self.columns.image])
-        return None if known is None else str(known)
+        name = row[self.columns.id] if self.columns.id else None
+        if name is None and self.columns.image:
+            name = _file_of(row[self.columns.image])
+        return None if name is None else str(name)
 
 
 class _BadRow(ValueError):

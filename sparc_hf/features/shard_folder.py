@@ -133,15 +133,15 @@ class ShardFolder:
             raise ValueError(f"no rows were left for `{self.path}`; a feature dataset needs at least one row")
         skipped = [row for entry in entries for row in entry.get("skipped", [])]
         layout = {key: self.settings[key] for key in ("columns", "rows_per_shard") if key in self.settings}
-        found = {**facts, **layout, "rows_skipped": len(skipped)}
+        manifest = {**facts, **layout, "rows_skipped": len(skipped)}
         with self._writing("the manifest"):
             if skipped:
                 write_text(
                     self.folder / SKIPPED_NAME,
                     "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped),
                 )
-                found["files"] = checksums_of(self.folder, [SKIPPED_NAME])
-            finish_folder(self.folder, schema, shards, found)
+                manifest["files"] = checksums_of(self.folder, [SKIPPED_NAME])
+            finish_folder(self.folder, schema, shards, manifest)
             if not self.finished:
                 for litter in self.partial.glob(".*.tmp"):
                     litter.unlink()
@@ -165,8 +165,8 @@ class ShardFolder:
             with self._writing("the settings"):
                 write_json(file, {"settings": self.settings})
         try:
-            begun = read_json(file, dict[str, dict[str, Any]])["settings"]
-            self._refuse_other_settings(begun, f"`{self.partial}`")
+            earlier_settings = read_json(file, dict[str, dict[str, Any]])["settings"]
+            self._refuse_other_settings(earlier_settings, f"`{self.partial}`")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if "other settings" in str(error):
                 raise
@@ -175,8 +175,10 @@ class ShardFolder:
                 f"{SETTINGS_NAME}); delete or rename that folder"
             ) from error
 
-    def _refuse_other_settings(self, begun: Mapping[str, Any], what: str) -> None:
-        differing = [key for key in self.settings if _comparable(begun.get(key)) != _comparable(self.settings[key])]
+    def _refuse_other_settings(self, earlier_settings: Mapping[str, Any], what: str) -> None:
+        differing = [
+            key for key in self.settings if _comparable(earlier_settings.get(key)) != _comparable(self.settings[key])
+        ]
         if differing:
             names = ", ".join(f"`{key}`" for key in sorted(differing))
             raise ValueError(
@@ -191,8 +193,8 @@ class ShardFolder:
         try:
             return read_json(self._progress_file(number), _FullShard | _EmptyShard)
         except ValueError:
-            known = [entry for entry in self._manifest.get("shards", ()) if entry.get("number") == number]
-            return known[0] if known else None
+            entries = [entry for entry in self._manifest.get("shards", ()) if entry.get("number") == number]
+            return entries[0] if entries else None
 
     def _all(self, count: int) -> list[dict[str, Any]]:
         entries = [self._entry(number) for number in range(count)]

@@ -23,10 +23,6 @@ SHARD_FILES = (
     *("data-*.arrow", "cache-*.arrow", "state.json", "dataset_info.json", "skipped.jsonl"),
     *(".*.tmp", "progress", "sparc_partial.json"),
 )
-# Arrow's lists and numpy's indices of this package end there.
-LARGEST_SIZE = 2**31 - 1
-
-StreamRecords = Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]]
 
 
 class ShardEntry(TypedDict):
@@ -111,31 +107,6 @@ FEATURE_FOLDER = FolderKind(
     "make one with `sparc extract`, or wrap a table with `FeatureDataset.from_dataset`",
     "copy it again, or run the command that made the dataset once more with `--repair`",
 )
-
-
-def checked_streams(streams: StreamRecords) -> list[dict[str, Any]]:
-    """Return the stream records as a list of plain dicts, in order.
-
-    Raises:
-        ValueError: for no stream, a name that is no identifier or occurs twice, a bad `hidden_size`, or a value that
-            JSON cannot hold.
-    """
-    if isinstance(streams, Mapping):
-        streams = [{**record, "name": name} for name, record in streams.items()]
-    try:
-        records = json.loads(json.dumps([dict(record) for record in streams]))
-    except TypeError as error:
-        raise ValueError(f"stream records must be made of JSON values: {error}") from error
-    for record in records:
-        name, size = record.get("name"), record.get("hidden_size")
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"a stream name must be a Python identifier such as `clip_img`, but it is {name!r}")
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST_SIZE:
-            raise ValueError(f"stream `{name}` needs `hidden_size` as a positive integer, but it is {size!r}")
-    names = [record["name"] for record in records]
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"at least one stream is needed and each name may occur once, but the names are {names}")
-    return records
 
 
 def write_shard(folder: Path, name: str, batch: pa.RecordBatch) -> dict[str, Any]:

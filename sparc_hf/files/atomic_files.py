@@ -111,13 +111,13 @@ def first_damage(folder: str | os.PathLike, files: Mapping[str, Mapping[str, Any
         files: what `checksums_of` returned, or some of it.
         verify: compare the SHA-256, which reads all bytes; without it only sizes are compared.
     """
-    for name, known in files.items():
+    for name, checksum in files.items():
         path = Path(folder) / name
         if not path.is_file():
             return f"`{path}` is missing"
-        if path.stat().st_size != known["bytes"]:
-            return f"`{path}` has {path.stat().st_size} bytes instead of {known['bytes']}"
-        if verify and sha256_of(path) != known["sha256"]:
+        if path.stat().st_size != checksum["bytes"]:
+            return f"`{path}` has {path.stat().st_size} bytes instead of {checksum['bytes']}"
+        if verify and sha256_of(path) != checksum["sha256"]:
             return f"the SHA-256 of `{path}` is not the one that was noted when it was written"
     return None
 
@@ -176,8 +176,8 @@ def _mode_of_new_files() -> int:
     """Return the mode that the umask gives a new file."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        if found := re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE):
-            return 0o666 & ~int(found[1], 8)
+        if match := re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE):
+            return 0o666 & ~int(match[1], 8)
     mask = os.umask(0o077)  # elsewhere only setting it tells it
     os.umask(mask)
     return 0o666 & ~mask
@@ -192,8 +192,8 @@ def _disk_error(error: BaseException) -> tuple[int, str] | None:
         link = link.__cause__ or link.__context__
     for link in links:
         number = link.errno if isinstance(link, OSError) else None
-        if number is None and isinstance(link, SafetensorError) and (found := re.search(r"os error (\d+)", str(link))):
-            number = int(found[1])
+        if number is None and isinstance(link, SafetensorError) and (match := re.search(r"os error (\d+)", str(link))):
+            number = int(match[1])
         if number in DISK_ERRORS:
             return number, os.strerror(number)
     if isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITE_ERRORS):

@@ -136,18 +136,18 @@ def is_half_replaced(path: Path) -> bool:
     return _retired(path).exists() and not path.exists()
 
 
-def exchange(one: Path, other: Path) -> bool:
+def exchange(first: Path, second: Path) -> bool:
     """Exchange two folders in one step; False, and nothing done, where the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
-    sys.audit("os.rename", os.fspath(one), os.fspath(other), -1, -1)
-    if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+    sys.audit("os.rename", os.fspath(first), os.fspath(second), -1, -1)
+    if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM):
         return False
-    raise OSError(number, os.strerror(number), os.fspath(other))
+    raise OSError(number, os.strerror(number), os.fspath(second))
 
 
 def carry_over(source: Path, target: Path, ours: Ours) -> None:

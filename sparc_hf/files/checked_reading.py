@@ -136,9 +136,9 @@ def checked(value: Any, shape: Any, name: str) -> Any:
         ValueError: naming the part that differs, what it must be, and what it is.
     """
     if (fault := _fault(value, shape, 0)) is not None:
-        place, words, found = fault
+        place, expected, actual = fault
         where = f"`{name}`" if not place else f"`{place.lstrip('.')}` of `{name}`"
-        raise ValueError(f"{where} must be {words}, but it is {reprlib.repr(found)}")
+        raise ValueError(f"{where} must be {expected}, but it is {reprlib.repr(actual)}")
     return value
 
 
@@ -155,17 +155,21 @@ def _fault(value: Any, shape: Any, depth: int) -> tuple[str, str, Any] | None:
         fault = _fault(value, parts[0], depth)
         return fault or (None if parts[1].holds(value) else ("", parts[1].words, value))
     if kind is Union:
-        told = ("", _words(shape), value)
-        for part in parts:
-            if (fault := _fault(value, part, depth)) is None:
+        closest = ("", _words(shape), value)
+        for member in parts:
+            if (fault := _fault(value, member, depth)) is None:
                 return None
             if fault[0]:  # it fits but for something inside it
-                told = fault
-        return told
+                closest = fault
+        return closest
     if kind is TypedDict:
         return _fault_of_record(value, parts[0], parts[1], depth)
     if kind is Literal:
-        return None if any(value == one and type(value) is type(one) for one in parts) else ("", _words(shape), value)
+        return (
+            None
+            if any(value == choice and type(value) is type(choice) for choice in parts)
+            else ("", _words(shape), value)
+        )
     if kind is list or kind is dict:
         if not isinstance(value, kind):
             return "", _words(shape), value
@@ -222,12 +226,12 @@ def _words(shape: Any) -> str:
     return parts[1].words if kind is Annotated else WORDS.get(NoneType if kind is None else kind, WORDS[dict])
 
 
-def _nodes_written_out(node: Any, known: dict[int, int], depth: int) -> int:
+def _nodes_written_out(node: Any, counts: dict[int, int], depth: int) -> int:
     """Return how many values a YAML node stands for, with every alias written out."""
     if depth > DEEPEST:
         raise ValueError(f"it is nested more than {DEEPEST} deep, or in itself")
-    if id(node) not in known:
+    if id(node) not in counts:
         children = node.value if isinstance(node.value, list) else []
-        inner = [child for one in children for child in (one if isinstance(one, tuple) else (one,))]
-        known[id(node)] = 1 + sum(_nodes_written_out(child, known, depth + 1) for child in inner)
-    return known[id(node)]
+        inner = [child for entry in children for child in (entry if isinstance(entry, tuple) else (entry,))]
+        counts[id(node)] = 1 + sum(_nodes_written_out(child, counts, depth + 1) for child in inner)
+    return counts[id(node)]

@@ -77,19 +77,19 @@ def launched_rank() -> int:
 def _acquired(path: Path, wait: bool) -> BaseFileLock:
     """Return the acquired lock of a folder."""
     places = [path.parent / f".{path.name}.lock", path / ".lock"]
-    for number, place in enumerate(places):
+    for attempt, place in enumerate(places):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             return _acquired_at(place, path, wait)
         except OSError as error:
-            if error.errno not in CLOSED or (number == 0 and not path.is_dir()) or number == 1:
+            if error.errno not in CLOSED or (attempt == 0 and not path.is_dir()) or attempt == 1:
                 raise WriteError(error.errno, f"nothing can be written to `{path}`: {error.strerror}") from error
     raise AssertionError("unreachable: the last place returns or raises")
 
 
 def _acquired_at(file: Path, path: Path, wait: bool) -> BaseFileLock:
     lock: BaseFileLock = FileLock(file, mode=0o664, is_singleton=True)
-    started, told = time.monotonic(), False
+    started, has_warned = time.monotonic(), False
     while True:
         holder = _holder(file)
         try:
@@ -116,9 +116,9 @@ def _acquired_at(file: Path, path: Path, wait: bool) -> BaseFileLock:
                 f"`{path}` is being written by {_words(holder)}; wait until that is done (`--wait`), or choose "
                 f"another folder{_if_gone(lock, holder, file)}"
             )
-        if wait and not died and not told:
+        if wait and not died and not has_warned:
             logger.warning("waiting for `%s`, which is being written by %s", path, _words(holder))
-            told = True
+            has_warned = True
         time.sleep(PAUSE)
 
 

@@ -9,8 +9,8 @@ def check_output_folder(folder: str | os.PathLike, flag: str = "output") -> None
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"`{flag}` must be a folder, but {path} is a file")
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise ValueError(f"`{flag}` {path} cannot be made, because {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"`{flag}` {path} cannot be written: you may not write in {there}")
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"`{flag}` {path} cannot be made, because {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"`{flag}` {path} cannot be written: you may not write in {existing}")

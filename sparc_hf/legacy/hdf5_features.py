@@ -12,6 +12,7 @@ import numpy as np
 from sparc_hf.files.atomic_files import sha256_of
 from sparc_hf.files.checked_reading import checked, read_json
 from sparc_hf.legacy.declared_sizes import check_declared
+from sparc_hf.model.stream_record import check_stream_name
 
 ROWS_AT_ONCE = 1024
 
@@ -37,6 +38,8 @@ class FeatureFiles:
     label_names = None
 
     def __init__(self, files: Mapping[str, Path]):
+        for name in files:
+            check_stream_name(name)
         self._opened = ExitStack()
         try:
             self._files = {name: self._opened.enter_context(open_hdf5(path)) for name, path in files.items()}
@@ -79,9 +82,9 @@ class FeatureFiles:
         try:
             return _dataset(self._files[name], "features", "f", 2)
         except ValueError as error:
-            found = sorted(self._files[name])
+            content = sorted(self._files[name])
             raise ValueError(
-                f"`{self._paths[name]}` has no `features` [rows, width] of floats ({error}); it holds {found}. A "
+                f"`{self._paths[name]}` has no `features` [rows, width] of floats ({error}); it holds {content}. A "
                 "feature file of that project has `features` and `indices`"
             ) from error
 
@@ -98,10 +101,10 @@ class FeatureFiles:
         for name, column in columns.items():
             rows = self._matrices[name].shape[0]
             if getattr(column, "shape", None) != (rows,):
-                found = "none" if column is None else f"an array {list(getattr(column, 'shape', ()))}"
+                state = "none" if column is None else f"an array {list(getattr(column, 'shape', ()))}"
                 raise ValueError(
                     f"`{self._paths[name]}` needs `indices` with one number for each of its {rows} rows, so that the "
-                    f"order can be compared between files, but it has {found}"
+                    f"order can be compared between files, but it has {state}"
                 )
         return {name: _dataset(self._files[name], "indices", "iu", 1) for name in names}
 
@@ -141,6 +144,8 @@ class AnalysisCache:
         self._file = open_hdf5(path)
         try:
             self._streams = self._ordered_streams()
+            for name in self._streams:
+                check_stream_name(name)
             self._batches = self._batch_names()
             self.records = [self._record(name) for name in self._streams]
         except BaseException:
@@ -171,17 +176,17 @@ class AnalysisCache:
             yield block | {"id": [str(number) for number in numbers]}
 
     def _ordered_streams(self) -> list[str]:
-        found = [name for name, group in self._file.items() if _is_group(group) and _is_group(group.get("raw"))]
-        if not _is_group(self._file.get("dataset_indices")) or not found:
+        streams = [name for name, group in self._file.items() if _is_group(group) and _is_group(group.get("raw"))]
+        if not _is_group(self._file.get("dataset_indices")) or not streams:
             raise ValueError(
                 f"`{self.path}` is no analysis cache: that has `dataset_indices` and groups with `raw`, but this "
                 f"holds {sorted(self._file)}"
             )
-        beside = self.path.with_name("run_config.json")
-        if not beside.is_file():
-            return found
-        trained = stream_order(read_json(beside, RunConfig).get("config_file_content"))
-        return trained if sorted(trained) == sorted(found) else found
+        run_config = self.path.with_name("run_config.json")
+        if not run_config.is_file():
+            return streams
+        trained_streams = stream_order(read_json(run_config, RunConfig).get("config_file_content"))
+        return trained_streams if sorted(trained_streams) == sorted(streams) else streams
 
     def _batch_names(self) -> list[tuple[str, int]]:
         numbered = self._file["dataset_indices"]
@@ -247,9 +252,9 @@ def configured_files(path: Path, split: str) -> dict[str, Path]:
     except ValueError as error:
         raise ValueError(f"`{path}` is no configuration of the earlier SPARC project with `{key}`: {error}") from error
     for folder in (Path(), path.parent, path.parent.parent):
-        found = {name: folder / file for name, file in files.items()}
-        if found and all(file.is_file() for file in found.values()):
-            return found
+        paths = {name: folder / file for name, file in files.items()}
+        if paths and all(file.is_file() for file in paths.values()):
+            return paths
     raise ValueError(
         f"`{path}` names the files {sorted(map(str, files.values()))}, which are not all there, seen from here or "
         "from the configuration's folder; give them as `--source name=file name=file`"
@@ -278,10 +283,10 @@ def _facts_of(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _is_group(found: Any) -> bool:
+def _is_group(entry: Any) -> bool:
     import h5py
 
-    return isinstance(found, h5py.Group)
+    return isinstance(entry, h5py.Group)
 
 
 def _dataset(group: Any, name: str, kinds: str, dimensions: int) -> Any:
@@ -293,24 +298,26 @@ def _dataset(group: Any, name: str, kinds: str, dimensions: int) -> Any:
     """
     import h5py
 
-    found = group.get(name)
+    array = group.get(name)
     where = f"`{group.name.rstrip('/')}/{name}` of `{Path(group.file.filename).name}`"
-    if not isinstance(found, h5py.Dataset) or found.ndim != dimensions or found.dtype.kind not in kinds:
-        kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, h5py.Dataset) else "no array"
+    if not isinstance(array, h5py.Dataset) or array.ndim != dimensions or array.dtype.kind not in kinds:
+        kind = f"{array.dtype} {list(array.shape)}" if isinstance(array, h5py.Dataset) else "no array"
         raise ValueError(f"{where} is {kind}")
-    if found.is_virtual or found.external:
+    if array.is_virtual or array.external:
         raise ValueError(f"{where} only points to other files")
-    stored, of_file = found.id.get_storage_size(), Path(group.file.filename).stat().st_size
-    whole = True
-    if found.chunks is not None:
-        needed = math.prod(-(-size // chunk) for size, chunk in zip(found.shape, found.chunks, strict=True))
-        whole = found.id.get_num_chunks() == needed
-    elif found.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS:
-        whole = stored == found.nbytes
-    if not whole or stored > of_file:
-        raise ValueError(f"{where} declares {list(found.shape)} numbers, but {stored:,} bytes of them were written")
-    check_declared(found.nbytes, stored, where)
-    return found
+    stored_bytes, file_bytes = array.id.get_storage_size(), Path(group.file.filename).stat().st_size
+    is_whole = True
+    if array.chunks is not None:
+        expected_chunks = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True))
+        is_whole = array.id.get_num_chunks() == expected_chunks
+    elif array.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS:
+        is_whole = stored_bytes == array.nbytes
+    if not is_whole or stored_bytes > file_bytes:
+        raise ValueError(
+            f"{where} declares {list(array.shape)} numbers, but {stored_bytes:,} bytes of them were written"
+        )
+    check_declared(array.nbytes, stored_bytes, where)
+    return array
 
 
 def _floats(values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ LegacyFeatures = FeatureFiles | AnalysisCache | ActivationTree
 
 
 def import_features(
-    found: LegacyFeatures,
+    files: LegacyFeatures,
     output: str | os.PathLike,
     *,
     dtype: Literal["float32", "float16"] = "float32",
@@ -25,7 +25,7 @@ def import_features(
     """Write features of an earlier project as a feature dataset, a block at a time; a stopped import goes on.
 
     Args:
-        found: the opened files, which are closed.
+        files: the opened files, which are closed.
         output: folder for the feature dataset.
         dtype: how the numbers are stored.
         records: what is known of the streams beside the files (`name`, `encoder`, `modality`, ...).
@@ -35,23 +35,23 @@ def import_features(
         ValueError: for records of other streams, rows in different orders, numbers that are not finite, or an `output`
             that already holds something.
     """
-    with found:
-        known = {record["name"]: dict(record) for record in records}
-        names = [record["name"] for record in found.records]
-        if unknown := sorted(set(known) - set(names)):
+    with files:
+        encoder_records = {record["name"]: dict(record) for record in records}
+        names = [record["name"] for record in files.records]
+        if unknown := sorted(set(encoder_records) - set(names)):
             raise ValueError(f"encoders are given for {unknown}, but the streams of the source are {names}")
         writer = FeatureWriter(
             output,
-            [known.get(record["name"], {}) | record for record in found.records],
+            [encoder_records.get(record["name"], {}) | record for record in files.records],
             dtype=dtype,
             rows_per_shard=rows_per_shard,
-            label_names=found.label_names,
-            source=found.source,
-            extra_columns=found.columns,
+            label_names=files.label_names,
+            source=files.source,
+            extra_columns=files.columns,
         )
         start = writer.rows_done
-        with writer, tqdm(total=found.rows, initial=start, desc="import", unit=" rows", delay=2) as progress:
-            for block in found.blocks(start):
+        with writer, tqdm(total=files.rows, initial=start, desc="import", unit=" rows", delay=2) as progress:
+            for block in files.blocks(start):
                 writer.append(block)
                 progress.update(len(block["id"]))
     return FeatureDataset.load(output, verify=False)  # these very files were just written

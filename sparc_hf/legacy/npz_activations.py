@@ -13,6 +13,7 @@ import torch
 
 from sparc_hf.encoders.token_grid import resample_tokens
 from sparc_hf.legacy.declared_sizes import check_declared
+from sparc_hf.model.stream_record import check_stream_name
 
 COMBINED = "_combined"
 STATISTICS_IMAGES = 512
@@ -66,6 +67,8 @@ class ActivationTree:
         first = self._images[0]
         activations, _ = _read(first)
         self._models = list(models) or sorted(activations)
+        for name in self._models:
+            check_stream_name(name)
         self._tokens = {name: activations[name].shape for name in self._models}
         grids = {name: _grid(first.files, name, shape[0]) for name, shape in self._tokens.items()}
         self._grids = grids
@@ -129,12 +132,12 @@ class ActivationTree:
                     f"`{_file_of(image.files, name)}` has {'none' if shape is None else list(shape)} for {name}; "
                     "every image needs the same models and tokens"
                 )
-        one, *others = labels or [""]
-        for other in others:
-            if labels[one] != labels[other]:
+        first_model, *others = labels or [""]
+        for model in others:
+            if labels[first_model] != labels[model]:
                 raise ValueError(
-                    f"`{image.files[one]}` has label {labels[one]} but `{image.files[other]}` has {labels[other]}; "
-                    "they are not of one image"
+                    f"`{image.files[first_model]}` has label {labels[first_model]} but `{image.files[model]}` has "
+                    f"{labels[model]}; they are not of one image"
                 )
         return {name: activations[name][-self._grids[name][0] * self._grids[name][1] :] for name in self._models}
 
@@ -189,12 +192,12 @@ def _listed_images(folder: Path, models: Sequence[str]) -> tuple[list[_Image], l
     classes = sorted(path.name for path in folder.iterdir() if next(path.glob("*.npz"), None))
     images: list[_Image] = []
     for label, class_name in enumerate(classes):
-        found: dict[str, _Image] = {}
+        images_by_name: dict[str, _Image] = {}
         for file in (folder / class_name).glob("*.npz"):
             name, model = _image_and_model(file, models)
             if not models or model in (*models, COMBINED):
-                found.setdefault(name, _Image(f"{class_name}/{name}", label)).files[model] = file
-        images += [found[name] for name in sorted(found)]
+                images_by_name.setdefault(name, _Image(f"{class_name}/{name}", label)).files[model] = file
+        images += [images_by_name[name] for name in sorted(images_by_name)]
     if not images:
         raise ValueError(f"`{folder}` has no activations of the models {list(models)}")
     expected = images[0]

@@ -111,13 +111,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: as `read_checkpoint`, and if it holds something else than named tensors.
     """
-    found = read_checkpoint(path)
-    if isinstance(found, dict) and "model_state_dict" in found:
+    content = read_checkpoint(path)
+    if isinstance(content, dict) and "model_state_dict" in content:
         raise ValueError(
             f"`{path}` is one model of a run of Universal Sparse Autoencoders; import the run's folder, which has the "
             "checkpoints of all its models"
         )
-    return checked_state(found, f"`{path}`")
+    return checked_state(content, f"`{path}`")
 
 
 def checked_state(state: Any, name: str) -> dict[str, Tensor]:
@@ -194,10 +194,13 @@ def _config(
             f"`{checkpoint}` has the streams {sorted(widths)} but `{settings_file}` has {sorted(order)}; "
             "the two are not of one run"
         )
-    known = {record["name"]: record for record in records}
-    if unknown := sorted(set(known) - set(widths)):
+    encoder_records = {record["name"]: record for record in records}
+    if unknown := sorted(set(encoder_records) - set(widths)):
         raise ValueError(f"encoders are given for {unknown}, but the streams of `{checkpoint}` are {order}")
-    streams = [{**known.get(name, {}), "name": name, "hidden_size": widths[name], "normalize": "l2"} for name in order]
+    streams = [
+        {**encoder_records.get(name, {}), "name": name, "hidden_size": widths[name], "normalize": "l2"}
+        for name in order
+    ]
     arguments = content["args"]
     latents = int(arguments["n_latents"])
     rows = tensors[f"encoders.{order[0]}.weight"].shape[0]

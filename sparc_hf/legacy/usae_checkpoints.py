@@ -14,6 +14,7 @@ from sparc_hf.files.checked_reading import Limit, checked, read_yaml
 from sparc_hf.legacy.sparc_checkpoints import check_output, checked_state, read_checkpoint, save_imported
 from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.model.modeling_sparc import SparcModel
+from sparc_hf.model.stream_record import check_stream_name
 
 AUXK_COEF = 0.1
 SETTINGS = {"lr": "learning_rate", "nb_epochs": "epochs", "batch_size": "batch_size"}
@@ -68,14 +69,14 @@ def import_usae_checkpoints(
     config = _config(tensors, settings, records)
     model = SparcModel(config)
     state = model.state_dict()
-    for name, found in tensors.items():
+    for name, model_tensors in tensors.items():
         for ours, theirs in TENSORS.items():
             key = ours.format(name)
-            if theirs not in found or found[theirs].shape != state[key].shape:
-                shape = list(found[theirs].shape) if theirs in found else "missing"
+            if theirs not in model_tensors or model_tensors[theirs].shape != state[key].shape:
+                shape = list(model_tensors[theirs].shape) if theirs in model_tensors else "missing"
                 raise ValueError(f"`{files[name][1]}`: `{theirs}` is {shape} instead of {list(state[key].shape)}")
-            state[key] = found[theirs]
-        if left := sorted(set(found) - set(TENSORS.values())):
+            state[key] = model_tensors[theirs]
+        if left := sorted(set(model_tensors) - set(TENSORS.values())):
             raise ValueError(f"`{files[name][1]}` has tensors that no SparcModel has: {left[:4]}")
     model.load_state_dict(state)
     origin = {
@@ -112,18 +113,21 @@ class UsaeRun(_UsaeRun, total=False):
 
 
 def _read_settings(source: Path, run_config: str | os.PathLike | None) -> dict[str, Any]:
-    found = [Path(run_config)] if run_config is not None else sorted(source.glob("*.yaml"))
-    if len(found) != 1 or not found[0].is_file():
+    files = [Path(run_config)] if run_config is not None else sorted(source.glob("*.yaml"))
+    if len(files) != 1 or not files[0].is_file():
         raise ValueError(
             f"the run's YAML file says how many latents are active and how rows were standardised, but `{source}` has "
-            f"{[file.name for file in found]}; name it with `run_config`"
+            f"{[file.name for file in files]}; name it with `run_config`"
         )
     try:
-        content = checked(read_yaml(found[0]), UsaeRun, found[0].name)
+        content = checked(read_yaml(files[0]), UsaeRun, files[0].name)
     except ValueError as error:
-        raise ValueError(f"`{found[0]}` is no configuration of Universal Sparse Autoencoders: {error}") from error
-    if unfit := [name for name in content["model_zoo"] if not str(name).isidentifier()]:
-        raise ValueError(f"`{found[0]}` names the models {unfit}, which cannot be names of streams; rename them there")
+        raise ValueError(f"`{files[0]}` is no configuration of Universal Sparse Autoencoders: {error}") from error
+    for name in content["model_zoo"]:
+        try:
+            check_stream_name(name)
+        except ValueError as error:
+            raise ValueError(f"`{files[0]}` names a model that has to be renamed there: {error}") from error
     return content
 
 
@@ -158,16 +162,16 @@ def _config(
     tensors: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> SparcConfig:
     general, zoo = settings["global"], settings["model_zoo"]
-    known = {record["name"]: record for record in records}
-    if unknown := sorted(set(known) - set(zoo)):
+    encoder_records = {record["name"]: record for record in records}
+    if unknown := sorted(set(encoder_records) - set(zoo)):
         raise ValueError(f"encoders are given for {unknown}, but the models of the run are {list(zoo)}")
     streams, latents = [], set()
-    for name, found in tensors.items():
-        atoms = found.get("dictionary._weights", torch.empty(0, 0))
+    for name, model_tensors in tensors.items():
+        atoms = model_tensors.get("dictionary._weights", torch.empty(0, 0))
         if atoms.ndim != 2:
             raise ValueError(f"`dictionary._weights` of `{name}` is {list(atoms.shape)} instead of [latents, width]")
         latents.add(atoms.shape[0])
-        record: dict[str, Any] = {**known.get(name, {}), "name": name, "hidden_size": atoms.shape[1]}
+        record: dict[str, Any] = {**encoder_records.get(name, {}), "name": name, "hidden_size": atoms.shape[1]}
         if general.get("standardize"):
             if missing := [key for key in ("model_mean", "model_std") if key not in zoo[name]]:
                 raise ValueError(f"rows of `{name}` were standardised, but `model_zoo.{name}` lacks {missing}")

@@ -1,19 +1,15 @@
 """SparcConfig: everything that rebuilds a SparcModel, and the stream records that say how its features were made."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
+from .stream_record import LARGEST_FLOAT, LARGEST_SIZE, checked_stream_records
+
 FORMAT_VERSION = 1
-NORMALIZATIONS = ("none", "l2", "standardize")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Code tables number latents in int32.
-MOST = 2**31 - 1
-LARGEST = torch.finfo(torch.float32).max
 # What transformers would let a config.json change of how a model is loaded, and no SparcModel has.
 FOREIGN_KEYS = (
     "attn_implementation",
@@ -27,17 +23,6 @@ FOREIGN_KEYS = (
     "sub_configs",
     "transformers_weights",
 )
-# Kinds of the fields of a stream record that say how its features were made; each may be left out or null.
-RECORD_KINDS: dict[str, Any] = {
-    "encoder": str,
-    "revision": str,
-    "modality": str,
-    "pooling": str,
-    "image_backend": str,
-    "grid": list | tuple,
-    "image_size": list | tuple,
-    "prefix_tokens": int,
-}
 
 
 @strict
@@ -85,7 +70,9 @@ class SparcConfig(PreTrainedConfig):
     weights_sha256: dict | None = None
 
     def __post_init__(self, **kwargs: Any):
-        self.streams = _stream_records(self.streams)
+        self.streams = checked_stream_records(self.streams) if self.streams else []
+        for record in self.streams:
+            record.setdefault("normalize", "none")
         self.check()
         super().__post_init__(**kwargs)
 
@@ -107,10 +94,10 @@ class SparcConfig(PreTrainedConfig):
             ("dead_after_steps", 0),
             ("format_version", 1),
         ):
-            if not least <= getattr(self, field) <= MOST:
-                raise ValueError(f"`{field}` must be from {least} to {MOST}, but it is {getattr(self, field)}")
+            if not least <= getattr(self, field) <= LARGEST_SIZE:
+                raise ValueError(f"`{field}` must be from {least} to {LARGEST_SIZE}, but it is {getattr(self, field)}")
         for field in ("auxk_coef", "cross_coef", "dead_threshold"):
-            if not 0 <= getattr(self, field) <= LARGEST:
+            if not 0 <= getattr(self, field) <= LARGEST_FLOAT:
                 raise ValueError(f"`{field}` must be a finite number from 0 on, but it is {getattr(self, field)}")
         for field in ("k", "auxk"):
             if getattr(self, field) > self.num_latents:
@@ -177,71 +164,6 @@ def _check_file(content: Any) -> None:
         # Only in Python may it be left out, for "none": a file that has lost it would give other codes.
         if isinstance(record, dict) and "normalize" not in record:
             raise ValueError(f"stream `{record.get('name')}` in config.json does not say its `normalize`")
-
-
-def _stream_records(streams: list | dict | None) -> list[dict[str, Any]]:
-    """Bring both accepted forms to a list of checked records, leaving the caller's objects untouched."""
-    given = list(streams.values()) if isinstance(streams, dict) else streams or []
-    if wrong := [record for record in given if not isinstance(record, Mapping)]:
-        raise ValueError(f"a stream record must be a dict such as {{'hidden_size': 768}}, but there is {wrong[0]!r}")
-    if isinstance(streams, dict):
-        given = [{**record, "name": name} for name, record in streams.items()]
-    records = [_checked_record(dict(record)) for record in given]
-    names = [record["name"] for record in records]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise ValueError(f"every stream needs its own name, but {doubled} occur more than once")
-    return records
-
-
-def _checked_record(record: dict[str, Any]) -> dict[str, Any]:
-    name = record.get("name")
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"a stream name must be a Python identifier such as `clip_img`, but it is {name!r}")
-    # The name becomes a key of parameter containers, which refuse the names of their own attributes.
-    if hasattr(torch.nn.ModuleDict(), name) or hasattr(torch.nn.ParameterDict(), name):
-        raise ValueError(f"`{name}` cannot name a stream because torch's containers use it; add a suffix to it")
-    size = record.get("hidden_size")
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST:
-        raise ValueError(f"stream `{name}` needs `hidden_size` as an integer from 1 to {MOST}, but it is {size!r}")
-    if misspelt := [key for key in record if str(key).lower().startswith("normal") and key != "normalize"]:
-        raise ValueError(f"stream `{name}` has `{misspelt[0]}`; the field is called `normalize`")
-    kind = record.setdefault("normalize", "none")
-    if kind not in NORMALIZATIONS:
-        raise ValueError(f"stream `{name}` has `normalize` {kind!r}; it must be one of {list(NORMALIZATIONS)}")
-    if kind == "standardize":
-        for field in ("mean", "std"):
-            _check_statistic(name, field, record.get(field), size)
-    for field, expected in RECORD_KINDS.items():
-        if record.get(field) is not None and not isinstance(record[field], expected):
-            raise ValueError(f"stream `{name}` has `{field}` {record[field]!r}, which is no {_kind_name(expected)}")
-    return record
-
-
-def _kind_name(expected: Any) -> str:
-    return {str: "text", int: "integer"}.get(expected, "list")
-
-
-def _check_statistic(name: str, field: str, value: Any, size: int) -> None:
-    """Raise ValueError for a mean or standard deviation that rows cannot be standardised by.
-
-    A standard deviation is 0 where a channel did not vary; of all channels together it is not.
-    """
-    numbers = value if isinstance(value, list | tuple) else [value]
-    typed = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
-    if not typed or len(numbers) not in (1, size):
-        raise ValueError(
-            f"stream `{name}` is standardised, so its record needs `{field}` as one number or {size} numbers, "
-            f"but it has {len(numbers)} values" + (" of another type" if len(numbers) in (1, size) else "")
-        )
-    least = 0 if field == "std" else -LARGEST
-    if faulty := [number for number in numbers if not least <= number <= LARGEST]:
-        raise ValueError(
-            f"`{field}` of stream `{name}` must be finite"
-            + (f" and not negative, but it holds {faulty[0]}" if field == "std" else f", but it holds {faulty[0]}")
-        )
-    if field == "std" and not any(numbers):
-        raise ValueError(f"`std` of stream `{name}` is 0, so that its rows cannot be divided by it")
 
 
 SparcConfig.register_for_auto_class()

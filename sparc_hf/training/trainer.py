@@ -19,7 +19,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from sparc_hf.features.dataset import FeatureBatches, FeatureDataset
+from sparc_hf.features.batches import FeatureBatches
+from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.atomic_files import write_json, writing
 from sparc_hf.files.folder_lock import launched_rank, locked_folder
 from sparc_hf.files.output_folder import check_output_folder

@@ -168,7 +168,7 @@ PRESETS = ROOT / "sparc_hf" / "cli" / "presets"
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_presets_hold_known_settings_only(preset):
     from sparc_hf.cli.extract import ExtractionArguments
-    from sparc_hf.features.sources.source import parse_streams
+    from sparc_hf.features.stream_records import parse_streams
     from sparc_hf.training.arguments import SparcTrainingArguments
 
     content = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())

@@ -21,7 +21,7 @@ from sparc_hf.evaluation.coco_masks import mask_of
 from sparc_hf.evaluation.localization import LocalizationSettings, latents_of_classes, localize, otsu_threshold
 from sparc_hf.evaluation.masked_images import MaskedImages, open_masked_images
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.stream_records import parse_streams
 from sparc_hf.maps.targets import ConceptTarget
 
 

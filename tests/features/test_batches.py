@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparc_hf.features.dataset import FeatureBatches, FeatureDataset
+from sparc_hf.features.batches import FeatureBatches
+from sparc_hf.features.dataset import FeatureDataset
 
 
 def features(rows: int, chunk: int | None = None, dtype: str = "float32") -> FeatureDataset:

@@ -19,7 +19,7 @@ from sparc_hf.encoders.views import visible_box
 from sparc_hf.evaluation.masked_images import open_masked_images
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.stream_records import parse_streams
 from sparc_hf.maps.contact_sheets import concept_heatmaps
 from sparc_hf.maps.explanation import explain_sample
 from sparc_hf.maps.patch_maps import image_maps

@@ -10,7 +10,8 @@ from sparc_hf.features.sources.coco import open_coco
 from sparc_hf.features.sources.hierarchy import hierarchy_of_codes
 from sparc_hf.features.sources.imagenet import open_imagenet
 from sparc_hf.features.sources.open_images import class_names, open_open_images
-from sparc_hf.features.sources.source import find_column, open_source, parse_streams, schema_of
+from sparc_hf.features.sources.source import find_column, open_source, schema_of
+from sparc_hf.features.stream_records import parse_streams
 
 
 def write(path, content) -> None:

@@ -14,8 +14,9 @@ from sparc_hf.cli import main
 from sparc_hf.encoders.stream_encoder import load_encoders
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
-from sparc_hf.features.sources.source import open_source, parse_streams
+from sparc_hf.features.sources.source import open_source
 from sparc_hf.features.statistics import standardization_of
+from sparc_hf.features.stream_records import parse_streams
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_parquet_features(tmp_path, monkeypatch):
 
 
 def test_streamed_parquet(tmp_path):
-    from sparc_hf.features.streamed_batches import StreamedBatches
+    from sparc_hf.features.batches import StreamedBatches
 
     write_parquet_split(planted_features(50), tmp_path, "train")
     parquet = tmp_path / "data/train-00000-of-00001.parquet"

@@ -146,7 +146,7 @@ def test_features_load_as_splits_and_stream_into_training(hub, tmp_path):
 import numpy as np
 from datasets import load_dataset
 from sparc_hf import FeatureDataset, SparcConfig, SparcModel
-from sparc_hf.features.streamed_batches import StreamedBatches
+from sparc_hf.features.batches import StreamedBatches
 features = FeatureDataset.load("hf://datasets/me/rows/held_out")
 np.save({str(tmp_path / "back.npy")!r}, features.array("dino"))
 assert features.label_names[0] == "cause 0" and features.ids[3] == "sample-3"

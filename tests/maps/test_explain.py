@@ -21,7 +21,7 @@ from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
 from sparc_hf.encoders.trace import trace
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.stream_records import parse_streams
 from sparc_hf.maps import plots as map_plots
 from sparc_hf.maps.explanation import active_latents, explain_sample
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent

@@ -17,7 +17,7 @@ from sparc_hf.encoders.stream_encoder import load_encoders
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.stream_records import parse_streams
 from sparc_hf.maps.explanation import explain_sample
 from sparc_hf.maps.maximisation import MaximisationSettings, maximise_latent
 from sparc_hf.maps.patch_maps import image_maps

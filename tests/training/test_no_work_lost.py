@@ -25,7 +25,7 @@ from sparc_hf.encoders.stream_encoder import load_encoders
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
 from sparc_hf.features.sample_reader import _end_with
-from sparc_hf.features.sources.source import parse_streams
+from sparc_hf.features.stream_records import parse_streams
 
 ROWS = 30
 pytestmark = pytest.mark.usefixtures("one_thread")

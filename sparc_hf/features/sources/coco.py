@@ -119,18 +119,18 @@ def open_coco(
 
 def _labels(file: Path) -> tuple[dict[Any, list[int]], list[str], dict[str, Any]]:
     """Return class ids per image, the class names, and the supercategories as a taxonomy."""
-    listed = read_coco(file, Instances)
-    position = {category["id"]: number for number, category in enumerate(listed["categories"])}
-    found: dict[Any, set[int]] = defaultdict(set)
-    for annotation in listed["annotations"]:
+    content = read_coco(file, Instances)
+    position = {category["id"]: number for number, category in enumerate(content["categories"])}
+    class_ids: dict[Any, set[int]] = defaultdict(set)
+    for annotation in content["annotations"]:
         if annotation.get("category_id") not in position:
             raise ValueError(
                 f"`{file}` has an annotation of category {annotation.get('category_id')}, not listed there"
             )
-        found[annotation["image_id"]].add(position[annotation["category_id"]])
-    names = [category["name"] for category in listed["categories"]]
-    paths = [(*filter(None, [one.get("supercategory")]), one["name"]) for one in listed["categories"]]
-    return {image: sorted(ids) for image, ids in found.items()}, names, hierarchy_of_paths(paths)
+        class_ids[annotation["image_id"]].add(position[annotation["category_id"]])
+    names = [category["name"] for category in content["categories"]]
+    paths = [(*filter(None, [category.get("supercategory")]), category["name"]) for category in content["categories"]]
+    return {image: sorted(ids) for image, ids in class_ids.items()}, names, hierarchy_of_paths(paths)
 
 
 def read_coco(file: Path, shape: Any) -> dict[str, Any]:

@@ -39,14 +39,14 @@ def hierarchy_of_paths(paths: Sequence[tuple[str, ...]]) -> dict[str, Any]:
 def _renamed(node: Any, names: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(node, Mapping) or not isinstance(node.get("LabelName"), str):
         raise ValueError("a hierarchy is made of objects with `LabelName` and, where they have parts, `Subcategory`")
-    made: dict[str, Any] = {"LabelName": names.get(node["LabelName"], node["LabelName"])}
-    parts = node.get("Subcategory", [])
-    if not isinstance(parts, list):
+    renamed: dict[str, Any] = {"LabelName": names.get(node["LabelName"], node["LabelName"])}
+    children = node.get("Subcategory", [])
+    if not isinstance(children, list):
         raise ValueError(f"`Subcategory` of {node['LabelName']} must be a list")
-    if parts:
-        made["Subcategory"] = [_renamed(part, names) for part in parts]
-    return made
+    if children:
+        renamed["Subcategory"] = [_renamed(child, names) for child in children]
+    return renamed
 
 
 def _names_in(node: Mapping[str, Any]) -> set[str]:
-    return {node["LabelName"]}.union(*(_names_in(part) for part in node.get("Subcategory", [])))
+    return {node["LabelName"]}.union(*(_names_in(child) for child in node.get("Subcategory", [])))

@@ -38,36 +38,36 @@ def open_imagenet(
     folder = Path(root) / split if split is not None else Path(root)
     if not folder.is_dir():
         raise ValueError(f"there is no folder `{folder}`")
-    known = _names(Path(class_names)) if class_names is not None else {}
+    code_names = _names(Path(class_names)) if class_names is not None else {}
     files: list[str] = []
     classes: list[tuple[str, ...]] = []
     labels: list[int] = []
     for place, inner, names in os.walk(folder):
         inner.sort()
         images = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-        parts = Path(place).relative_to(folder).parts
+        class_path = Path(place).relative_to(folder).parts
         if not images:
             continue
-        if not parts:
+        if not class_path:
             raise ValueError(f"`{folder}` holds images outside of class folders, such as {images[0]}")
         files += [os.path.join(place, name) for name in images]
         labels += [len(classes)] * len(images)
-        classes.append(parts)
+        classes.append(class_path)
     if not files:
         raise ValueError(f"`{folder}` has no images in class folders")
-    folders = [parts[-1] for parts in classes]
-    label_names = [known.get(name, name) for name in folders]
-    if known:  # ImageNet's crane and maillot are two classes each
+    folders = [class_path[-1] for class_path in classes]
+    label_names = [code_names.get(name, name) for name in folders]
+    if code_names:  # ImageNet's crane and maillot are two classes each
         doubled = {name for name in label_names if label_names.count(name) > 1}
         label_names = [f"{n} ({f})" if n in doubled else n for n, f in zip(label_names, folders, strict=True)]
     if len(set(label_names)) != len(label_names):
         raise ValueError(f"two class folders in `{folder}` have the same name; each class needs its own")
-    named = dict(zip(folders, label_names, strict=True))
+    folder_names = dict(zip(folders, label_names, strict=True))
     taxonomy: Any = None
     if hierarchy is not None:
-        taxonomy = hierarchy_of_codes(read_json(Path(hierarchy)), named)
-    elif any(len(parts) > 1 for parts in classes):
-        taxonomy = hierarchy_of_paths([(*parts[:-1], named[parts[-1]]) for parts in classes])
+        taxonomy = hierarchy_of_codes(read_json(Path(hierarchy)), folder_names)
+    elif any(len(class_path) > 1 for class_path in classes):
+        taxonomy = hierarchy_of_paths([(*class_path[:-1], folder_names[class_path[-1]]) for class_path in classes])
     ids = [Path(file).relative_to(folder).with_suffix("").as_posix() for file in files]
     if len(set(ids)) != len(ids):  # the same name as .jpg and .png
         ids = [Path(file).relative_to(folder).as_posix() for file in files]

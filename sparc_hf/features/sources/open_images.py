@@ -55,7 +55,9 @@ def open_open_images(
         raise ValueError(f"there is no folder of images `{folder}`")
     types: dict[str, Any] = {"labels": datasets.List(datasets.Value("int32"))}
     if rows == "caption":
-        pairs = [(image, number, text) for image, found in texts.items() for number, text in enumerate(found)]
+        pairs = [
+            (image, number, text) for image, image_texts in texts.items() for number, text in enumerate(image_texts)
+        ]
         order = [image for image, _, _ in pairs]
         columns: dict[str, list[Any]] = {"id": [f"{image}-{number}" for image, number, _ in pairs]}
         columns["caption"] = [text for _, _, text in pairs]
@@ -110,8 +112,8 @@ def _narratives(file: Path) -> dict[str, list[str]]:
     content = read_json(file)
     try:
         return {
-            image: [(one if isinstance(one, str) else one["caption"]).strip() for one in found]
-            for image, found in content.items()
+            image: [(text if isinstance(text, str) else text["caption"]).strip() for text in texts]
+            for image, texts in content.items()
         }
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
@@ -130,7 +132,7 @@ def _labels(
 
     position = {name: number for number, name in enumerate(names)}
     wanted = pa.array(sorted(images))
-    found: dict[str, set[int]] = defaultdict(set)
+    class_ids: dict[str, set[int]] = defaultdict(set)
     columns = {"ImageID": pa.string(), "LabelName": pa.string(), "Confidence": pa.float32()}
     options = csv.ConvertOptions(include_columns=list(columns), column_types=columns)
     for file in files:
@@ -142,14 +144,14 @@ def _labels(
                     block = block.filter(keep)
                     for image, code in zip(block["ImageID"].to_pylist(), block["LabelName"].to_pylist(), strict=True):
                         if code in code_names:
-                            found[image].add(position[code_names[code]])
+                            class_ids[image].add(position[code_names[code]])
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"cannot read the labels `{file}` ({list(columns)} are needed): {error}") from error
-    return {image: sorted(ids) for image, ids in found.items()}
+    return {image: sorted(ids) for image, ids in class_ids.items()}
 
 
 def _only(folder: Path, pattern: str) -> Path | None:
-    found = sorted(folder.glob(pattern))
-    if len(found) > 1:
-        raise ValueError(f"`{folder}` has several files {pattern}: {[file.name for file in found]}; name one")
-    return found[0] if found else None
+    files = sorted(folder.glob(pattern))
+    if len(files) > 1:
+        raise ValueError(f"`{folder}` has several files {pattern}: {[file.name for file in files]}; name one")
+    return files[0] if files else None

@@ -1,11 +1,9 @@
-"""Where samples come from: datasets of any stored form, their image and text columns, and streams as strings."""
+"""Where samples come from: datasets of any stored form, and their image and text columns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from sparc_hf.encoders.families import MODALITIES, POOLINGS
 
 if TYPE_CHECKING:
     import datasets
@@ -55,25 +53,25 @@ def open_source(
     options: dict[str, Any] = {"split": split, "streaming": streaming}
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(str(path))
+            dataset = datasets.load_from_disk(str(path))
         elif path.is_file() and path.suffix in FILE_FORMATS:
-            found = datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), **options)
+            dataset = datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), **options)
         else:
-            found = datasets.load_dataset(str(path) if path.is_dir() else source, **options)
+            dataset = datasets.load_dataset(str(path) if path.is_dir() else source, **options)
     # The files fail in as many ways as datasets has readers.
     except Exception as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ValueError(f"cannot open `{source}` as a dataset: {reason}") from error
-    if not isinstance(found, dict):
-        return found
-    splits = list(found)
+    if not isinstance(dataset, dict):
+        return dataset
+    splits = list(dataset)
     if split is None and len(splits) > 1:
         raise ValueError(f"`{source}` has the splits {splits}; choose one with `split`")
     name = splits[0] if split is None else split
     if name not in splits:
         raise ValueError(f"`{source}` has no split `{name}`; its splits are {splits}")
-    return found[name]
+    return dataset[name]
 
 
 def schema_of(dataset: "datasets.Dataset | datasets.IterableDataset") -> Any:
@@ -97,8 +95,8 @@ def rows_with_images(columns: Mapping[str, Sequence[Any]], types: Mapping[str, A
     import datasets
 
     features = datasets.Features({name: types.get(name, datasets.Value("string")) for name in columns})
-    made = datasets.Dataset.from_dict({name: list(values) for name, values in columns.items()}, features=features)
-    return made.cast_column("image", datasets.Image(decode=False))
+    dataset = datasets.Dataset.from_dict({name: list(values) for name, values in columns.items()}, features=features)
+    return dataset.cast_column("image", datasets.Image(decode=False))
 
 
 def find_column(dataset: "datasets.Dataset | datasets.IterableDataset", modality: Literal["image", "text"]) -> str:
@@ -109,43 +107,14 @@ def find_column(dataset: "datasets.Dataset | datasets.IterableDataset", modality
     """
     fits = is_image if modality == "image" else _is_text
     features = schema_of(dataset)
-    found = [name for name, feature in features.items() if fits(feature)]
+    names = [name for name, feature in features.items() if fits(feature)]
     for name in PREFERRED_NAMES[modality]:
-        if name in found:
+        if name in names:
             return name
-    if len(found) != 1:
-        problem = f"several {modality} columns, {found}" if found else f"no {modality} column among {list(features)}"
+    if len(names) != 1:
+        problem = f"several {modality} columns, {names}" if names else f"no {modality} column among {list(features)}"
         raise ValueError(f"the dataset has {problem}; name one with `{modality}_column`")
-    return found[0]
-
-
-def parse_streams(specifications: Sequence[str]) -> list[dict[str, Any]]:
-    """Return stream records from strings `name=encoder[@revision]:modality[:pooling]`.
-
-    Raises:
-        ValueError: for a string of another form, or a name that occurs twice.
-    """
-    records = []
-    for text in specifications:
-        name, _, rest = text.partition("=")
-        parts = rest.rsplit(":", 2)
-        pooling = parts.pop() if len(parts) == 3 and parts[1] in MODALITIES else None
-        encoder, modality = ":".join(parts[:-1]), parts[-1]
-        if not name.isidentifier() or not encoder or modality not in MODALITIES:
-            raise ValueError(
-                f"cannot read the stream {text!r}; write name=encoder[@revision]:modality[:pooling], for example "
-                "dino=facebook/dinov2-base:image"
-            )
-        if pooling not in (None, *POOLINGS):
-            raise ValueError(f"the stream {text!r} has the pooling {pooling!r}; it must be one of {list(POOLINGS)}")
-        record: dict[str, Any] = {"name": name, "encoder": encoder, "modality": modality}
-        if "@" in encoder and not Path(encoder).is_dir():
-            record["encoder"], _, record["revision"] = encoder.rpartition("@")
-        records.append(record | ({"pooling": pooling} if pooling else {}))
-    names = [record["name"] for record in records]
-    if len(set(names)) != len(names):
-        raise ValueError(f"every stream needs its own name, but they are {names}")
-    return records
+    return names[0]
 
 
 def is_image(feature: Any) -> bool:
