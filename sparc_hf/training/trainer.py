@@ -29,6 +29,7 @@ from sparc_hf.model_folder import LOG_FILE, SETTINGS_FILE, claimed_run, cut_log,
 from sparc_hf.training.arguments import SparcTrainingArguments
 from sparc_hf.training.checkpoints import Checkpoints
 from sparc_hf.training.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
+from sparc_hf.training.imputation import add_imputation
 from sparc_hf.training.learning_rate import ScheduleAfterUpdate, schedule_of
 from sparc_hf.training.loss_sums import LossSums
 from sparc_hf.training.optimizer import SparcAdam, UsaeAdamW, add_up_terms
@@ -441,11 +442,13 @@ class SparcTrainer:
         return self.args.differences(saved) + rows
 
     def _save_model(self, complete: Callable[[Path], Any] | None) -> None:
-        if not self.accelerator.is_main_process:
-            return
         self.model.zero_grad(set_to_none=True)
         # The last optimizer step moved the atoms a little off unit norm.
         self.model.prepare_atoms_for_step()
+        if self.args.impute and self.model.objective.selects_together and len(self.streams) > 1 and self.rows > 1:
+            add_imputation(self.model.eval(), self.batches.features, rank=self.rank, world_size=self.world_size)
+        if not self.accelerator.is_main_process:
+            return
         self.run.finish(self.model, complete)
 
     def _progress_bar(self) -> Any:
