@@ -223,9 +223,11 @@ class SparcTrainer:
                     self._train_step(share, self.batches.global_batch_rows(self.step - epoch * len(self.batches)))
                     self._after_step(epoch)
                 self._report(self._evaluate(), epoch)
-        self.accelerator.end_training()
+        if self.args.impute and self.model.objective.selects_together and len(self.streams) > 1 and self.rows > 1:
+            add_imputation(self.model.eval(), self.batches.features, rank=self.rank, world_size=self.world_size)
         self._save_model(complete)
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()  # after which processes cannot wait for each other
 
     def _begin(self) -> None:
         """Make the run's folder ready, unless another process was there since this one looked."""
@@ -442,13 +444,11 @@ class SparcTrainer:
         return self.args.differences(saved) + rows
 
     def _save_model(self, complete: Callable[[Path], Any] | None) -> None:
+        if not self.accelerator.is_main_process:
+            return
         self.model.zero_grad(set_to_none=True)
         # The last optimizer step moved the atoms a little off unit norm.
         self.model.prepare_atoms_for_step()
-        if self.args.impute and self.model.objective.selects_together and len(self.streams) > 1 and self.rows > 1:
-            add_imputation(self.model.eval(), self.batches.features, rank=self.rank, world_size=self.world_size)
-        if not self.accelerator.is_main_process:
-            return
         self.run.finish(self.model, complete)
 
     def _progress_bar(self) -> Any:
