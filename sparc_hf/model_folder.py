@@ -37,6 +37,8 @@ WHOLE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 CARD_FILE, OTHER_CARD_FILE = "README.md", "model_card.md"
 # What was found out about the weights, and is nothing to other ones.
 FINDINGS = (RESULTS_FILE, "concepts.json", PICTURE_FILE)
+# What stays true of a model whose weights, and with them its joint codes, are as they were.
+KEPT_WITH_SAME_CODES = (SETTINGS_FILE, ORIGIN_FILE, LOG_FILE, "concepts.json")
 # Tells that a run has been replaced, wherever a kill has left it.
 REPLACED_MARK = ".replaced"
 # Where the files of a model are written before they appear.

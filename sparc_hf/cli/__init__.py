@@ -95,6 +95,12 @@ COMMANDS: dict[str, Command] = {
         writes=("output_dir",),
         is_shared=True,
     ),
+    "impute": Command(
+        "measure a model's streams, so that it encodes rows that lack some of them",
+        "sparc_hf.cli.impute:ImputeArguments",
+        _function("sparc_hf.cli.impute:run_impute"),
+        writes=("output",),
+    ),
     "encode": Command(
         "turn a feature dataset into a code table",
         "sparc_hf.cli.encode:EncodeArguments",

@@ -15,8 +15,9 @@ class EncodeArguments:
     encoding: str = field(
         default="joint",
         metadata={
-            "help": "joint: all streams of a sample choose latents together; single: each stream alone.",
-            "choices": ["joint", "single"],
+            "help": "joint: all streams of a sample choose latents together; single: each stream alone, the others "
+            "imputed where the model can; single_ignoring: each stream alone, without that.",
+            "choices": ["joint", "single", "single_ignoring"],
         },
     )
     batch_size: int = field(default=1024, metadata={"help": "Rows at a time."})

@@ -69,6 +69,7 @@ class EvaluateArguments:
 
 
 def run_evaluate(args: Any) -> dict[str, Any]:
+    from sparc_hf.codes.code_table import ENCODINGS
     from sparc_hf.codes.concepts import concept_names
     from sparc_hf.evaluation.report import check_report_folder, model_names, write_report
     from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_models
@@ -97,7 +98,11 @@ def run_evaluate(args: Any) -> dict[str, Any]:
         write_report(evaluations, args.output, names={name: concept_names(model) for name, model in models.items()})
     sections = ("localization",) if localize else ()
     return {
-        name: {encoding: evaluation.results[encoding]["headline"] for encoding in ("joint", "single")}
+        name: {
+            encoding: evaluation.results[encoding]["headline"]
+            for encoding in ENCODINGS
+            if encoding in evaluation.results
+        }
         | {section: evaluation.results[section] for section in sections}
         for name, evaluation in evaluations.items()
     }

@@ -1,6 +1,6 @@
 """Code tables: the codes of a whole dataset, k latents and k values a row and stream, in memory and on disk."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +35,7 @@ from sparc_hf.model.outputs import SparseCodes
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-ENCODINGS = ("joint", "single")
+ENCODINGS = ("joint", "single", "single_ignoring")
 # An array of one double per latent then takes a gigabyte.
 MOST_LATENTS = 2**27
 
@@ -45,7 +45,7 @@ class CodeManifest(Manifest):
 
     streams: list[str]
     num_latents: Annotated[int, Limit(f"a number from 1 to {MOST_LATENTS}", lambda value: 1 <= value <= MOST_LATENTS)]
-    encoding: Literal["joint", "single"]
+    encoding: Literal["joint", "single", "single_ignoring"]
 
 
 CODE_FOLDER = FolderKind(
@@ -68,7 +68,8 @@ class CodeTable:
     Args:
         table: Arrow table with these columns.
         num_latents: N.
-        encoding: "joint" (all streams given, selecting as the model's config says) or "single" (each stream alone).
+        encoding: "joint" (all streams given, selecting as the model's config says), "single" (each stream alone, the
+            others imputed where the model can) or "single_ignoring" (each stream alone, as if there were no others).
     """
 
     def __init__(self, table: pa.Table, *, num_latents: int, encoding: str):
@@ -305,7 +306,7 @@ def encode_features(
         model: its streams must be in the dataset.
         features: the rows.
         encoding: "joint" gives the model all streams together; "single" gives each stream alone, the code it has
-            when nothing else is known of the sample.
+            when nothing else is known of the sample; "single_ignoring" likewise, without imputing the others.
         batch_size: rows at a time.
         output: folder the codes are streamed to as they are made; without it they are collected in memory.
         overwrite: replace a code table at `output`.
@@ -335,14 +336,37 @@ def code_batches(
 
     Arguments as for `encode_features`.
     """
+    for batch, codes in codes_for_targets(model, features, encoding, batch_size, []):
+        yield batch, {name: own[name] for name, own in codes.items()}
+
+
+def codes_for_targets(
+    model: SparcModel, features: FeatureDataset, encoding: str, batch_size: int, targets: Sequence[str]
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, dict[str, SparseCodes]]]]:
+    """Yield rows as `code_batches`, and source -> target -> the source's code as it is decoded to that target.
+
+    That is the source's own code, but where a model imputes the target from the source alone: then the code of the
+    imputed target.
+
+    Args:
+        model, features, encoding, batch_size: as for `encode_features`.
+        targets: streams to decode to, besides the source itself.
+    """
     streams = model.config.stream_names
+    missing = "ignore" if encoding == "single_ignoring" else None
+    imputes = encoding == "single" and model.imputation is not None
     batches = FeatureBatches(features, batch_size=min(batch_size, len(features)), streams=streams, shuffle=False)
     with torch.no_grad():
-        for batch in tqdm(batches, desc=f"encoding ({encoding})", unit="batch", leave=False):
-            if encoding == "joint":
-                yield batch, model.encode(batch)
-            else:
-                yield batch, {name: model.encode({name: rows})[name] for name, rows in batch.items()}
+        for batch in tqdm(batches, desc=f"encoding ({encoding.replace('_', ', ')})", unit="batch", leave=False):
+            codes = {}
+            joint = model.encode(batch) if encoding == "joint" else {}
+            for name, rows in batch.items():
+                if imputes:
+                    codes[name] = model.encode({name: rows}, streams=dict.fromkeys([name, *targets]))
+                else:
+                    own = joint[name] if joint else model.encode({name: rows}, missing=missing)[name]
+                    codes[name] = dict.fromkeys([name, *targets], own)
+            yield batch, codes
 
 
 @torch.no_grad()
@@ -371,9 +395,9 @@ def check_streams(model: SparcModel, features: FeatureDataset) -> None:
 
 
 def check_encoding(encoding: str) -> None:
-    """Raise ValueError where `encoding` is neither "joint" nor "single"."""
+    """Raise ValueError where `encoding` is none of `ENCODINGS`."""
     if encoding not in ENCODINGS:
-        raise ValueError(f'`encoding` must be "joint" or "single", but it is {encoding!r}')
+        raise ValueError(f"`encoding` must be one of {list(ENCODINGS)}, but it is {encoding!r}")
 
 
 def code_columns(codes: Mapping[str, SparseCodes]) -> pa.Table:

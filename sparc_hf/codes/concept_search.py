@@ -149,8 +149,8 @@ def _match(latent: int, entries: Sequence[_Entry], query: _Folded) -> LatentMatc
         min((_rank(entry, _Folded(word, (word,))), at) for at, entry in enumerate(entries)) for word in query.words
     ]
     rank, places = max(rank for rank, _ in by_word), sorted({at for _, at in by_word})
-    if len(places) > 1 and rank < BEGINNING:
-        rank |= 1  # spread over several texts, the query is the whole of none
+    if rank < BEGINNING:
+        rank |= 1  # a text that is one of the words is not the whole query
     if alone <= rank:
         rank, places = alone, [place]
     if rank >= NOWHERE:

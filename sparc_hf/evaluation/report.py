@@ -9,9 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from sparc_hf.codes.code_table import ENCODINGS
 from sparc_hf.evaluation import plots
-from sparc_hf.evaluation.results import METRIC_NAMES, eval_results, figure_texts, number_text, template
+from sparc_hf.evaluation.results import (
+    MEASURED_ENCODINGS,
+    METRIC_NAMES,
+    eval_results,
+    figure_texts,
+    number_text,
+    template,
+)
 from sparc_hf.evaluation.suite import Evaluation
 from sparc_hf.files.atomic_files import write_json, write_text, writing
 from sparc_hf.files.atomic_folders import check_place, named, new_folder
@@ -110,7 +116,7 @@ def report_html(evaluations: Mapping[str, Evaluation]) -> str:
         results=results,
         first=next(iter(results.values())),
         headline=_headline_rows(results),
-        columns=[(name, encoding) for name in results for encoding in ENCODINGS],
+        columns=[(name, encoding) for name in results for encoding in MEASURED_ENCODINGS],
         retrieval=_retrieval_rows,
         settings_that_differ=_differing_settings(results),
         more=_more_rows,
@@ -122,7 +128,7 @@ def report_html(evaluations: Mapping[str, Evaluation]) -> str:
 
 def _plots(evaluation: Evaluation) -> Iterator[dict[str, str]]:
     """Yield title, caption and picture of every plot of one model, joint and single side by side."""
-    by_encoding = {encoding: evaluation.results[encoding] for encoding in ENCODINGS}
+    by_encoding = {encoding: evaluation.results[encoding] for encoding in MEASURED_ENCODINGS}
     latents = evaluation.latent_figures
 
     def shown(title: str, caption: str, plot: Callable[..., Any], *args: Any, **options: Any) -> dict[str, str]:
@@ -162,7 +168,9 @@ def _patterns(liveness: Mapping[str, Any]) -> dict[str, int]:
 
 def _headline_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return (metric, texts of its figure and interval for each model and encoding)."""
-    headlines = [model_results[encoding]["headline"] for model_results in results.values() for encoding in ENCODINGS]
+    headlines = [
+        model_results[encoding]["headline"] for model_results in results.values() for encoding in MEASURED_ENCODINGS
+    ]
     return [
         (words, [figure_texts(headline.get(name), percent=name in PERCENT) for headline in headlines])
         for name, words in METRIC_NAMES.items()
@@ -183,13 +191,13 @@ def _retrieval_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, dict
             yield (
                 family.replace("_", " "),
                 pair.replace("->", " → "),
-                {encoding: results[encoding]["retrieval"][family][pair] for encoding in ENCODINGS},
+                {encoding: results[encoding]["retrieval"][family][pair] for encoding in MEASURED_ENCODINGS},
             )
 
 
 def _more_rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Return (figure, its text under each encoding) of what of one model's results stands in no other table."""
-    both = [results[encoding] for encoding in ENCODINGS]
+    both = [results[encoding] for encoding in MEASURED_ENCODINGS]
     rows = [
         (words, [number_text(figures["universality"][name]) for figures in both])
         for name, words in (

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from sparc_hf.codes.code_table import ENCODINGS, CodeTable, check_streams, code_batches, code_columns, encode_features
+from sparc_hf.codes.code_table import CodeTable, check_streams, code_columns, codes_for_targets, encode_features
 from sparc_hf.codes.universality import latent_universality
 from sparc_hf.evaluation.count_figures import CountFigures
 from sparc_hf.evaluation.intervals import Figure, mean_figure, plain_figure, random_groups, share_figure, unit_sums
@@ -25,6 +25,7 @@ from sparc_hf.evaluation.probes import (
     probe_figures,
     stability_figures,
 )
+from sparc_hf.evaluation.results import MEASURED_ENCODINGS
 from sparc_hf.evaluation.retrieval import FAMILIES, model_ranks
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.checked_reading import Taxonomy, checked
@@ -134,7 +135,9 @@ def evaluate_model(
 
     Everything is measured twice: under joint encoding, in which every stream of a sample helps to choose the latents
     of the others (with global selection the counterpart is then partly given away), and under single-stream encoding,
-    in which each stream stands alone. With local selection the two are the same.
+    in which each stream stands alone. With local selection the two are the same. Of a model that imputes the missing
+    streams, what it reconstructs of another stream alone is decoded from the code of that stream's imputed rows, and
+    what it would be without imputing is measured too, as "single_ignoring" with headline and reconstruction only.
 
     Returns:
         An evaluation whose `results` hold "dataset", "rows", "model" (the settings that tell models apart), and for
@@ -165,13 +168,16 @@ def evaluate_model(
     }
     evaluation = Evaluation(results)
     try:
-        for encoding in ENCODINGS:
+        for encoding in MEASURED_ENCODINGS:
             if encoding == "single" and config.selection == "local":
                 results[encoding] = results["joint"]
                 evaluation.latent_figures[encoding] = evaluation.latent_figures["joint"]
                 continue
             figures, evaluation.latent_figures[encoding] = Measurements(model, features, encoding, settings).figures()
             results[encoding] = _json_ready(figures)
+        if model.imputation is not None and config.selection == "global":
+            ignoring = Measurements(model, features, "single_ignoring", settings)
+            results["single_ignoring"] = _json_ready(ignoring.main_figures())
     finally:
         model.train(training)
     return evaluation
@@ -183,7 +189,7 @@ class Measurements:
     Args:
         model: in eval mode.
         features: with the model's streams.
-        encoding: "joint" or "single".
+        encoding: as of `encode_features`.
         settings: how much is measured.
     """
 
@@ -241,7 +247,7 @@ class Measurements:
             universality={name: universality[name] for name in ("entropy", "cofires", "cofire_jaccard", "energy")},
             jaccard=() if self.labels is None else self.alignment["per_latent"],
         )
-        figures: dict[str, Any] = {"headline": self._headline(), "reconstruction": self._reconstruction()}
+        figures = self.main_figures()
         figures |= {"liveness": liveness, "universality": self._mean_universality(universality)}
         if self.labels is not None:
             live, depths = int(self.alignment["live"].sum()), list(range(len(self.alignment["mean"])))
@@ -260,6 +266,10 @@ class Measurements:
         if bridges := bridge_figures(self.model, self.codes):
             figures["bridge_own_share"] = bridges
         return figures, latent_figures
+
+    def main_figures(self) -> dict[str, Any]:
+        """Return "headline" and "reconstruction" alone."""
+        return {"headline": self._headline(), "reconstruction": self._reconstruction()}
 
     def _check_rows(self) -> None:
         for stream in self.streams:
@@ -332,14 +342,14 @@ def _encoded(
     tables: list[pa.Table] = []
     terms: dict[tuple[str, str], list[np.ndarray]] = {pair: [] for pair in itertools.product(streams, repeat=2)}
     sums = {name: np.zeros(size) for name, size in model.config.hidden_sizes.items()}
-    for batch, codes in code_batches(model, features, encoding, batch_size):
-        tables.append(code_columns(codes))
+    for batch, codes in codes_for_targets(model, features, encoding, batch_size, streams):
+        tables.append(code_columns({source: own[source] for source, own in codes.items()}))
         with torch.no_grad():
             for target, rows in model.normalize(batch).items():
                 original = rows.cpu().numpy()
                 sums[target] += original.sum(axis=0, dtype=np.float64)
                 for source in streams:
-                    decoded = model.decode(codes[source], to=target).float().cpu().numpy()
+                    decoded = model.decode(codes[source][target], to=target).float().cpu().numpy()
                     terms[target, source].append(row_terms(original, decoded))
     table = CodeTable(
         pa.concat_tables(tables).combine_chunks(), num_latents=model.config.num_latents, encoding=encoding

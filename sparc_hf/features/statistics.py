@@ -1,25 +1,15 @@
 """Mean and standard deviation of a stream, for models that standardise its rows."""
 
-from typing import Protocol
-
 import numpy as np
+
+from sparc_hf.features.batches import RowSource
 
 SAMPLE_ROWS = 100_000
 BLOCK_ROWS = 4096
 
 
-class StreamRows(Protocol):
-    """What this module needs to know of a feature dataset."""
-
-    def __len__(self) -> int: ...
-
-    def array(self, stream: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return rows of one stream, float32 [rows, hidden_size]."""
-        ...
-
-
 def standardization_of(
-    features: StreamRows, stream: str, sample_rows: int = SAMPLE_ROWS, per_channel: bool = False
+    features: RowSource, stream: str, sample_rows: int = SAMPLE_ROWS, per_channel: bool = False
 ) -> dict[str, float | list[float]]:
     """Return `mean` and `std` to standardise a stream by.
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from sparc_hf.codes.code_table import ENCODINGS
 from sparc_hf.evaluation.results import (
+    MEASURED_ENCODINGS,
     check_results,
     eval_results,
     figure_text,
@@ -126,7 +126,7 @@ def _write_picture(path: Path, results: Mapping[str, Any]) -> None:
     """Draw the reconstruction matrices of both encodings."""
     from sparc_hf.evaluation.plots import reconstruction_matrix
 
-    panels = {f"{encoding} encoding": results[encoding]["reconstruction"]["nmse"] for encoding in ENCODINGS}
+    panels = {f"{encoding} encoding": results[encoding]["reconstruction"]["nmse"] for encoding in MEASURED_ENCODINGS}
     figure = reconstruction_matrix(panels, "normalised squared error")
     with new_file(path) as file:
         figure.savefig(file, dpi=110, format="png", bbox_inches="tight")

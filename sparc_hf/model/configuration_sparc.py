@@ -8,8 +8,12 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .stream_record import LARGEST_FLOAT, LARGEST_SIZE, checked_stream_records
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Models with statistics for streams that are missing; all others are written as version 1, which older code reads.
+IMPUTATION_VERSION = 2
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# How a stream that stands alone is encoded, chosen on validation rows: docs/alignment.md has the figures.
+IMPUTATION_DEFAULTS = {"ridge": 0.003, "shared": 0.6, "own_weight": 2.0, "fit_steps": 1}
 # What transformers would let a config.json change of how a model is loaded, and no SparcModel has.
 FOREIGN_KEYS = (
     "attn_implementation",
@@ -45,7 +49,13 @@ class SparcConfig(PreTrainedConfig):
         objective: "sparc", or "usae" for Universal Sparse Autoencoders: batch norm after the encoder, a selection per
             stream, atoms brought to unit norm at use, no pre-biases. The paper has k 32, auxk N // 2, auxk_coef 0.1.
         distance: of the USAE objective, "l1" (mean absolute) or "l2" (mean squared).
-        format_version: version of the checkpoint format; a newer one than this package knows is refused.
+        imputation: where the model has statistics of its streams, by which it encodes rows that lack some of them, how
+            it does: `ridge` (of the regression, as a share of a stream's mean variance), `shared` (0 to 1: how far the
+            selection moves a given row towards what the other streams know of it), `own_weight` and `fit_steps` (the
+            weight of a code's own stream, those of all others being 1, where its values are fitted, and the steps of
+            that; 0 takes the mean of the streams' pre-activations). None, the default, has none.
+        format_version: version of the checkpoint format, 2 with `imputation` and 1 without; a newer one than this
+            package knows is refused.
         weights_sha256: in a config.json, the SHA-256 of each weight file saved with it, which loading compares; empty
             while they are being saved.
 
@@ -66,13 +76,17 @@ class SparcConfig(PreTrainedConfig):
     selection: Literal["global", "local"] = "global"
     objective: Literal["sparc", "usae"] = "sparc"
     distance: Literal["l1", "l2"] = "l1"
-    format_version: int = FORMAT_VERSION
+    imputation: dict | None = None
+    format_version: int = 1
     weights_sha256: dict | None = None
 
     def __post_init__(self, **kwargs: Any):
         self.streams = checked_stream_records(self.streams) if self.streams else []
         for record in self.streams:
             record.setdefault("normalize", "none")
+        if self.imputation is not None:
+            self.imputation = {**IMPUTATION_DEFAULTS, **self.imputation}
+            self.format_version = max(self.format_version, IMPUTATION_VERSION)
         self.check()
         super().__post_init__(**kwargs)
 
@@ -87,6 +101,8 @@ class SparcConfig(PreTrainedConfig):
             raise ValueError(
                 '`objective="usae"` selects latents in every stream alone; set `selection="local"` with it'
             )
+        if self.imputation is not None:
+            _check_imputation(self.imputation, self.objective)
         for field, least in (
             ("num_latents", 1),
             ("k", 1),
@@ -164,6 +180,24 @@ def _check_file(content: Any) -> None:
         # Only in Python may it be left out, for "none": a file that has lost it would give other codes.
         if isinstance(record, dict) and "normalize" not in record:
             raise ValueError(f"stream `{record.get('name')}` in config.json does not say its `normalize`")
+
+
+def _check_imputation(settings: dict, objective: str) -> None:
+    """Raise ValueError for settings of the imputation that it has not or cannot use."""
+    if objective == "usae":
+        raise ValueError(
+            '`objective="usae"` encodes every stream by itself, so that none is missing; leave `imputation` out'
+        )
+    if unknown := sorted(set(settings) - set(IMPUTATION_DEFAULTS)):
+        raise ValueError(f"`imputation` has {list(IMPUTATION_DEFAULTS)}, but not {unknown}")
+    most = {"shared": 1, "fit_steps": 100}
+    for field, value in settings.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= most.get(field, LARGEST_FLOAT) or (field == "fit_steps" and value % 1):
+            raise ValueError(
+                f"`{field}` of `imputation` must be {'an integer' if field == 'fit_steps' else 'a number'} from 0 to "
+                f"{most.get(field, LARGEST_FLOAT):g}, but it is {value!r}"
+            )
 
 
 SparcConfig.register_for_auto_class()

@@ -12,13 +12,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .configuration_sparc import SparcConfig
-from .normalization import FeatureStatistics, reject_missing_streams, reject_rows, reject_shape
+from .imputation import Imputation
+from .normalization import FeatureStatistics, normalized_rows, normalized_stream, reject_missing_streams
 from .outputs import SparcOutput, SparseCodes
 from .sparc_objective import SelectedStreams, SparcObjective
 from .sparse_ops import (
     GradientTerm,
     Selection,
-    normalize_rows,
     sparse_decode,
     unit_norm,
 )
@@ -31,6 +31,7 @@ from .weights import (
     reject_loading_faults,
     reject_unusable_numbers,
     stamps_of,
+    stays_float,
 )
 
 __all__ = ["SparcModel", "SparcOutput", "SparseCodes"]
@@ -63,6 +64,8 @@ class SparcModel(PreTrainedModel):
     config_class = SparcConfig
     base_model_prefix = "sparc"
     main_input_name = "features"
+    # A rounded covariance is none.
+    _keep_in_fp32_modules_strict = ("imputation",)  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, config: SparcConfig):
         super().__init__(config)
@@ -95,6 +98,7 @@ class SparcModel(PreTrainedModel):
             bias.requires_grad_(False)
         self.steps_since_fired = StepCounters(config.stream_names, latents)
         self.feature_statistics = FeatureStatistics(config)
+        self.imputation = None if config.imputation is None else Imputation(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -118,7 +122,7 @@ class SparcModel(PreTrainedModel):
         elif isinstance(module, StepCounters):
             for counter in module.buffers():
                 init.zeros_(counter)
-        elif isinstance(module, FeatureStatistics):
+        elif isinstance(module, FeatureStatistics | Imputation):
             module.fill()
 
     @classmethod
@@ -173,8 +177,11 @@ class SparcModel(PreTrainedModel):
             ValueError: where the weights are of several number types, which one config.json cannot say.
         """
         folder = Path(save_directory)
-        tensors = (kwargs.get("state_dict") or self.state_dict()).values()
-        if len(types := {str(value.dtype) for value in tensors if value.is_floating_point()}) > 1:
+        tensors = kwargs.get("state_dict") or self.state_dict()
+        floats = [
+            value.dtype for name, value in tensors.items() if value.is_floating_point() and not stays_float(name)
+        ]
+        if len(types := {str(dtype) for dtype in floats}) > 1:
             raise ValueError(f"a model is saved in one number type, but it has {sorted(types)}; call e.g. `float()`")
         before = stamps_of(folder)
         # Until its weights lie beside it, config.json says that they do not.
@@ -219,7 +226,7 @@ class SparcModel(PreTrainedModel):
         """
         if self.training:
             reject_missing_streams(features, self.config.stream_names)
-        rows = self._normalized_rows(features, reject_zero_rows=self.objective.rejects_zero_rows)
+        rows = normalized_rows(self, features, reject_zero_rows=self.objective.rejects_zero_rows)
         return self.objective.losses(rows, selection, new_step, source, selected)
 
     @torch.no_grad()
@@ -260,27 +267,95 @@ class SparcModel(PreTrainedModel):
     ) -> tuple[list[SelectedStreams], dict[str, SparseCodes]]:
         reject_missing_streams(features, self.config.stream_names)
         return cast(SparcObjective, self.objective).begin(
-            self._normalized_rows(features, reject_zero_rows=True), selection
+            normalized_rows(self, features, reject_zero_rows=True), selection
         )
 
-    def encode(self, features: Mapping[str, Tensor], selection: str | None = None) -> dict[str, SparseCodes]:
+    def encode(
+        self,
+        features: Mapping[str, Tensor],
+        selection: str | None = None,
+        *,
+        missing: str | None = None,
+        streams: Iterable[str] | None = None,
+    ) -> dict[str, SparseCodes]:
         """Encode any subset of the streams.
 
-        With global selection the given streams choose their latents together, so a stream's code depends on which
-        others are given; encode it alone for the code it has when it stands alone. The model stays as it is, in
-        training mode too: batch norms use the statistics they have kept, so that a code never depends on its batch.
+        With global selection all streams choose their latents together. Those that are not given are imputed where
+        the model has statistics of its streams (`config.imputation`): guessed by the conditional mean of what is
+        given, so that a stream alone selects nearly what it would with the others. Without, the given streams choose
+        by themselves. With local selection every stream chooses for itself, and nothing depends on the others.
+
+        The model stays as it is, in training mode too: batch norms use the statistics they have kept, so that a code
+        never depends on its batch.
 
         Args:
             features: stream -> raw feature rows, float [batch, hidden_size].
             selection: "global" or "local" in place of the config's.
+            missing: "impute" or "ignore" streams that are not given; by default "impute" where the model can.
+            streams: whose codes to return, by default those given. The code of a missing stream is that of its imputed
+                rows: decoded to that stream, it is the best guess of what is missing.
 
         Returns:
             stream -> SparseCodes with indices and values [batch, k].
 
         Raises:
-            ValueError: for unknown streams, wrong widths, an empty batch, or rows that hold NaN or infinity.
+            ValueError: for unknown streams, wrong widths, an empty batch, or rows that hold NaN or infinity; for
+                "impute", or `streams` that are not given, where the model has no statistics.
         """
-        return self.objective.encode(self._normalized_rows(features), selection)
+        rows = normalized_rows(self, features)
+        names = list(rows) if streams is None else self._known_streams(streams)
+        imputation = self._imputation_of(missing)
+        if absent := [name for name in names if name not in rows]:
+            if imputation is None:
+                raise ValueError(f"the features lack {absent}, and missing streams are not imputed")
+        elif imputation is None or len(rows) == len(self.config.stream_names):
+            codes = self.objective.encode(rows, selection)
+            return {name: codes[name] for name in names}
+        return cast(SparcObjective, self.objective).encode_incomplete(
+            rows, cast(Imputation, imputation), names, selection
+        )
+
+    def impute(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return normalised rows [batch, hidden_size] of all streams: those given, and the best linear guess of more.
+
+        Raises:
+            ValueError: as `encode`, and where the model has no statistics of its streams.
+        """
+        return cast(Imputation, self._imputation_of("impute")).complete(normalized_rows(self, features))
+
+    def set_imputation(self, mean: Tensor, covariance: Tensor, **settings: float) -> Imputation:
+        """Give the model statistics of its streams, by which it encodes rows that lack some of them.
+
+        Joint codes stay as they are.
+
+        Args:
+            mean: [D], of the normalised rows of all streams side by side, in order.
+            covariance: [D, D], of the same.
+            **settings: as `config.imputation`.
+
+        Returns:
+            The module that holds them, `imputation`; its `offsets` are 0.
+
+        Raises:
+            ValueError: for `objective="usae"`, settings that cannot be used, or other shapes.
+        """
+        changed = SparcConfig.from_dict({**self.config.to_dict(), "imputation": settings})
+        imputation = Imputation.of(changed, mean, covariance).to(self.device)
+        self.config.imputation, self.config.format_version = changed.imputation, changed.format_version
+        self.imputation = imputation
+        return imputation
+
+    def _imputation_of(self, missing: str | None) -> Imputation | None:
+        if missing not in (None, "impute", "ignore"):
+            raise ValueError(f'`missing` must be "impute" or "ignore", but it is {missing!r}')
+        if missing == "impute" and self.imputation is None:
+            raise ValueError(
+                "this model has no statistics of its streams to impute one by; make them with `sparc impute`"
+            )
+        return None if missing == "ignore" else self.imputation
+
+    def _known_streams(self, names: Iterable[str]) -> list[str]:
+        return [self.config.stream(name)["name"] for name in names]
 
     def preactivations(self, stream: str, features: Tensor, latents: Tensor) -> Tensor:
         """Return pre-activations of chosen latents, [batch, len(latents)], differentiable in the features.
@@ -296,7 +371,7 @@ class SparcModel(PreTrainedModel):
             ValueError: as `encode`.
         """
         self.config.stream(stream)
-        rows = self._normalized_stream(stream, features, reject_zero_rows=False)
+        rows = normalized_stream(self, stream, features, reject_zero_rows=False)
         return self.objective.preactivations(stream, rows, latents.to(self.device))
 
     def decode(self, codes: SparseCodes, to: str) -> Tensor:
@@ -317,7 +392,7 @@ class SparcModel(PreTrainedModel):
 
     def normalize(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the rows the losses are measured on: raw features normalised as the stream records say."""
-        return self._normalized_rows(features)
+        return normalized_rows(self, features)
 
     def dead_latents(self, stream: str) -> Tensor:
         """Return bool [N]: which latents have not fired in `stream` for more than `dead_after_steps` steps."""
@@ -369,41 +444,11 @@ class SparcModel(PreTrainedModel):
         threshold = float(self.config.dead_threshold)
         self.steps_since_fired.advance(micro_batches, threshold, new_step, self.counter_group)
 
-    def rows_at_once(self, arrays: int) -> int:
+    def rows_at_once(self, arrays: int, per_product: int = ROWS_PER_PRODUCT) -> int:
         """Return how many rows `arrays` arrays of N numbers a row have in the memory a model may take."""
         bytes_per_row = 4 * self.config.num_latents * arrays
-        most = ROWS_PER_PRODUCT if self.device.type == "cpu" else 2**31
+        most = per_product if self.device.type == "cpu" else 2**31
         return max(1, min(most, int(self.max_preactivation_mb * 2**20) // bytes_per_row))
-
-    def _normalized_rows(self, features: Mapping[str, Tensor], reject_zero_rows: bool = False) -> dict[str, Tensor]:
-        names = self.config.stream_names
-        if not isinstance(features, Mapping) or not features:
-            raise ValueError(f"`features` must map stream names to tensors, for at least one of the streams {names}")
-        if unknown := [name for name in features if name not in names]:
-            raise ValueError(f"unknown streams {unknown}; this model has the streams {names}")
-        rows = {}
-        for name in names:
-            if name in features:
-                rows[name] = self._normalized_stream(name, features[name], reject_zero_rows)
-        sizes = {name: value.shape[0] for name, value in rows.items()}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"all streams must have the same rows, but their batch sizes are {sizes}")
-        return rows
-
-    def _normalized_stream(self, name: str, raw: Tensor, reject_zero_rows: bool) -> Tensor:
-        record = self.config.stream(name)
-        reject_shape(raw, name, record["hidden_size"])
-        raw = raw.to(device=self.device, dtype=self.pre_bias[name].dtype)
-        # Reading a verdict back stalls a GPU, so training there leaves it to the loop, which watches the losses.
-        checked = raw.device.type == "cpu" or not self.training
-        # A sum is finite only where every value is, and takes one pass.
-        if checked and not raw.sum().isfinite():
-            reject_rows(~raw.isfinite().all(dim=-1), name, "NaN or infinite values")
-        # Statistics are float32, whatever the weights are.
-        rows = normalize_rows(raw, record["normalize"], self.feature_statistics.of(name)).to(raw.dtype)
-        if checked and reject_zero_rows:
-            reject_rows(~rows.any(dim=-1), name, "only zeros, so that its relative error is undefined")
-        return rows
 
     def _encoder(self, name: str) -> nn.Linear:
         return cast(nn.Linear, self.encoders[name])

@@ -1,6 +1,6 @@
 """What becomes of feature rows before they are encoded: unusable ones refused, and standardised streams."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_sparc import SparcConfig
+from .sparse_ops import normalize_rows
 
 
 def reject_missing_streams(features: Iterable[str], names: Iterable[str]) -> None:
@@ -35,6 +36,44 @@ def reject_rows(faulty: Tensor, name: str, fault: str) -> None:
             f"row {numbers[0]} of stream `{name}` holds {fault} ({len(numbers)} of {faulty.numel()} rows do); "
             "leave such rows out"
         )
+
+
+def normalized_rows(model: Any, features: Mapping[str, Tensor], reject_zero_rows: bool = False) -> dict[str, Tensor]:
+    """Return stream -> rows [batch, hidden_size] of a SparcModel, normalised as its records say, in their order.
+
+    Raises:
+        ValueError: for unknown streams, wrong widths, other numbers of rows, or rows that cannot be used.
+    """
+    names = model.config.stream_names
+    if not isinstance(features, Mapping) or not features:
+        raise ValueError(f"`features` must map stream names to tensors, for at least one of the streams {names}")
+    if unknown := [name for name in features if name not in names]:
+        raise ValueError(f"unknown streams {unknown}; this model has the streams {names}")
+    rows = {}
+    for name in names:
+        if name in features:
+            rows[name] = normalized_stream(model, name, features[name], reject_zero_rows)
+    sizes = {name: value.shape[0] for name, value in rows.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"all streams must have the same rows, but their batch sizes are {sizes}")
+    return rows
+
+
+def normalized_stream(model: Any, name: str, raw: Tensor, reject_zero_rows: bool) -> Tensor:
+    """Return the normalised rows of one stream; see `normalized_rows`."""
+    record = model.config.stream(name)
+    reject_shape(raw, name, record["hidden_size"])
+    raw = raw.to(device=model.device, dtype=model.pre_bias[name].dtype)
+    # Reading a verdict back stalls a GPU, so training there leaves it to the loop, which watches the losses.
+    checked = raw.device.type == "cpu" or not model.training
+    # A sum is finite only where every value is, and takes one pass.
+    if checked and not raw.sum().isfinite():
+        reject_rows(~raw.isfinite().all(dim=-1), name, "NaN or infinite values")
+    # Statistics are float32, whatever the weights are.
+    rows = normalize_rows(raw, record["normalize"], model.feature_statistics.of(name)).to(raw.dtype)
+    if checked and reject_zero_rows:
+        reject_rows(~rows.any(dim=-1), name, "only zeros, so that its relative error is undefined")
+    return rows
 
 
 class FeatureStatistics(nn.Module):

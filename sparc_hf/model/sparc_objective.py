@@ -7,8 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .imputation import Imputation, ValueFit
 from .outputs import SparcOutput, SparseCodes
-from .sparse_ops import GradientTerm, Selection, decode_errors, gather_preactivations, row_energy, top_k, unit_norm_
+from .sparse_ops import (
+    GradientTerm,
+    Selection,
+    decode_errors,
+    gather_preactivations,
+    row_energy,
+    sum_of,
+    top_k,
+    unit_norm_,
+)
 
 
 class StreamRows(NamedTuple):
@@ -47,6 +57,7 @@ class SparcObjective:
         rejects_zero_rows: whether a row of zeros has no loss.
         knows_dead_latents: whether the loss depends on which latents are dead, so that a step of several
             micro-batches has to `begin` with all of them.
+        selects_together: whether a stream's code depends on the other streams, so that a missing one is imputed.
 
     Args:
         model: a SparcModel; its parameters and settings are read, and its counters of steps advanced in training.
@@ -55,6 +66,7 @@ class SparcObjective:
     has_encoder_norm = False
     rejects_zero_rows = True  # its errors are relative
     knows_dead_latents = True
+    selects_together = True
 
     def __init__(self, model: Any):
         self.model = model
@@ -62,6 +74,34 @@ class SparcObjective:
     def encode(self, rows: Mapping[str, Tensor], selection: str | None) -> dict[str, SparseCodes]:
         """Return stream -> codes of normalised rows [batch, d]; nothing is counted."""
         return self.begin(rows, selection)[1]
+
+    def encode_incomplete(
+        self, rows: Mapping[str, Tensor], imputation: Imputation, names: Sequence[str], selection: str | None
+    ) -> dict[str, SparseCodes]:
+        """Return the codes of some streams where not all are given, the others imputed; nothing is counted.
+
+        All streams select together, as in `encode`, given rows moved towards what they share with the others. A code's
+        values start at the mean of the streams' pre-activations and are fitted to the rows of all (`fitted_values`).
+        """
+        streams = self._with_centered(imputation.complete(rows))
+        if (selection or self.model.config.selection) == "local":
+            return self._codes(
+                self._encoded(wanted := {name: streams[name] for name in names}, self._selected(wanted, "local"))
+            )
+        seen = self._with_centered({**imputation.complete(rows), **imputation.shared_rows(rows)})
+        chosen, latents, gathered = self._selected(seen, "global", imputation.offsets_of(rows))[0]
+        values = [self._with_gradient(name, seen[name], latents, gathered[at]) for at, name in enumerate(chosen)]
+        fit = ValueFit(
+            torch.stack(values).mean(dim=0).relu(),
+            {name: x.normalized - self.model.pre_bias[name] for name, x in streams.items()},
+            self.model.atoms,
+            latents,
+        )
+        steps, weight = imputation.settings["fit_steps"], imputation.settings["own_weight"]
+        return {
+            name: SparseCodes(latents.indices, fit.values_of(name, weight, steps), latents.num_latents)
+            for name in names
+        }
 
     def begin(
         self, rows: Mapping[str, Tensor], selection: str | None
@@ -106,6 +146,11 @@ class SparcObjective:
         encoder = self.model.encoders[stream]
         return F.linear(rows - self.model.pre_bias[stream], encoder.weight[latents], encoder.bias[latents])
 
+    def summed_preactivations(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum over streams of the pre-activations of normalised rows, [batch, N]."""
+        centered = self._with_centered(rows)
+        return sum_of([self._preactivations(name, x.centered) for name, x in centered.items()])
+
     def unit_atoms(self, stream: str) -> Tensor:
         """Return a stream's atoms of unit norm [N, d], which these stay: `prepare_atoms_for_step` sees to it."""
         return self.model.atoms[stream]
@@ -127,8 +172,10 @@ class SparcObjective:
             for name, value in zip(names, values.unbind(), strict=True)
         }
 
-    def _selected(self, rows: Mapping[str, StreamRows], selection: str | None) -> list[SelectedStreams]:
-        """Select the latents of normalised rows.
+    def _selected(
+        self, rows: Mapping[str, StreamRows], selection: str | None, offsets: Tensor | None = None
+    ) -> list[SelectedStreams]:
+        """Select the latents of normalised rows, by their summed pre-activations plus `offsets` [N].
 
         The pre-activations, the one dense product of a step, are made outside the graph, for as many rows at a time
         as `max_preactivation_mb` holds. A selection concerns one row, so blocks of rows change nothing.
@@ -140,11 +187,11 @@ class SparcObjective:
         at_once = self.model.rows_at_once(len(rows) + 1)  # and their sum
         blocks = zip(*(value.centered.split(at_once) for value in rows.values()), strict=True)
         scratch = self._scratch(rows, at_once)
-        found = [self._select(dict(zip(rows, block, strict=True)), groups, scratch) for block in blocks]
+        of_blocks = [self._select(dict(zip(rows, block, strict=True)), groups, scratch, offsets) for block in blocks]
         selected = []
-        for names, parts in zip(groups, zip(*found, strict=True), strict=True):
-            shared = self._joined([indices for indices, _ in parts])
-            selected.append(SelectedStreams(names, shared, torch.cat([values for _, values in parts], dim=1)))
+        for names, of_group in zip(groups, zip(*of_blocks, strict=True), strict=True):
+            shared = self._joined([indices for indices, _ in of_group])
+            selected.append(SelectedStreams(names, shared, torch.cat([values for _, values in of_group], dim=1)))
         return selected
 
     def _encoded(self, rows: Mapping[str, StreamRows], selected: Sequence[SelectedStreams]) -> list[EncodedStreams]:
@@ -170,11 +217,21 @@ class SparcObjective:
 
     @torch.no_grad()
     def _select(
-        self, centered: Mapping[str, Tensor], groups: Sequence[list[str]], scratch: Mapping[str, Tensor]
+        self,
+        centered: Mapping[str, Tensor],
+        groups: Sequence[list[str]],
+        scratch: Mapping[str, Tensor],
+        offsets: Tensor | None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Return, per group, the latents [batch, k] and the streams' pre-activations there [streams, batch, k]."""
         dense = {name: self._preactivations(name, value, scratch.get(name)) for name, value in centered.items()}
-        return [top_k([dense[name] for name in names], self.model.config.k) for names in groups]
+        if offsets is None:
+            return [top_k([dense[name] for name in names], self.model.config.k) for names in groups]
+        # One more addend would be one more array; the first stream carries it, and gives it back.
+        next(iter(dense.values())).add_(offsets)
+        indices, gathered = top_k(list(dense.values()), self.model.config.k)
+        gathered[0] -= offsets[indices]
+        return [(indices, gathered)]
 
     def _preactivations(self, name: str, centered: Tensor, scratch: Tensor | None = None) -> Tensor:
         weight, bias = self.model.encoders[name].weight, self.model.encoders[name].bias

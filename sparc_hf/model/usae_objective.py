@@ -25,6 +25,7 @@ class UsaeObjective:
         rejects_zero_rows: whether a row of zeros has no loss.
         knows_dead_latents: whether the loss depends on which latents are dead, so that a step of several
             micro-batches has to `begin` with all of them.
+        selects_together: whether a stream's code depends on the other streams, so that a missing one is imputed.
 
     Args:
         model: a SparcModel; its parameters and settings are read, and its counters of steps and batch norms advanced
@@ -34,6 +35,7 @@ class UsaeObjective:
     has_encoder_norm = True
     rejects_zero_rows = False  # its errors are absolute
     knows_dead_latents = False
+    selects_together = False
 
     def __init__(self, model: Any):
         self.model = model

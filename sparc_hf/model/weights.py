@@ -85,10 +85,11 @@ class WeightFiles:
     def _check_tensors(self, model: nn.Module, dtype: str) -> None:
         expected, found = model.state_dict(), self._headers()
         shared = sorted(found.keys() & expected.keys())
-        floats = {found[name][1] for name in shared if expected[name].is_floating_point()}
+        floats = {found[name][1] for name in shared if expected[name].is_floating_point() and not stays_float(name)}
         # A config that does not say its number type has weights of any one.
         number_type = NUMBER_TYPES.get(dtype) or min(floats & set(NUMBER_TYPES.values()), default="F32")
         kinds = {name: number_type if expected[name].is_floating_point() else "I64" for name in shared}
+        kinds |= {name: "F32" for name in shared if stays_float(name)}
         faults = {
             "missing_keys": sorted(expected.keys() - found.keys()),
             "unexpected_keys": sorted(found.keys() - expected.keys()),
@@ -128,6 +129,11 @@ def reject_unusable_numbers(model: nn.Module) -> None:
             raise ValueError(f"the weights hold NaN or infinite numbers, in `{name}`; this model was spoilt")
         if name.endswith(".running_var") and least < 0:
             raise ValueError(f"the weights hold a variance below 0, in `{name}`; this model was spoilt")
+
+
+def stays_float(name: str) -> bool:
+    """Return whether a tensor of a model is float32 whatever number type its weights have."""
+    return name.startswith("imputation.")
 
 
 def stamps_of(folder: Path) -> Stamps:

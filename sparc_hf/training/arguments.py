@@ -34,6 +34,7 @@ TRAJECTORY_FIELDS = (
     "mixed_precision",
     "center",
     "reinitialize_every",
+    "impute",
     "seed",
 )
 CHOICES = {
@@ -121,6 +122,11 @@ class SparcTrainingArguments:
         "Start the pre-biases at the mean of the training rows instead of 0 as the paper's code.", False
     )
     reinitialize_every: int = flag("Steps between re-initialisations of dead latents; 0 turns them off.", 100)
+    impute: bool = flag(
+        "Measure mean and covariance of the streams at the end, by which the model encodes rows that lack some of "
+        "them (objective sparc).",
+        True,
+    )
     seed: int = flag("Seed of the initial weights, the row order and the re-initialisations.", 0)
 
     checkpoint_every: int = flag("Steps between checkpoints; 0 saves one only when the run is stopped.", 1000)
@@ -164,6 +170,11 @@ class SparcTrainingArguments:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values."""
         return asdict(self)
+
+    def scalars(self) -> dict[str, int | float | str]:
+        """Return the settings as trackers take them, which is scalars and text only."""
+        settings = vars(self).items()
+        return {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings}
 
     def model_settings(self) -> dict[str, Any]:
         """Return the fields that SparcConfig has too."""

@@ -30,6 +30,7 @@ from sparc_hf.model_folder import LOG_FILE, SETTINGS_FILE, claimed_run, cut_log,
 from sparc_hf.training.arguments import SparcTrainingArguments
 from sparc_hf.training.checkpoints import Checkpoints
 from sparc_hf.training.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
+from sparc_hf.training.imputation import add_imputation
 from sparc_hf.training.learning_rate import ScheduleAfterUpdate, schedule_of
 from sparc_hf.training.loss_sums import LossSums
 from sparc_hf.training.optimizer import SparcAdam, UsaeAdamW, add_up_terms
@@ -210,7 +211,7 @@ class SparcTrainer:
             self._resume()
         if self.accelerator.is_main_process:
             cut_log(self.run.folder / LOG_FILE, self.step)
-        self.accelerator.init_trackers("sparc", config=_tracker_settings(self.args))
+        self.accelerator.init_trackers("sparc", config=self.args.scalars())
         with self._signals, self._progress_bar() as self._bar:
             self._clock, self._rows_since = time.perf_counter(), 0
             first_epoch = self.step // max(len(self.batches), 1)
@@ -223,9 +224,11 @@ class SparcTrainer:
                     self._train_step(share, self.batches.global_batch_rows(self.step - epoch * len(self.batches)))
                     self._after_step(epoch)
                 self._report(self._evaluate(), epoch)
-        self.accelerator.end_training()
+        if self.args.impute and self.model.objective.selects_together and len(self.streams) > 1 and self.rows > 1:
+            add_imputation(self.model.eval(), self.batches.features, rank=self.rank, world_size=self.world_size)
         self._save_model(complete)
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()  # after which processes cannot wait for each other
 
     def _begin(self) -> None:
         """Make the run's folder ready, unless another process was there since this one looked."""
@@ -453,8 +456,3 @@ class SparcTrainer:
         # A log file gets a line now and then instead of ten a second.
         interval = 0.1 if sys.stderr.isatty() else 10.0
         return tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", mininterval=interval)
-
-
-def _tracker_settings(args: SparcTrainingArguments) -> dict[str, Any]:
-    # Trackers take scalars and text only.
-    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in vars(args).items()}

@@ -1,7 +1,7 @@
 """Search for latents: exact name, then name, label, word; and why."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparc_hf.codes.concept_search import ConceptSearch
@@ -85,6 +85,7 @@ def test_what_is_meant_by_a_name():
         ConceptSearch([concept(7, None)]).named("zebra")
 
 
+@example(names=["1", "1-"], labels=[], query="1")
 @given(names=st.lists(st.none() | WORDS, min_size=1, max_size=6), labels=st.lists(WORDS, max_size=3), query=WORDS)
 def test_every_match_holds_every_word_and_every_name_finds_itself(names, labels, query):
     concepts = [concept(at, name, labels=[(label, 1.0) for label in labels]) for at, name in enumerate(names)]

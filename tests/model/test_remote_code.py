@@ -51,8 +51,12 @@ def clean_environment(tmp_path):
     return link_libraries(tmp_path / "site", ["torch", "transformers", "safetensors", "numpy"])
 
 
-def test_remote_code_gives_the_packages_numbers(tmp_path, clean_environment):
+@pytest.mark.parametrize("imputes", [False, True])
+def test_remote_code_gives_the_packages_numbers(tmp_path, clean_environment, imputes):
     model = tiny_model(3)
+    if imputes:
+        rows = torch.cat(list(random_features(model, 100).values()), dim=1)
+        model.set_imputation(rows.mean(dim=0), rows.T.cov())
     model.save_pretrained(tmp_path / "model")
     features = random_features(model)
     torch.save(features, tmp_path / "inputs.pt")
@@ -108,8 +112,8 @@ def test_a_newer_format_is_refused_and_an_unknown_key_is_not(tmp_path):
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | {"a_later_field": 3}))
     assert SparcModel.from_pretrained(tmp_path).config.a_later_field == 3
-    (tmp_path / "config.json").write_text(json.dumps(content | {"format_version": 2}))
-    with pytest.raises(ValueError, match="`format_version` 2"):
+    (tmp_path / "config.json").write_text(json.dumps(content | {"format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(ValueError, match=f"`format_version` {FORMAT_VERSION + 1}"):
         SparcModel.from_pretrained(tmp_path)
 
 

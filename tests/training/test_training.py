@@ -198,8 +198,7 @@ def test_several_processes_equal_one(tmp_path, planted_folder, script, processes
         env=environment(ACCELERATE_USE_CPU="true"),
         capture_output=True,
     )
-    # Some launchers abort after all work is done (a gloo teardown), so the written model is the verdict.
-    assert (tmp_path / "two" / "model.safetensors").exists(), result.stderr.decode()[-3000:]
+    assert result.returncode == 0, result.stderr.decode()[-3000:]
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key in mine:
         torch.testing.assert_close(mine[key], theirs[key], rtol=1e-5, atol=1e-5)

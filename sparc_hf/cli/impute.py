@@ -1,0 +1,42 @@
+"""`sparc impute`: give an existing model the statistics by which it encodes rows that lack some of its streams."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class ImputeArguments:
+    """Flags of `sparc impute`."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of the model."})
+    features: str = field(metadata={"help": "Folder of the feature dataset it was trained on; it is read once."})
+    output: str = field(metadata={"help": "Folder for the model that has them; it may be that of the model itself."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a model that is in the output folder."})
+    no_verify: bool = field(default=False, metadata={"help": "Do not compare features with their checksums."})
+
+
+def run_impute(args: Any) -> dict[str, Any]:
+    from sparc_hf.features.dataset import FeatureDataset
+    from sparc_hf.files.output_folder import check_output_folder
+    from sparc_hf.hub.cards import write_model_card
+    from sparc_hf.model.modeling_sparc import SparcModel
+    from sparc_hf.model_folder import KEPT_WITH_SAME_CODES, holds_model, read_settings, save_model
+    from sparc_hf.training.imputation import add_imputation
+
+    check_output_folder(args.output)
+    source, output = Path(args.model), Path(args.output)
+    if holds_model(output) and not args.overwrite:
+        raise ValueError(f"{output} already holds a model; replace it with --overwrite, or choose another --output")
+    model = SparcModel.from_pretrained(args.model).eval()
+    imputation = add_imputation(model, FeatureDataset.load(args.features, verify=not args.no_verify))
+
+    def complete(folder: Path) -> None:
+        for name in KEPT_WITH_SAME_CODES:
+            if (source / name).is_file():
+                shutil.copy2(source / name, folder / name)
+        write_model_card(folder, settings=read_settings(folder), title=output.resolve().name, repo=args.output)
+
+    save_model(model, output, complete)
+    return {"model": args.output, "streams": model.config.stream_names, "imputation": imputation.settings}

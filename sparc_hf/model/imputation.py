@@ -1,0 +1,230 @@
+"""Streams that are missing, guessed from those that are given by the conditional mean of a Gaussian."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_sparc import SparcConfig
+from .sparse_ops import Selection, dots_with_atoms, gather_preactivations, row_energy, sparse_decode
+
+# Of a fit of values, as a share of the weights: atoms of one code overlap, and what they share is split among them.
+FIT_RIDGE = 0.1
+
+
+class Guess(NamedTuple):
+    """What given streams M say of missing ones T, as linear maps of x_M - m_M.
+
+    Attributes:
+        missing: [d_M, d_T], to x^_T - m_T.
+        shared: [d_M, d_M], to the part of x_M - m_M that the other streams, given or guessed, know of too.
+    """
+
+    missing: Tensor
+    shared: Tensor
+
+
+class Imputation(nn.Module):
+    """Mean and covariance of all streams' normalised rows side by side, and what they say of a stream that is missing.
+
+    With mean m and covariance C of the training rows, and for given streams M and missing streams T,
+
+        x^_T = m_T + C_TM (C_MM + R)^-1 (x_M - m_M)
+
+    is the best linear guess, where R is diagonal and holds, for each stream, `ridge` times its mean variance.
+    Everything is linear, so the pre-activations of x^_T are the best linear guess of those that are missing.
+
+    Buffers, which stay float32 whatever the weights are: `mean` [D] and `covariance` [D, D], with D the sum of the
+    streams' widths, and `offsets` [streams, N], added to the summed pre-activations where that stream alone is given.
+
+    Args:
+        config: of the model; its `imputation` is not None.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    offsets: Tensor
+
+    def __init__(self, config: SparcConfig):
+        super().__init__()
+        self.sizes = config.hidden_sizes
+        ends = itertools.accumulate(self.sizes.values())
+        self._columns = {
+            name: slice(end - size, end) for (name, size), end in zip(self.sizes.items(), ends, strict=True)
+        }
+        self.settings: dict[str, Any] = dict(config.imputation or {})
+        width = sum(self.sizes.values())
+        self.register_buffer("mean", torch.empty(width))
+        self.register_buffer("covariance", torch.empty(width, width))
+        self.register_buffer("offsets", torch.empty(len(self.sizes), config.num_latents))
+        self._guesses: dict[Any, Guess] = {}
+
+    @classmethod
+    def of(cls, config: SparcConfig, mean: Tensor, covariance: Tensor) -> "Imputation":
+        """Make one of measured statistics, without offsets; ValueError where they are of other widths."""
+        made = cls(config)
+        for name, statistic in {"mean": mean, "covariance": covariance}.items():
+            expected = getattr(made, name).shape
+            if statistic.shape != expected:
+                raise ValueError(
+                    f"the {name} of streams {config.hidden_sizes} must be {list(expected)}, but it is "
+                    f"{list(statistic.shape)}"
+                )
+        with torch.no_grad():
+            made.fill()
+            made.mean.copy_(mean)
+            made.covariance.copy_(covariance)
+        return made
+
+    def fill(self) -> None:
+        """Start with streams that say nothing of each other."""
+        init.zeros_(self.mean)
+        init.copy_(self.covariance, torch.eye(len(self.mean), device=self.mean.device))
+        init.zeros_(self.offsets)
+
+    def complete(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the rows of all streams, [batch, d] each: those given as they are, the others guessed."""
+        missing = [name for name in self.sizes if name not in rows]
+        if not missing:
+            return {name: rows[name] for name in self.sizes}
+        centered = self._centered(rows)
+        guessed = (centered @ self._guess(rows).missing).split([self.sizes[name] for name in missing], dim=1)
+        like = next(iter(rows.values()))
+        filled = {
+            name: (part + self._mean_of(name)).to(like.dtype) for name, part in zip(missing, guessed, strict=True)
+        }
+        return {name: rows[name] if name in rows else filled[name] for name in self.sizes}
+
+    def shared_rows(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return given rows moved by the setting `shared` towards what the other streams know of them too.
+
+        A given row has what no other stream could say, and a guessed row has not: left as it is, the first would win
+        most of a selection that all streams are to share.
+        """
+        share = self.settings["shared"]
+        centered = self._centered(rows)
+        known = (centered @ self._guess(rows).shared).split([self.sizes[name] for name in self._given(rows)], dim=1)
+        return {
+            name: torch.lerp(rows[name].float(), part + self._mean_of(name), share).to(rows[name].dtype)
+            for name, part in zip(self._given(rows), known, strict=True)
+        }
+
+    def offsets_of(self, rows: Mapping[str, Tensor]) -> Tensor | None:
+        """Return [N] to add to the summed pre-activations, where one stream alone is given and has offsets."""
+        if len(rows) != 1 or len(self.sizes) == 1:
+            return None
+        return self.offsets[list(self.sizes).index(next(iter(rows)))]
+
+    def _given(self, rows: Mapping[str, Tensor]) -> list[str]:
+        return [name for name in self.sizes if name in rows]
+
+    def _mean_of(self, name: str) -> Tensor:
+        return self.mean[self._columns[name]]
+
+    def _centered(self, rows: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([rows[name].float() - self._mean_of(name) for name in self._given(rows)], dim=1)
+
+    def _guess(self, rows: Mapping[str, Tensor]) -> Guess:
+        """Return the maps of a set of given streams, solved once for each."""
+        given = self._given(rows)
+        # In-place changes of a buffer, such as loading weights into it, count up its version.
+        key = (*given, self.mean.device, self.covariance._version)
+        if key not in self._guesses:
+            self._guesses = {other: guess for other, guess in self._guesses.items() if other[-2:] == key[-2:]}
+            # float64, which some accelerators lack.
+            covariance = self.covariance.detach().cpu().double()
+            missing = [name for name in self.sizes if name not in given]
+            to_missing = self._regression(covariance, given, missing)
+            device = self.mean.device
+            self._guesses[key] = Guess(
+                to_missing.to(device, torch.float32),
+                self._round_trip(covariance, given, missing, to_missing).to(device, torch.float32),
+            )
+        return self._guesses[key]
+
+    def _round_trip(self, covariance: Tensor, given: list[str], missing: list[str], to_missing: Tensor) -> Tensor:
+        """Return [d_M, d_M]: each given stream's row guessed from all other rows, the missing ones' guessed before."""
+        complete = torch.cat([torch.eye(to_missing.shape[0], dtype=to_missing.dtype), to_missing], dim=1)
+        names = [*given, *missing]
+        parts = dict(zip(names, complete.split([self.sizes[name] for name in names], dim=1), strict=True))
+        columns = []
+        for name in given:
+            others = [other for other in names if other != name]
+            columns.append(
+                torch.cat([parts[other] for other in others], dim=1) @ self._regression(covariance, others, [name])
+            )
+        return torch.cat(columns, dim=1)
+
+    def _regression(self, covariance: Tensor, given: list[str], wanted: list[str]) -> Tensor:
+        """Return (C_MM + R)^-1 C_MT, [d_M, d_T], in float64."""
+        if not wanted:
+            return covariance.new_zeros(sum(self.sizes[name] for name in given), 0)
+        among = torch.cat([covariance[self._columns[name]] for name in given])
+        within = torch.cat([among[:, self._columns[name]] for name in given], dim=1)
+        variances = [covariance.diagonal()[self._columns[name]].mean().expand(self.sizes[name]) for name in given]
+        within.diagonal().add_(self.settings["ridge"] * torch.cat(variances))
+        across = torch.cat([among[:, self._columns[name]] for name in wanted], dim=1)
+        factor, fault = torch.linalg.cholesky_ex(within)
+        if fault:  # fewer rows than channels, and no ridge
+            return torch.linalg.pinv(within, hermitian=True) @ across
+        return torch.cholesky_solve(across, factor)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Imputation":
+        # They stay float32 with weights of any number type: rounded, a covariance is none.
+        for name, buffer in self.named_buffers():
+            moved = fn(buffer)
+            setattr(self, name, moved if buffer.is_meta else buffer.to(moved.device))
+        self._guesses = {}
+        return self
+
+
+class ValueFit:
+    """Values of a selection that reconstruct the rows of all streams better than those it starts from.
+
+    Each step goes down the gradient g of sum_t w_t (|D_t^T z + b_t - x_t|^2 + ridge |z|^2) to where that is least
+    along it, |g|^2 / sum_t w_t (|D_t^T g|^2 + ridge |g|^2) away.
+
+    Args:
+        start: z, [batch, k].
+        centered: stream t -> x_t - b_t, [batch, d].
+        atoms: stream t -> D_t, [N, d].
+        selection: the latents of each row.
+    """
+
+    def __init__(
+        self, start: Tensor, centered: Mapping[str, Tensor], atoms: Mapping[str, Tensor], selection: Selection
+    ):
+        self._start, self._centered, self._atoms, self._selection = start, centered, atoms, selection
+        # The first step of every stream's fit begins with these.
+        self._first = self._products(start)
+
+    def values_of(self, stream: str, own_weight: float, steps: int) -> Tensor:
+        """Return values [batch, k], never negative, with w_t `own_weight` for a stream and 1 for all others."""
+        weights = {name: own_weight if name == stream else 1.0 for name in self._centered}
+        values, ridge = self._start, FIT_RIDGE * sum(weights.values())
+        for step in range(int(steps)):
+            products = self._products(values) if step else self._first
+            downhill = sum(weight * products[name] for name, weight in weights.items()) - ridge * values
+            curvature = ridge * downhill.square().sum(dim=1)
+            for name, weight in weights.items():
+                curvature = curvature + weight * row_energy(
+                    sparse_decode(downhill, self._atoms[name], self._selection)
+                )
+            length = downhill.square().sum(dim=1) / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
+            values = values + length.unsqueeze(1) * downhill
+        return values.relu()
+
+    def _products(self, values: Tensor) -> dict[str, Tensor]:
+        """Return stream -> [batch, k], the products of what values leave over with the stream's atoms."""
+        products = {}
+        for name, rows in self._centered.items():
+            atoms = self._atoms[name]
+            left = rows - sparse_decode(values, atoms, self._selection)
+            dots = dots_with_atoms(self._selection.indices, atoms.detach(), left.detach())
+            zero = atoms.new_zeros(())
+            bias, pre_bias = zero.expand(len(atoms)), zero.expand(atoms.shape[1])
+            products[name] = gather_preactivations(left, atoms, bias, pre_bias, left.detach(), dots, self._selection)
+        return products
