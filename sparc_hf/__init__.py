@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sparc_hf.model.outputs import SparcOutput, SparseCodes
     from sparc_hf.pipeline import SparcPipeline
     from sparc_hf.training.arguments import SparcTrainingArguments
+    from sparc_hf.training.imputation import add_imputation
     from sparc_hf.training.trainer import SparcTrainer, train
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "StreamedBatches",
     "TopSamples",
     "__version__",
+    "add_imputation",
     "encode_features",
     "evaluate_model",
     "evaluate_models",
@@ -102,6 +104,7 @@ __getattr__, __dir__ = lazy_names(
         "SparcOutput": "model.outputs",
         "SparcPipeline": "pipeline",
         "SparcTrainer": "training.trainer",
+        "add_imputation": "training.imputation",
         "SparcTrainingArguments": "training.arguments",
         "SparseCodes": "model.outputs",
         "StreamEncoder": "encoders.stream_encoder",

@@ -7,6 +7,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "SparcTrainer": "trainer",
         "SparcTrainingArguments": "arguments",
+        "add_imputation": "imputation",
         "train": "trainer",
     },
 )
