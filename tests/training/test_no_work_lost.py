@@ -317,8 +317,7 @@ def test_two_processes_equal_one(dataset, streams, tmp_path):
             capture_output=True,
             text=True,
         )
-        # Some launchers abort after all work is done (a gloo teardown), so the written dataset is the verdict.
-        assert (tmp_path / name).exists(), result.stderr[-3000:]
+        assert result.returncode == 0, result.stderr[-3000:]
         assert json.loads(result.stdout)["rows"] == ROWS
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 

@@ -110,7 +110,7 @@ def test_two_processes_equal_one(tmp_path, planted_folder):
         env=environment(ACCELERATE_USE_CPU="true"),
         capture_output=True,
     )
-    assert (tmp_path / "two" / "model.safetensors").exists(), done.stderr.decode()[-3000:]
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key in mine:
         # The bias before a batch norm has no gradient but rounding, which Adam enlarges, and the mean follows it.
