@@ -33,6 +33,7 @@ from sparc_hf.training.learning_rate import ScheduleAfterUpdate, schedule_of
 from sparc_hf.training.loss_sums import LossSums
 from sparc_hf.training.optimizer import SparcAdam, UsaeAdamW, add_up_terms
 from sparc_hf.training.random_numbers import seeded
+from sparc_hf.training.rare_latents import RareLatentPush
 from sparc_hf.training.rows import center_pre_biases, random_split, records_of
 from sparc_hf.training.step_kernel import built_library, load_step_kernel
 from sparc_hf.training.stop_signals import StopSignals
@@ -147,11 +148,14 @@ class SparcTrainer:
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.is_usae = args.objective == "usae"
         adam = (
-            UsaeAdamW(self.model, args.learning_rate, args.weight_decay)
+            UsaeAdamW(self.model, args.learning_rate, args.weight_decay, args.adam_beta2)
             if self.is_usae
-            else SparcAdam(self.model, args.learning_rate)
+            else SparcAdam(self.model, args.learning_rate, args.adam_beta2)
         )
         self._adam = adam
+        self._push = None
+        if args.rare_latent_push and isinstance(adam, SparcAdam):
+            self._push = RareLatentPush(adam, args.rare_latent_push, args.rare_latent_share)
         self.optimizer = self.accelerator.prepare_optimizer(adam)
         self.total_steps = len(self.batches) * args.epochs
         if not self.is_usae and self._takes_terms():
@@ -258,6 +262,8 @@ class SparcTrainer:
         if self.args.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
+        if self._push is not None:
+            self._push.apply(rows_of_step, self.world_size)
         if isinstance(self.scheduler, ScheduleAfterUpdate):
             self.scheduler.count_update(self.config.stream_names.index(source["source"]) if source else None)
         self.scheduler.step()
@@ -279,6 +285,8 @@ class SparcTrainer:
             output = self.model(self._on_device(rows), new_step=number == 0, selected=selected.pop(0), **source)
             weight = len(next(iter(rows.values()))) / rows_of_step
             self._sums.add(output.loss, output.losses, weight)
+            if self._push is not None:
+                self._push.add(output.codes)
             if number == pieces - 1:
                 self._check_signals(at_once=self.accelerator.device.type == "cpu")
             self.accelerator.backward(output.loss * weight)
