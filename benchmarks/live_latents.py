@@ -37,6 +37,7 @@ VARIANTS = {
     "second moment, decay": BETA2 | DECAY,
     "second moment, push": BETA2 | PUSH,
     "all three": BETA2 | DECAY | PUSH,
+    "all three from 3e-3": BETA2 | DECAY | PUSH | {"learning_rate": 3e-3},
 }
 # Caption streams as in docs/performance.md, from zero pre-biases; the paper's sizes would take hours here.
 CAPTIONS = {"k": 32, "auxk": 32, "batch_size": 256, "learning_rate": 1e-3, "epochs": 20}

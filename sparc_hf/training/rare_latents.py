@@ -66,6 +66,8 @@ class RareLatentPush:
         for at, name in enumerate(self.config.stream_names):
             bias = self.adam.model.get_parameter(f"encoders.{name}.bias")
             state = self.adam.state[bias]
+            if not state:  # of a first step that was left out, as half precision may; Adam has yet to fill it
+                return
             if "selection_rate" not in state:
                 state["selection_rate"] = torch.full_like(bias, mean_rate)
             rates = state["selection_rate"]

@@ -8,7 +8,7 @@ from conftest import ROOT, planted_features
 from sparc_hf.training.arguments import SparcTrainingArguments
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from live_latents import CAPTIONS, COLUMNS, SETTINGS, VARIANTS, figures_of_run, table_line  # noqa: E402
+from live_latents import CAPTIONS, COLUMNS, SETTINGS, VARIANTS, figures_of_run, table_line
 
 
 def test_settings_are_known_to_training():

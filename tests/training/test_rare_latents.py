@@ -69,12 +69,17 @@ def test_both_objectives_have_the_second_moment_asked_for(tmp_path, planted_fold
             assert trainer._push is None
 
 
-def pushed_model(selection: str = "global") -> tuple[SparcAdam, RareLatentPush, dict[str, SparseCodes]]:
+def pushed_model(
+    selection: str = "global", stepped: bool = True
+) -> tuple[SparcAdam, RareLatentPush, dict[str, SparseCodes]]:
     """Two streams of eight latents, of which rows select the first three."""
     model = tiny_model(2, num_latents=8, k=2, auxk=2, selection=selection)
+    adam = SparcAdam(model, lr=1e-3)
     for encoder in model.encoders.values():
         encoder.bias.data.zero_()
-    adam = SparcAdam(model, lr=1e-3)
+        encoder.bias.grad = torch.zeros(8)
+    if stepped:
+        adam.step()
     indices = torch.tensor([[0, 1], [0, 2], [0, 1], [0, 1]])
     values = {name: torch.arange(1.0, 9).view(4, 2) * scale for scale, name in enumerate(model.config.stream_names, 1)}
     codes = {name: SparseCodes(indices, value, 8) for name, value in values.items()}
@@ -119,6 +124,17 @@ def test_parts_of_a_step_count_as_the_whole():
         assert theirs.max() > 0
     with pytest.raises(ValueError, match="`add` the codes"):
         push.apply(4)
+
+
+def test_a_first_step_that_was_left_out_leaves_the_optimizer_to_begin():
+    adam, push, codes = pushed_model(stepped=False)
+    push.add(codes)
+    push.apply(4)
+    adam.step()
+    push.add(codes)
+    push.apply(4)
+    state = adam.state[adam.model.encoders[next(iter(codes))].bias]
+    assert state.keys() == {"step", "exp_avg", "exp_avg_sq", "selection_rate"}
 
 
 def test_a_latent_that_no_row_selects_is_brought_back(tmp_path, planted_folder, monkeypatch):
