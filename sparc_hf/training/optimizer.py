@@ -8,6 +8,7 @@ import torch
 
 from sparc_hf.model.modeling_sparc import SparcModel
 from sparc_hf.model.sparse_ops import GradientTerm, compiled_ops, unit_norm_
+from sparc_hf.training.arguments import SparcTrainingArguments
 
 
 class SparcAdam(torch.optim.Adam):
@@ -115,6 +116,13 @@ class UsaeAdamW(torch.optim.AdamW):
         finally:
             for parameter in others:
                 parameter.requires_grad_(True)
+
+
+def optimizer_of(args: SparcTrainingArguments, model: SparcModel) -> SparcAdam | UsaeAdamW:
+    """Return the optimizer of a run: Adam with the objective's way of stepping."""
+    if args.objective == "usae":
+        return UsaeAdamW(model, args.learning_rate, args.weight_decay, args.adam_beta2)
+    return SparcAdam(model, args.learning_rate, args.adam_beta2)
 
 
 def add_up_terms(model: SparcModel) -> None:

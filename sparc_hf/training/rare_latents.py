@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sparc_hf.model.modeling_sparc import SparcModel
 from sparc_hf.model.outputs import SparseCodes
-from sparc_hf.training.optimizer import SparcAdam
 
 # Rows over which the running rates forget.
 RATE_ROWS = 2000
@@ -31,19 +31,22 @@ class RareLatentPush:
     of all rows of a step, whichever micro-batch and process had them.
 
     Args:
-        adam: the optimizer of the model.
-        push: strength; 0.003 lets a latent that is never selected gain t_s within about 110 steps.
+        adam: the optimizer of the model's parameters.
+        model: the model.
+        push: strength; 0.003 lets a latent that is never selected gain t_s in some 110 steps, 0 leaves all as it is.
         share: f.
     """
 
-    def __init__(self, adam: SparcAdam, push: float, share: float):
-        self.adam, self.push, self.share = adam, push, share
-        self.config = adam.model.config
+    def __init__(self, adam: torch.optim.Adam, model: SparcModel, push: float, share: float):
+        self.adam, self.model, self.push, self.share = adam, model, push, share
+        self.config = model.config
         self._selected = self._last_values = None
 
     @torch.no_grad()
     def add(self, codes: Mapping[str, SparseCodes]) -> None:
         """Count what a micro-batch selected: stream -> codes [batch, k]."""
+        if not self.push:
+            return
         # With global selection all streams have the same latents.
         counted = list(codes.values())[: 1 if self.config.selection == "global" else None]
         selected = torch.stack([_counts(code) for code in counted])
@@ -54,6 +57,8 @@ class RareLatentPush:
     @torch.no_grad()
     def apply(self, rows: int, world_size: int = 1) -> None:
         """Push after the optimizer's step, whose `rows` of all processes have been added since the last time."""
+        if not self.push:
+            return
         selected, last_values = self._selected, self._last_values
         if selected is None or last_values is None:
             raise ValueError("nothing was selected since the last push; `add` the codes of the step first")
@@ -64,7 +69,7 @@ class RareLatentPush:
             selected, last_values = packed[: selected.numel()].view_as(selected), packed[selected.numel() :]
         mean_rate = self.config.k / self.config.num_latents
         for at, name in enumerate(self.config.stream_names):
-            bias = self.adam.model.get_parameter(f"encoders.{name}.bias")
+            bias = self.model.get_parameter(f"encoders.{name}.bias")
             state = self.adam.state[bias]
             if not state:  # of a first step that was left out, as half precision may; Adam has yet to fill it
                 return

@@ -31,7 +31,7 @@ from sparc_hf.training.checkpoints import Checkpoints
 from sparc_hf.training.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
 from sparc_hf.training.learning_rate import ScheduleAfterUpdate, schedule_of
 from sparc_hf.training.loss_sums import LossSums
-from sparc_hf.training.optimizer import SparcAdam, UsaeAdamW, add_up_terms
+from sparc_hf.training.optimizer import UsaeAdamW, add_up_terms, optimizer_of
 from sparc_hf.training.random_numbers import seeded
 from sparc_hf.training.rare_latents import RareLatentPush
 from sparc_hf.training.rows import center_pre_biases, random_split, records_of
@@ -147,21 +147,14 @@ class SparcTrainer:
         # In "evaluation mode" Accelerate moves the model and sets its precision, but leaves the gradients to us.
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.is_usae = args.objective == "usae"
-        adam = (
-            UsaeAdamW(self.model, args.learning_rate, args.weight_decay, args.adam_beta2)
-            if self.is_usae
-            else SparcAdam(self.model, args.learning_rate, args.adam_beta2)
-        )
-        self._adam = adam
-        self._push = None
-        if args.rare_latent_push and isinstance(adam, SparcAdam):
-            self._push = RareLatentPush(adam, args.rare_latent_push, args.rare_latent_share)
-        self.optimizer = self.accelerator.prepare_optimizer(adam)
+        self._adam = optimizer_of(args, self.model)
+        self._push = RareLatentPush(self._adam, self.model, args.rare_latent_push, args.rare_latent_share)
+        self.optimizer = self.accelerator.prepare_optimizer(self._adam)
         self.total_steps = len(self.batches) * args.epochs
         if not self.is_usae and self._takes_terms():
             self.model.gradient_terms = {}
         # Stepped once per optimizer step by hand: a prepared scheduler advances once per process.
-        self.scheduler = schedule_of(args, adam, self.total_steps)
+        self.scheduler = schedule_of(args, self._adam, self.total_steps)
         self.step = 0
         self._sums = LossSums(self.accelerator.device)
         self._stop_signal = self._rows_since = 0
@@ -262,8 +255,7 @@ class SparcTrainer:
         if self.args.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
-        if self._push is not None:
-            self._push.apply(rows_of_step, self.world_size)
+        self._push.apply(rows_of_step, self.world_size)
         if isinstance(self.scheduler, ScheduleAfterUpdate):
             self.scheduler.count_update(self.config.stream_names.index(source["source"]) if source else None)
         self.scheduler.step()
@@ -285,8 +277,7 @@ class SparcTrainer:
             output = self.model(self._on_device(rows), new_step=number == 0, selected=selected.pop(0), **source)
             weight = len(next(iter(rows.values()))) / rows_of_step
             self._sums.add(output.loss, output.losses, weight)
-            if self._push is not None:
-                self._push.add(output.codes)
+            self._push.add(output.codes)
             if number == pieces - 1:
                 self._check_signals(at_once=self.accelerator.device.type == "cpu")
             self.accelerator.backward(output.loss * weight)
