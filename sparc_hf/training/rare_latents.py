@@ -1,6 +1,5 @@
 """A push for latents that are hardly ever selected, so that none of them dies."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -28,7 +27,7 @@ class RareLatentPush:
     selects. The push ends when the latent is selected again; what it is used for is then left to the loss.
 
     The rates lie in the optimizer's state of the biases as `selection_rate`, so that a checkpoint has them. They are
-    of all rows of a step, whichever micro-batch and process had them.
+    of all rows of a step, whichever micro-batches and processes had them.
 
     Args:
         adam: the optimizer of the model's parameters.
@@ -38,8 +37,12 @@ class RareLatentPush:
     """
 
     def __init__(self, adam: torch.optim.Adam, model: SparcModel, push: float, share: float):
-        self.adam, self.model, self.push, self.share = adam, model, push, share
-        self.config = model.config
+        self.adam, self.push = adam, push
+        self.biases = [model.get_parameter(f"encoders.{name}.bias") for name in model.config.stream_names]
+        # With global selection all streams have the same latents, and the first stream's rates are everyone's.
+        self.rated = self.biases[: 1 if model.config.selection == "global" else None]
+        self.mean_rate = model.config.k / model.config.num_latents
+        self.rare_rate = share * self.mean_rate
         self._selected = self._last_values = None
 
     @torch.no_grad()
@@ -47,10 +50,10 @@ class RareLatentPush:
         """Count what a micro-batch selected: stream -> codes [batch, k]."""
         if not self.push:
             return
-        # With global selection all streams have the same latents.
-        counted = list(codes.values())[: 1 if self.config.selection == "global" else None]
-        selected = torch.stack([_counts(code) for code in counted])
-        last_values = torch.stack([code.values[:, -1].float().sum() for code in codes.values()])
+        selected = torch.stack([_counts(code) for _, code in zip(self.rated, codes.values(), strict=False)])
+        last_values = torch.stack([code.values.select(1, -1) for code in codes.values()]).sum(
+            dim=1, dtype=torch.float32
+        )
         self._selected = selected if self._selected is None else self._selected + selected
         self._last_values = last_values if self._last_values is None else self._last_values + last_values
 
@@ -67,22 +70,27 @@ class RareLatentPush:
             packed = torch.cat([selected.flatten(), last_values])
             torch.distributed.all_reduce(packed)
             selected, last_values = packed[: selected.numel()].view_as(selected), packed[selected.numel() :]
-        mean_rate = self.config.k / self.config.num_latents
-        for at, name in enumerate(self.config.stream_names):
-            bias = self.model.get_parameter(f"encoders.{name}.bias")
-            state = self.adam.state[bias]
-            if not state:  # of a first step that was left out, as half precision may; Adam has yet to fill it
-                return
-            if "selection_rate" not in state:
-                state["selection_rate"] = torch.full_like(bias, mean_rate)
-            rates = state["selection_rate"]
-            rates.lerp_(selected[at % len(selected)] / rows, min(1.0, rows / RATE_ROWS))
-            deficit = (math.log(self.share * mean_rate) - rates.log()).clamp_(0, LARGEST_DEFICIT)
-            bias.add_(deficit * (last_values[at] * (self.push / rows)))
+        if not all(map(self.adam.state.get, self.rated)):
+            return  # after a first step that was left out, as half precision may: Adam has yet to make its state
+        deficits = [self._deficit(*pair, rows) for pair in zip(self.rated, selected, strict=True)]
+        for at, bias in enumerate(self.biases):
+            bias.addcmul_(deficits[at % len(deficits)], last_values[at], value=self.push / rows)
+
+    def _deficit(self, bias: Tensor, selected: Tensor, rows: int) -> Tensor:
+        """Bring the rates of latents up to date; return [N], by how much they are too low."""
+        state = self.adam.state[bias]
+        if "selection_rate" not in state:
+            state["selection_rate"] = torch.full_like(bias, self.mean_rate)
+        weight = min(1.0, rows / RATE_ROWS)
+        rates = state["selection_rate"].mul_(1 - weight).add_(selected, alpha=weight / rows)
+        return (self.rare_rate / rates).log_().clamp_(0, LARGEST_DEFICIT)
 
 
 def _counts(codes: SparseCodes) -> Tensor:
-    """Return float32 [N]: how many rows selected each latent."""
+    """Return [N]: how many rows selected each latent."""
     latents = codes.indices.reshape(-1)
+    if latents.device.type == "cpu":
+        return torch.bincount(latents, minlength=codes.num_latents)
+    # The host would wait for the other's largest number.
     ones = torch.ones(len(latents), device=latents.device)
     return torch.zeros(codes.num_latents, device=latents.device).index_add_(0, latents, ones)

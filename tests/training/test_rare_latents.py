@@ -104,7 +104,8 @@ def test_the_push_by_hand(selection):
     for at, name in enumerate(codes):
         bias = adam.model.encoders[name].bias
         torch.testing.assert_close(bias.detach(), expected[at], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(adam.state[bias]["selection_rate"], rates[at], rtol=1e-4, atol=1e-6)
+        if at == 0 or selection == "local":
+            torch.testing.assert_close(adam.state[bias]["selection_rate"], rates[at], rtol=1e-4, atol=1e-6)
     assert expected[0, :3].sum() == 0
     assert expected[0, 3:].min() > 1
 
@@ -157,7 +158,7 @@ def test_a_latent_that_no_row_selects_is_brought_back(tmp_path, planted_folder, 
 
 def test_nothing_is_pushed_unless_it_is_asked_for(tmp_path, planted_folder, monkeypatch):
     train(arguments(tmp_path / "default", planted_folder))
-    monkeypatch.setattr(torch.Tensor, "lerp_", None)  # of the rates
+    monkeypatch.setattr(RareLatentPush, "_deficit", None)
     off = {"adam_beta2": 0.999, "rare_latent_push": 0.0, "rare_latent_share": 0.7}
     train(arguments(tmp_path / "off", planted_folder, **off))
     assert_same_weights(tmp_path / "default", tmp_path / "off")
