@@ -59,7 +59,9 @@ class DemoArguments:
     num_latents: int = field(default=256, metadata={"help": "Latents in the shared code space (N)."})
     k: int = field(default=16, metadata={"help": "Active latents per code."})
     epochs: int = field(default=30, metadata={"help": "Passes over the training scenes."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's learning rate."})
+    learning_rate: float = field(
+        default=3e-3, metadata={"help": "Adam's learning rate at the start, from which it falls to 0."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the scenes, the weights and the row order."})
 
 
@@ -141,6 +143,9 @@ def _training_settings(args: DemoArguments, folder: Path) -> SparcTrainingArgume
         batch_size=min(256, args.train_rows),
         epochs=args.epochs,
         learning_rate=args.learning_rate,
+        lr_schedule="linear",
+        adam_beta2=0.95,
+        rare_latent_push=0.003,
         center=True,
         checkpoint_every=0,
         seed=args.seed,

@@ -29,8 +29,11 @@ TRAJECTORY_FIELDS = (
     "final_learning_rate",
     "warmup_steps",
     "schedule_after_update",
+    "adam_beta2",
     "weight_decay",
     "max_grad_norm",
+    "rare_latent_push",
+    "rare_latent_share",
     "mixed_precision",
     "center",
     "reinitialize_every",
@@ -93,6 +96,9 @@ class SparcTrainingArguments:
     learning_rate: float = flag("Adam's learning rate (peak, where the schedule changes it).", 1e-4)
     lr_schedule: str = flag("Learning-rate schedule: constant, cosine or linear decay.", "constant")
     final_learning_rate: float = flag("Where the cosine schedule ends.", 0.0)
+    adam_beta2: float = flag(
+        "Decay of Adam's second moment; 0.95 keeps latents alive that few rows select (docs/training.md).", 0.999
+    )
     weight_decay: float = flag("Weight decay of the usae objective's AdamW.", 0.0)
     warmup_steps: int = flag("Steps over which the learning rate rises from 0.", 0)
     schedule_after_update: bool = flag(
@@ -121,6 +127,12 @@ class SparcTrainingArguments:
     center: bool = flag(
         "Start the pre-biases at the mean of the training rows instead of 0 as the paper's code.", False
     )
+    rare_latent_push: float = flag(
+        "Raise the biases of rarely selected latents by this share of what it takes to be selected, every step "
+        "(sparc objective only; 0 turns it off, 0.003 is enough).",
+        0.0,
+    )
+    rare_latent_share: float = flag("A latent is rare below this share of the mean selection rate k / N.", 0.1)
     reinitialize_every: int = flag("Steps between re-initialisations of dead latents; 0 turns them off.", 100)
     impute: bool = flag(
         "Measure mean and covariance of the streams at the end, by which the model encodes rows that lack some of "
@@ -153,6 +165,13 @@ class SparcTrainingArguments:
                 "`final_learning_rate` must be from 0 to `learning_rate`, `weight_decay` not negative, but they are "
                 f"{self.final_learning_rate} and {self.weight_decay}"
             )
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"`adam_beta2` must be at least 0 and below 1, but it is {self.adam_beta2}")
+        if self.rare_latent_push < 0 or not 0 < self.rare_latent_share <= 1:
+            raise ValueError(
+                "`rare_latent_push` must not be negative and `rare_latent_share` be above 0 and at most 1, but they "
+                f"are {self.rare_latent_push} and {self.rare_latent_share}"
+            )
         if self.schedule_after_update and self.lr_schedule != "cosine":
             raise ValueError(
                 f"`schedule_after_update` needs `lr_schedule` cosine with it, but that is {self.lr_schedule!r}"
@@ -160,6 +179,11 @@ class SparcTrainingArguments:
         SparcConfig.from_dict(self.model_settings())  # refuses what a model cannot be
         if self.objective == "usae" and self.center:
             raise ValueError("`center` sets pre-biases, which `objective` usae has not; leave it off")
+        if self.objective == "usae" and self.rare_latent_push:
+            raise ValueError(
+                "`rare_latent_push` raises biases, which have no effect before the batch norm of `objective` usae; "
+                "leave it off"
+            )
         if self.learning_rate <= 0:
             raise ValueError(f"`learning_rate` must be positive, but it is {self.learning_rate}")
         if not 0 <= self.eval_fraction < 1:
@@ -182,9 +206,10 @@ class SparcTrainingArguments:
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """Return "field: saved -> now" for each setting that would change the course of a resumed run."""
-        known = {f.name for f in fields(self)} & set(saved)
+        # A run from before a setting was there had its default.
+        before = {f.name: f.default for f in fields(self)} | saved
         return [
-            f"`{name}`: {saved[name]!r} -> {getattr(self, name)!r}"
+            f"`{name}`: {before[name]!r} -> {getattr(self, name)!r}"
             for name in TRAJECTORY_FIELDS
-            if name in known and saved[name] != getattr(self, name)
+            if before[name] != getattr(self, name)
         ]

@@ -8,6 +8,7 @@ import torch
 
 from sparc_hf.model.modeling_sparc import SparcModel
 from sparc_hf.model.sparse_ops import GradientTerm, compiled_ops, unit_norm_
+from sparc_hf.training.arguments import SparcTrainingArguments
 
 
 class SparcAdam(torch.optim.Adam):
@@ -20,10 +21,11 @@ class SparcAdam(torch.optim.Adam):
     Args:
         model: the model.
         lr: learning rate.
+        beta2: decay of the second moment.
     """
 
-    def __init__(self, model: SparcModel, lr: float):
-        super().__init__(model.parameters(), lr=lr, fused=True)
+    def __init__(self, model: SparcModel, lr: float, beta2: float = 0.999):
+        super().__init__(model.parameters(), lr=lr, betas=(0.9, beta2), fused=True)
         self.model = model
 
     @torch.no_grad()
@@ -84,16 +86,17 @@ class UsaeAdamW(torch.optim.AdamW):
         model: the model.
         lr: learning rate.
         weight_decay: as of AdamW.
+        beta2: decay of the second moment.
     """
 
-    def __init__(self, model: SparcModel, lr: float, weight_decay: float):
+    def __init__(self, model: SparcModel, lr: float, weight_decay: float, beta2: float = 0.999):
         self.names = model.config.stream_names
         groups = {name: [] for name in self.names}
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups[key.split(".")[1]].append(parameter)
         chosen = [{"params": groups[name]} for name in self.names]
-        super().__init__(chosen, lr=lr, weight_decay=weight_decay, fused=True)
+        super().__init__(chosen, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
 
     @contextlib.contextmanager
     def only(self, source: str) -> Iterator[None]:
@@ -113,6 +116,13 @@ class UsaeAdamW(torch.optim.AdamW):
         finally:
             for parameter in others:
                 parameter.requires_grad_(True)
+
+
+def optimizer_of(args: SparcTrainingArguments, model: SparcModel) -> SparcAdam | UsaeAdamW:
+    """Return the optimizer of a run: Adam with the objective's way of stepping."""
+    if args.objective == "usae":
+        return UsaeAdamW(model, args.learning_rate, args.weight_decay, args.adam_beta2)
+    return SparcAdam(model, args.learning_rate, args.adam_beta2)
 
 
 def add_up_terms(model: SparcModel) -> None:

@@ -33,8 +33,9 @@ from sparc_hf.training.gradient_exchange import exchanged_bytes, gather_terms, s
 from sparc_hf.training.imputation import add_imputation
 from sparc_hf.training.learning_rate import ScheduleAfterUpdate, schedule_of
 from sparc_hf.training.loss_sums import LossSums
-from sparc_hf.training.optimizer import SparcAdam, UsaeAdamW, add_up_terms
+from sparc_hf.training.optimizer import UsaeAdamW, add_up_terms, optimizer_of
 from sparc_hf.training.random_numbers import seeded
+from sparc_hf.training.rare_latents import RareLatentPush
 from sparc_hf.training.rows import center_pre_biases, random_split, records_of
 from sparc_hf.training.step_kernel import built_library, load_step_kernel
 from sparc_hf.training.stop_signals import StopSignals
@@ -148,18 +149,14 @@ class SparcTrainer:
         # In "evaluation mode" Accelerate moves the model and sets its precision, but leaves the gradients to us.
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.is_usae = args.objective == "usae"
-        adam = (
-            UsaeAdamW(self.model, args.learning_rate, args.weight_decay)
-            if self.is_usae
-            else SparcAdam(self.model, args.learning_rate)
-        )
-        self._adam = adam
-        self.optimizer = self.accelerator.prepare_optimizer(adam)
+        self._adam = optimizer_of(args, self.model)
+        self._push = RareLatentPush(self._adam, self.model, args.rare_latent_push, args.rare_latent_share)
+        self.optimizer = self.accelerator.prepare_optimizer(self._adam)
         self.total_steps = len(self.batches) * args.epochs
         if not self.is_usae and self._takes_terms():
             self.model.gradient_terms = {}
         # Stepped once per optimizer step by hand: a prepared scheduler advances once per process.
-        self.scheduler = schedule_of(args, adam, self.total_steps)
+        self.scheduler = schedule_of(args, self._adam, self.total_steps)
         self.step = 0
         self._sums = LossSums(self.accelerator.device)
         self._stop_signal = self._rows_since = 0
@@ -262,6 +259,7 @@ class SparcTrainer:
         if self.args.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
+        self._push.apply(rows_of_step, self.world_size)
         if isinstance(self.scheduler, ScheduleAfterUpdate):
             self.scheduler.count_update(self.config.stream_names.index(source["source"]) if source else None)
         self.scheduler.step()
@@ -283,6 +281,7 @@ class SparcTrainer:
             output = self.model(self._on_device(rows), new_step=number == 0, selected=selected.pop(0), **source)
             weight = len(next(iter(rows.values()))) / rows_of_step
             self._sums.add(output.loss, output.losses, weight)
+            self._push.add(output.codes)
             if number == pieces - 1:
                 self._check_signals(at_once=self.accelerator.device.type == "cpu")
             self.accelerator.backward(output.loss * weight)

@@ -8,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from sparc_hf.cli import main
 from sparc_hf.demo import ENCODERS_PATH
 from sparc_hf.demo import run as demo_run
 from sparc_hf.demo.encoder_training.code_queries import code_queries
+from sparc_hf.training.arguments import SparcTrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,15 @@ def test_the_demo_reaches_what_it_should(demo):
     card = (demo / "runs/demo/model/README.md").read_text()
     assert "`demo:clip`" in card
     assert f"{single['jaccard']['value']:.3f}" in card
+
+
+def test_the_preset_has_the_settings_of_the_demo(tmp_path):
+    preset = yaml.safe_load((ROOT / "sparc_hf/cli/presets/demo.yaml").read_text())["train"]
+    settings = demo_run._training_settings(demo_run.DemoArguments(), tmp_path).to_dict()
+    assert {name: settings[name] for name in preset} == preset
+    paper = SparcTrainingArguments(features="", output_dir="").to_dict()
+    own = {name for name, value in settings.items() if value != paper[name]}
+    assert own == {*preset, "features", "output_dir", "checkpoint_every"} - {"batch_size"}
 
 
 @pytest.mark.slow

@@ -175,8 +175,10 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, planted_folder):
         ("torchrun", 4, {"gradient_accumulation_steps": 2, "step_kernel": "on"}),
         # Too few latents for terms to be the shorter message, and clipping, which needs dense gradients.
         ("torchrun", 2, {"num_latents": 8, "batch_size": 300, "max_grad_norm": 1.0}),
+        ("torchrun", 2, {"adam_beta2": 0.95, "rare_latent_push": 0.02, "rare_latent_share": 1.0}),
+        ("torchrun", 2, {"rare_latent_push": 0.02, "rare_latent_share": 1.0, "selection": "local"}),
     ],
-    ids=["terms", "terms-4", "dense"],
+    ids=["terms", "terms-4", "dense", "live", "live-local"],
 )
 def test_several_processes_equal_one(tmp_path, planted_folder, script, processes, settings):
     """Gloo processes, at the same rows per step, with auxiliary term, re-initialisation and accumulation.
@@ -301,6 +303,10 @@ def test_some_streams_only_and_trackers(tmp_path, planted_folder):
         ({"eval_fraction": 1.0}, "`eval_fraction` must be"),
         ({"eval_fraction": 0.5, "eval_features": "x"}, "give only one"),
         ({"warmup_steps": -1}, "`warmup_steps` must not be negative"),
+        ({"adam_beta2": 1.0}, "`adam_beta2` must be at least 0 and below 1, but it is 1.0"),
+        ({"rare_latent_push": -0.1}, "`rare_latent_push` must not be negative"),
+        ({"rare_latent_share": 0.0}, "`rare_latent_share` be above 0"),
+        ({"rare_latent_push": 0.1, "objective": "usae", "selection": "local"}, "`rare_latent_push` raises biases"),
     ],
 )
 def test_impossible_settings(tmp_path, settings, words):
