@@ -172,6 +172,11 @@ def test_presets_hold_known_settings_only(preset):
     from sparc_hf.training.arguments import SparcTrainingArguments
 
     content = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
+    if preset == "aligned":  # for any streams
+        args = SparcTrainingArguments(features="f", output_dir="o", **content.pop("train"))
+        assert not content
+        assert (args.adam_beta2, args.rare_latent_push, args.impute) == (0.95, 0.003, True)
+        return
     extract = ExtractionArguments(source="s", output="o", **content["extract"])
     streams = parse_streams(extract.encoders)
     if preset == "usae-imagenet":
