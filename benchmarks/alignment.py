@@ -4,8 +4,8 @@
 
 Every seed trains one model by the paper's recipe, whose weights none of the lines changes: they are ways to encode one
 stream alone. Then it trains one by the preset `aligned`. Below them stands what linear regression and canonical
-correlation analysis of the streams themselves reach. With --validation all is measured on 15 % of the training rows, on
-which settings are to be chosen; without, on the held-out rows.
+correlation analysis of the streams themselves reach. With --validation all is measured on 15 % of the training rows,
+on which settings are to be chosen; without, on the held-out rows.
 """
 
 import argparse
