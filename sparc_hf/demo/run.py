@@ -15,6 +15,7 @@ from sparc_hf.demo import ENCODERS_PATH
 from sparc_hf.demo.scenes import CLASS_NAMES, TAXONOMY, make_scenes_dataset
 from sparc_hf.encoders.stream_encoder import load_encoders
 from sparc_hf.evaluation.report import REPORT_FILES, write_report
+from sparc_hf.evaluation.results import headline_encodings
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import extract_features
@@ -208,7 +209,7 @@ def _features_of(folder: Path, source: dict[str, Any]) -> FeatureDataset | None:
 
 def _report(args: DemoArguments, results: dict[str, Any], seconds: dict[str, float]) -> str:
     output = Path(args.output)
-    joint, single = results["joint"]["headline"], results["single"]["headline"]
+    headlines = [results[encoding]["headline"] for encoding in headline_encodings(results)]
     table = (
         ("dead latents, mean over streams", "dead_share", ".1%"),
         ("label Jaccard between streams", "jaccard", ".3f"),
@@ -221,14 +222,14 @@ def _report(args: DemoArguments, results: dict[str, Any], seconds: dict[str, flo
         f"SPARC on {args.train_rows:,} scenes, measured on {args.test_rows:,} held-out scenes",
         f"three streams, {args.num_latents:,} latents, {args.k} active",
         "",
-        f"{'':44}{'joint':>10}{'single':>10}",
+        f"{'':44}{'joint':>10}{'single':>10}{'ignoring':>10}",
         *(
-            f"{words:44}{joint[name]['value']:>10{form}}{single[name]['value']:>10{form}}"
+            f"{words:44}" + "".join(f"{headline[name]['value']:>10{form}}" for headline in headlines)
             for words, name, form in table
         ),
         "",
         "joint: all streams of a sample choose its latents together, which gives the counterpart partly away;",
-        "single: each stream alone.",
+        "single: each stream alone, the others imputed from it; ignoring: alone, as if there were no others.",
         "",
         "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
         f"model:    {output / 'model'}",

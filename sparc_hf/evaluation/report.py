@@ -11,10 +11,12 @@ import numpy as np
 
 from sparc_hf.evaluation import plots
 from sparc_hf.evaluation.results import (
+    ENCODING_NAMES,
     MEASURED_ENCODINGS,
     METRIC_NAMES,
     eval_results,
     figure_texts,
+    headline_encodings,
     number_text,
     template,
 )
@@ -116,7 +118,10 @@ def report_html(evaluations: Mapping[str, Evaluation]) -> str:
         results=results,
         first=next(iter(results.values())),
         headline=_headline_rows(results),
-        columns=[(name, encoding) for name in results for encoding in MEASURED_ENCODINGS],
+        columns={
+            name: [ENCODING_NAMES[encoding] for encoding in headline_encodings(measured)]
+            for name, measured in results.items()
+        },
         retrieval=_retrieval_rows,
         settings_that_differ=_differing_settings(results),
         more=_more_rows,
@@ -169,7 +174,9 @@ def _patterns(liveness: Mapping[str, Any]) -> dict[str, int]:
 def _headline_rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return (metric, texts of its figure and interval for each model and encoding)."""
     headlines = [
-        model_results[encoding]["headline"] for model_results in results.values() for encoding in MEASURED_ENCODINGS
+        model_results[encoding]["headline"]
+        for model_results in results.values()
+        for encoding in headline_encodings(model_results)
     ]
     return [
         (words, [figure_texts(headline.get(name), percent=name in PERCENT) for headline in headlines])

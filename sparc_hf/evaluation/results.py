@@ -18,6 +18,7 @@ Matrix = Annotated[
 ]
 # Every figure is of these; of `single_ignoring`, which a model that imputes has too, the headline and reconstruction.
 MEASURED_ENCODINGS = ("joint", "single")
+ENCODING_NAMES = {"joint": "joint", "single": "single", "single_ignoring": "single, ignoring the others"}
 METRIC_NAMES = {
     "nmse_self": "Self-reconstruction nmse",
     "nmse_cross": "Cross-reconstruction nmse",
@@ -103,6 +104,11 @@ def check_results(results: Mapping[str, Any], config: SparcConfig, model: str | 
             )
 
 
+def headline_encodings(results: Mapping[str, Any]) -> list[str]:
+    """Return the encodings that the headline figures of a model's results are of, in the order they are shown."""
+    return [encoding for encoding in ENCODING_NAMES if encoding in results]
+
+
 def _models_of(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return read_json(path, ResultsFile)["models"]
@@ -121,10 +127,10 @@ def eval_results(results: Mapping[str, Any]) -> list[Any]:
             dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-"),
             dataset_name=dataset,
             metric_type=name,
-            metric_name=f"{METRIC_NAMES.get(name, name)} ({encoding} encoding)",
+            metric_name=f"{METRIC_NAMES.get(name, name)} ({ENCODING_NAMES[encoding]} encoding)",
             metric_value=round(figure["value"], 6),
         )
-        for encoding in MEASURED_ENCODINGS
+        for encoding in headline_encodings(results)
         for name, figure in results[encoding]["headline"].items()
         if figure["value"] is not None
     ]
