@@ -16,7 +16,7 @@ from sparc_hf.model.sparc_objective import SparcObjective
 BLOCK_ROWS = 4096
 # Rows from which the selection offsets are made, where their pre-activations fit in memory.
 OFFSET_ROWS = 4096
-OFFSET_STEPS = 12
+OFFSET_STEPS = 24
 # Share of a uniform rate, k / N, that every latent is to have alone at the least.
 LEAST_RATE = 0.05
 
@@ -81,9 +81,10 @@ def selection_offsets(model: SparcModel, features: RowSource) -> Iterator[Tensor
     """Yield, for each stream, offsets [N] by which a latent is as often selected from that stream alone as jointly.
 
     A guessed row varies less than a given one, so latents of what a stream cannot say are hardly ever selected from it
-    alone, and those that suit every sample too often. From 0 on, each offset goes up by the logarithm of how far its
-    latent's rate lies below the joint one, in standard deviations of the summed pre-activations, in ever smaller
-    steps.
+    alone, and those that suit every sample too often. From 0 on, each offset goes up where its latent's rate lies
+    below the joint one, and down where above, by a step of its own that grows while the direction stays and is halved
+    when it turns (Rprop): what an offset does to a rate differs by orders of magnitude between latents. The offsets
+    whose rates came closest are given.
 
     Args:
         model: with statistics of its streams.
@@ -104,11 +105,22 @@ def selection_offsets(model: SparcModel, features: RowSource) -> Iterator[Tensor
     for name in config.stream_names:
         alone = {name: rows[name]}
         summed = objective.summed_preactivations({**imputation.complete(alone), **imputation.shared_rows(alone)})
-        offsets, scale = torch.zeros_like(summed[0]), summed.std()
-        for step in range(OFFSET_STEPS):
-            rates = _rates(summed, offsets, config.k)
-            offsets += 0.6 * 0.9**step * scale * torch.log((wanted + 1 / count) / (rates + 1 / count))
-        yield offsets
+        yield _offsets_to(wanted, summed, config.k)
+
+
+def _offsets_to(wanted: Tensor, summed: Tensor, k: int) -> Tensor:
+    """Return offsets [N] by which the k largest of summed pre-activations [rows, N] are selected at rates [N]."""
+    offsets, steps = torch.zeros_like(wanted), 0.2 * summed.std(dim=0)
+    before, closest, distance = torch.zeros_like(wanted), offsets, torch.inf
+    for _ in range(OFFSET_STEPS):
+        rates = _rates(summed, offsets, k)
+        if (now := (rates - wanted).abs().sum()) < distance:
+            closest, distance = offsets, now
+        direction = (wanted - rates).sign()
+        turned, stayed = direction * before < 0, direction * before > 0
+        steps = torch.where(turned, 0.5 * steps, torch.where(stayed, 1.2 * steps, steps))
+        offsets, before = offsets + steps * direction, direction
+    return closest
 
 
 def _rates(summed: Tensor, offsets: Tensor | None, k: int) -> Tensor:
