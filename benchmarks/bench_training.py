@@ -71,6 +71,7 @@ def main() -> None:
                 epochs=args.epochs,
                 reinitialize_every=0,
                 checkpoint_every=0,
+                impute=False,
                 cpu=True,
                 step_kernel="on" if name == "compiled" else "off",
             )

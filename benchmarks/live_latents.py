@@ -59,7 +59,7 @@ def figures_of_run(folder: Path, settings: dict[str, Any], train: FeatureDataset
     if done.exists() and (saved := read_json(done, dict[str, Any]))["settings"] == settings:
         return saved["figures"]
     arguments = SparcTrainingArguments(
-        features="", output_dir=str(folder), checkpoint_every=0, overwrite=True, cpu=True, **settings
+        features="", output_dir=str(folder), checkpoint_every=0, overwrite=True, cpu=True, impute=False, **settings
     )
     trainer = SparcTrainer(arguments, train)
     started = time.perf_counter()

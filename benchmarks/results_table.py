@@ -92,7 +92,7 @@ def results_of_run(
     if settings.get("objective") == "usae":
         train, test = standardized(train, test)
     arguments = SparcTrainingArguments(
-        features="", output_dir=str(folder), checkpoint_every=0, overwrite=True, cpu=True, **settings
+        features="", output_dir=str(folder), checkpoint_every=0, overwrite=True, cpu=True, impute=False, **settings
     )
     model = SparcTrainer(arguments, train).train()
     found = evaluate_model(model, test, EvaluationSettings(replicates=0, probes=False, dataset=title)).results
