@@ -107,7 +107,8 @@ def test_train_encode_evaluate_card(capsys, tmp_path, planted_folder):
     assert status == 0, err
     results = str(report / "results.json")
     written = json.loads(Path(results).read_text())["models"]["model"]
-    assert json.loads(out) == {"model": {name: written[name]["headline"] for name in ("joint", "single")}}
+    encodings = ("joint", "single", "single_ignoring")
+    assert json.loads(out) == {"model": {name: written[name]["headline"] for name in encodings}}
     assert {path.name for path in report.iterdir()} == {
         "results.json",
         "report.html",
