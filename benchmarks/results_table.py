@@ -132,8 +132,8 @@ def main() -> None:
         "single: each stream alone (with local selection they are the same). R@1 is the mean over the ordered pairs",
         "of streams; chance is 1 / rows. USAE, the other objective, has auxk num_latents / 2 and no centring, and its",
         "rows are standardised (one mean and deviation a stream) where SPARC's have unit norm: its nmse are of those.",
-        "An update of it moves one stream, so that each stream has a part of the epochs. Missing streams are not imputed",
-        "here, as in the papers; docs/alignment.md has what changes when they are.",
+        "An update of it moves one stream, so that each stream has a part of the epochs. Missing streams are not",
+        "imputed here, as in the papers; docs/alignment.md has what changes when they are.",
     ]
     for name, reader in readers.items():
         settings = yaml.safe_load((SETTINGS / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -20,8 +20,8 @@ def reject_missing_streams(features: Iterable[str], names: Iterable[str]) -> Non
 def reject_shape(raw: Any, name: str, hidden_size: int) -> None:
     """Raise ValueError where features of stream `name` are no tensor [batch, hidden_size] with rows in it."""
     if not isinstance(raw, Tensor) or raw.ndim != 2:
-        found = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-        raise ValueError(f"stream `{name}` needs a tensor [batch, {hidden_size}], but it got {found}")
+        given = list(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+        raise ValueError(f"stream `{name}` needs a tensor [batch, {hidden_size}], but it got {given}")
     if raw.shape[1] != hidden_size:
         raise ValueError(f"stream `{name}` has width {hidden_size}, but its features have {raw.shape[1]}")
     if raw.shape[0] == 0:

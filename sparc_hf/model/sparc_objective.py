@@ -89,8 +89,8 @@ class SparcObjective:
                 self._encoded(wanted := {name: streams[name] for name in names}, self._selected(wanted, "local"))
             )
         seen = self._with_centered({**imputation.complete(rows), **imputation.shared_rows(rows)})
-        chosen, latents, gathered = self._selected(seen, "global", imputation.offsets_of(rows))[0]
-        values = [self._with_gradient(name, seen[name], latents, gathered[at]) for at, name in enumerate(chosen)]
+        together, latents, gathered = self._selected(seen, "global", imputation.offsets_of(rows))[0]
+        values = [self._with_gradient(name, seen[name], latents, gathered[at]) for at, name in enumerate(together)]
         fit = ValueFit(
             torch.stack(values).mean(dim=0).relu(),
             {name: x.normalized - self.model.pre_bias[name] for name, x in streams.items()},
@@ -290,9 +290,9 @@ class SparcObjective:
                 if only_own:
                     at = names.index(target)
                     names, values = [target], values[at : at + 1]
-                found = self._decode_errors(target, values, selection, value.normalized, value.centered)
-                errors[target].update(zip(names, found[0].unbind(), strict=True))
-                residuals[target].update(zip(names, found[1].unbind(), strict=True))
+                squared, left = self._decode_errors(target, values, selection, value.normalized, value.centered)
+                errors[target].update(zip(names, squared.unbind(), strict=True))
+                residuals[target].update(zip(names, left.unbind(), strict=True))
         return errors, residuals
 
     def _auxiliary(
@@ -302,7 +302,7 @@ class SparcObjective:
 
         The target is what the stream's own code leaves over, x - x^ + b.
         """
-        found = {}
+        terms = {}
         for name in rows if self.model.config.auxk > 0 else ():
             selection, gathered, any_dead = self._select_dead(name, rows[name].centered)
             if selection is None:
@@ -312,8 +312,8 @@ class SparcObjective:
             target = left + self.model.pre_bias[name].detach()
             errors = self._decode_errors(name, values, selection, target, left)[0][0]
             # Nothing dead gives a term of 0, with a gradient of 0.
-            found[name] = errors, row_energy(target) * any_dead
-        return found
+            terms[name] = errors, row_energy(target) * any_dead
+        return terms
 
     @torch.no_grad()
     def _select_dead(self, name: str, centered: Tensor) -> tuple[Selection | None, Tensor, Tensor | float]:
@@ -327,16 +327,16 @@ class SparcObjective:
             weight, bias = self.model.encoders[name].weight[latents], self.model.encoders[name].bias[latents]
             count = min(self.model.config.auxk, len(latents))
             blocks = centered.split(self.model.rows_at_once(2))
-            found = [top_k([F.linear(block, weight, bias)], count) for block in blocks]
-            selection, any_dead = self._joined([latents[best] for best, _ in found]), 1.0
+            selected = [top_k([F.linear(block, weight, bias)], count) for block in blocks]
+            selection, any_dead = self._joined([latents[best] for best, _ in selected]), 1.0
         else:
             # Where fewer are dead, the rest of the selection is -inf: no value, no gradient.
-            found = [
+            selected = [
                 top_k([self._preactivations(name, block).masked_fill(~dead, -torch.inf)], self.model.config.auxk)
                 for block in centered.split(self.model.rows_at_once(2))
             ]
-            selection, any_dead = self._joined([best for best, _ in found]), dead.any()
-        return selection, torch.cat([values[0] for _, values in found]), any_dead
+            selection, any_dead = self._joined([best for best, _ in selected]), dead.any()
+        return selection, torch.cat([values[0] for _, values in selected]), any_dead
 
 
 def sparc_losses(
@@ -389,5 +389,5 @@ def _residual_nmse(errors: Tensor, energy: Tensor) -> Tensor:
 
 
 def _mean_of(terms: Mapping[str, Tensor], prefix: str, zero: Tensor) -> Tensor:
-    chosen = [value for key, value in terms.items() if key.startswith(prefix)]
-    return torch.stack(chosen).mean() if chosen else zero
+    terms_of_kind = [value for key, value in terms.items() if key.startswith(prefix)]
+    return torch.stack(terms_of_kind).mean() if terms_of_kind else zero

@@ -65,7 +65,10 @@ class UsaeObjective:
             encoder, norm = model.encoders[name], model.encoder_norm[name]
             weight, bias = usae_encoder(rows[name], encoder, norm, model.counter_group)
             passes[name] = usae_source_loss(rows[name], weight, bias, rows, atoms, settings)
-        codes = {name: SparseCodes(part.indices, part.values, config.num_latents) for name, part in passes.items()}
+        codes = {
+            name: SparseCodes(source_loss.indices, source_loss.values, config.num_latents)
+            for name, source_loss in passes.items()
+        }
         if model.training:
             model.count_step([codes], new_step)
         losses = usae_losses(passes)
@@ -142,8 +145,8 @@ def usae_source_loss(
     return SourceLoss(loss, main, auxiliary, indices, values)
 
 
-def usae_losses(found: Mapping[str, SourceLoss]) -> dict[str, Tensor]:
-    """Return the loss, the mean over the sources of `found`, and its terms.
+def usae_losses(passes: Mapping[str, SourceLoss]) -> dict[str, Tensor]:
+    """Return the loss, the mean over the sources of `passes`, and its terms.
 
     The loss of a source is summed over targets, not divided by their number; a training step of the paper has one
     source. Only "loss" has a gradient.
@@ -153,11 +156,11 @@ def usae_losses(found: Mapping[str, SourceLoss]) -> dict[str, Tensor]:
         "auxk/<target><-<source>".
     """
     terms: dict[str, Tensor] = {}
-    for source, part in found.items():
-        for target, main in part.main.items():
+    for source, source_loss in passes.items():
+        for target, main in source_loss.main.items():
             terms[f"self/{target}" if source == target else f"cross/{target}<-{source}"] = main
-            terms[f"auxk/{target}<-{source}"] = part.auxiliary[target]
-    loss = torch.stack([part.loss for part in found.values()]).mean()
+            terms[f"auxk/{target}<-{source}"] = source_loss.auxiliary[target]
+    loss = torch.stack([source_loss.loss for source_loss in passes.values()]).mean()
     return {"loss": loss, **{kind: _mean_of(terms, kind) for kind in ("self", "cross", "auxk")}, **terms}
 
 
@@ -173,8 +176,8 @@ class _SourceLoss(torch.autograd.Function):
     def forward(ctx: Any, settings: UsaeSettings, rows: Tensor, weight: Tensor, bias: Tensor, *streams: Tensor):
         targets, atoms = streams[: len(streams) // 2], streams[len(streams) // 2 :]
         step = _Pass(settings, ctx.needs_input_grad[1:], rows, weight, bias, targets, atoms)
-        found = [step.block(slice(at, at + step.at_once)) for at in range(0, len(rows), step.at_once)]
-        indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+        blocks = [step.block(slice(at, at + step.at_once)) for at in range(0, len(rows), step.at_once)]
+        indices, values = (torch.cat(parts) for parts in zip(*blocks, strict=True))
         ctx.gradients = step.gradients(indices, values)
         terms = step.means
         ctx.mark_non_differentiable(terms, indices, values)
@@ -294,9 +297,10 @@ class _Pass:
                 along = row_dots(total, value).unsqueeze(1) / ((norm - NORM_EPS).clamp(min=NORM_EPS) * norm)
                 total.addcmul_(value, along, value=-1).div_(norm)
         signs = (-1, -1, -1, *(1 for _ in self.of_targets), *(-1 for _ in self.of_atoms))
-        found = (self.of_rows, self.of_weight, self.of_bias, *self.of_targets, *self.of_atoms)
+        gradients = (self.of_rows, self.of_weight, self.of_bias, *self.of_targets, *self.of_atoms)
         return [
-            None if part is None else part.mul_(sign * self.scale) for sign, part in zip(signs, found, strict=True)
+            None if gradient is None else gradient.mul_(sign * self.scale)
+            for sign, gradient in zip(signs, gradients, strict=True)
         ]
 
 
@@ -343,5 +347,5 @@ def _slope_(residual: Tensor, distance: str) -> Tensor:
 
 
 def _mean_of(terms: Mapping[str, Tensor], kind: str) -> Tensor:
-    chosen = [value for name, value in terms.items() if name.startswith(f"{kind}/")]
-    return torch.stack(chosen).mean() if chosen else next(iter(terms.values())).new_zeros(())
+    terms_of_kind = [value for name, value in terms.items() if name.startswith(f"{kind}/")]
+    return torch.stack(terms_of_kind).mean() if terms_of_kind else next(iter(terms.values())).new_zeros(())

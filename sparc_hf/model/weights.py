@@ -83,39 +83,41 @@ class WeightFiles:
         return cached_file(self.source, name, **self._download)
 
     def _check_tensors(self, model: nn.Module, dtype: str) -> None:
-        expected, found = model.state_dict(), self._headers()
-        shared = sorted(found.keys() & expected.keys())
-        floats = {found[name][1] for name in shared if expected[name].is_floating_point() and not stays_float(name)}
+        expected, headers = model.state_dict(), self._headers()
+        shared = sorted(headers.keys() & expected.keys())
+        floats = {headers[name][1] for name in shared if expected[name].is_floating_point() and not stays_float(name)}
         # A config that does not say its number type has weights of any one.
         number_type = NUMBER_TYPES.get(dtype) or min(floats & set(NUMBER_TYPES.values()), default="F32")
         kinds = {name: number_type if expected[name].is_floating_point() else "I64" for name in shared}
         kinds |= {name: "F32" for name in shared if stays_float(name)}
         faults = {
-            "missing_keys": sorted(expected.keys() - found.keys()),
-            "unexpected_keys": sorted(found.keys() - expected.keys()),
+            "missing_keys": sorted(expected.keys() - headers.keys()),
+            "unexpected_keys": sorted(headers.keys() - expected.keys()),
             "mismatched_keys": [
-                (name, found[name][0], list(expected[name].shape))
+                (name, headers[name][0], list(expected[name].shape))
                 for name in shared
-                if found[name][0] != list(expected[name].shape)
+                if headers[name][0] != list(expected[name].shape)
             ],
-            "mistyped_keys": [(name, found[name][1], kinds[name]) for name in shared if found[name][1] != kinds[name]],
+            "mistyped_keys": [
+                (name, headers[name][1], kinds[name]) for name in shared if headers[name][1] != kinds[name]
+            ],
         }
         reject_loading_faults(faults, self.source)
 
     def _headers(self) -> dict[str, tuple[list[int], str]]:
         """Return tensor name -> shape and number type, from the files' headers alone."""
-        found = {}
+        headers = {}
         for name, path in self.files.items():
             try:
                 with safe_open(path, framework="pt") as tensors:
                     for key in tensors.keys():  # noqa: SIM118 it is no dict
-                        part = tensors.get_slice(key)
-                        found[key] = list(part.get_shape()), part.get_dtype()
+                        tensor = tensors.get_slice(key)
+                        headers[key] = list(tensor.get_shape()), tensor.get_dtype()
             except SafetensorError as error:
                 raise ValueError(
                     f"`{name}` in `{self.source}` cannot be read ({error}); copy or download it again"
                 ) from error
-        return found
+        return headers
 
 
 def reject_unusable_numbers(model: nn.Module) -> None:

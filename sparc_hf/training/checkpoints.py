@@ -48,8 +48,8 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""
-        found = self.folder.glob("step-*")
-        return sorted(path for path in found if path.suffix != ".tmp" and (path / STATE_FILE).exists())
+        folders = self.folder.glob("step-*")
+        return sorted(path for path in folders if path.suffix != ".tmp" and (path / STATE_FILE).exists())
 
     def newest(self) -> Path | None:
         """Return the last complete checkpoint, or None."""
@@ -98,12 +98,12 @@ class Checkpoints:
         Raises:
             ValueError: if all are damaged.
         """
-        found = [self._newest_whole(verify) if self.accelerator.is_main_process else None]
+        newest = [self._newest_whole(verify) if self.accelerator.is_main_process else None]
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if isinstance(found[0], str):
-            raise ValueError(found[0])
-        return found[0]
+            broadcast_object_list(newest)
+        if isinstance(newest[0], str):
+            raise ValueError(newest[0])
+        return newest[0]
 
     def _newest_whole(self, verify: bool) -> tuple[Path, dict[str, Any]] | str | None:
         """Return checkpoint and state, None, or what is wrong, which all processes are to hear."""

@@ -96,8 +96,8 @@ def selection_offsets(model: SparcModel, features: RowSource) -> Iterator[Tensor
     count = min(
         OFFSET_ROWS, len(features), max(1, int(model.max_preactivation_mb * 2**20 / (12 * config.num_latents)))
     )
-    chosen = torch.linspace(0, len(features) - 1, count).long().unique()
-    sample = {name: torch.from_numpy(features.array(name, chosen.numpy())) for name in config.stream_names}
+    row_numbers = torch.linspace(0, len(features) - 1, count).long().unique()
+    sample = {name: torch.from_numpy(features.array(name, row_numbers.numpy())) for name in config.stream_names}
     rows = model.normalize(sample)
     joint = _rates(objective.summed_preactivations(rows), None, config.k)
     least = LEAST_RATE * config.k / config.num_latents

@@ -95,8 +95,8 @@ class UsaeAdamW(torch.optim.AdamW):
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups[key.split(".")[1]].append(parameter)
-        chosen = [{"params": groups[name]} for name in self.names]
-        super().__init__(chosen, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
+        in_order = [{"params": groups[name]} for name in self.names]
+        super().__init__(in_order, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
 
     @contextlib.contextmanager
     def only(self, source: str) -> Iterator[None]:

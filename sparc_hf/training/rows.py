@@ -15,8 +15,8 @@ def center_pre_biases(model: SparcModel, features: FeatureDataset, rows: int = 8
 
     Encoders whose rows lie in a narrow cone would otherwise let the few latents along its axis win every selection.
     """
-    chosen = np.unique(np.linspace(0, len(features) - 1, min(rows, len(features)), dtype=np.int64))
-    sample = {name: torch.from_numpy(features.array(name, chosen)) for name in model.config.stream_names}
+    row_numbers = np.unique(np.linspace(0, len(features) - 1, min(rows, len(features)), dtype=np.int64))
+    sample = {name: torch.from_numpy(features.array(name, row_numbers)) for name in model.config.stream_names}
     for name, normalized in model.normalize(sample).items():
         model.pre_bias[name].copy_(normalized.mean(dim=0))
 
