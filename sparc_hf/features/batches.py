@@ -22,7 +22,14 @@ class RowSource(Protocol):
     def __len__(self) -> int: ...
 
     def array(self, stream: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return rows of one stream as a new float32 array [rows, hidden_size]."""
+        """Return rows of one stream as a new float32 array [rows, hidden_size], of NaN in rows that lack it.
+
+        NaN, so that a sum over rows that forgets `present` is not a number, rather than a wrong one.
+        """
+        ...
+
+    def present(self, stream: str) -> np.ndarray:
+        """Return bool [all rows], which rows have a stream."""
         ...
 
 
@@ -84,7 +91,7 @@ class FeatureBatches:
         return self._length
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield stream -> float32 [rows of this process, hidden_size] to the end of the epoch."""
+        """Yield stream -> float32 [rows of this process, hidden_size] to the end of the epoch, NaN in missing rows."""
         self._next_batch, self._resume_at = self._resume_at, 0
         while self._next_batch < len(self):
             batch = self._read(self.batch_rows(self._next_batch))
@@ -202,7 +209,10 @@ class StreamedBatches:
         self._rows.set_epoch(0)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield stream -> float32 [rows, hidden_size] to the end of the epoch, in the form `SparcModel` takes."""
+        """Yield stream -> float32 [rows, hidden_size] to the end of the epoch, in the form `SparcModel` takes.
+
+        Rows that lack a stream are NaN there, as `FeatureDataset.array` gives them.
+        """
         self._rows.set_epoch(self.epoch)
         table: Any
         for table in self._rows.iter(self.batch_size):

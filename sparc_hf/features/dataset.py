@@ -17,14 +17,16 @@ from sparc_hf.features.columns import (
     checked_floats,
     class_ids_per_row,
     fixed_size_lists,
-    lengths_and_ids,
+    label_matrix,
     list_width,
+    missing_rows,
     with_fixed_widths,
 )
 from sparc_hf.features.parquet import FACTS, is_parquet_address, open_parquet
 from sparc_hf.features.shards import (
     FEATURE_FOLDER,
     check_files,
+    check_missing_rows,
     check_target,
     finish_folder,
     joined,
@@ -52,7 +54,8 @@ class FeatureDataset:
 
     On disk it is a folder that `datasets.load_from_disk` opens, plus `sparc_features.json`: the stream records, label
     names, and rows and SHA-256 of every shard. Rows are stored as the encoders gave them; the model normalises.
-    Make one with `load`, `from_arrays` or `from_dataset`.
+    A row may lack some of the streams, never all: there its column has a null. Make one with `load`, `from_arrays` or
+    `from_dataset`.
 
     Args:
         table: Arrow table with a fixed-size list column per stream.
@@ -64,6 +67,10 @@ class FeatureDataset:
 
     Attributes:
         rows_skipped: samples of the source that were left out when it was extracted; `skipped.jsonl` lists them.
+
+    Raises:
+        ValueError: for streams without a column, rows of another width or with a null in place of a number, or a row
+            that lacks every stream.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class FeatureDataset:
         self.rows_skipped = 0
         self._rows = rows
         self._columns = {name: ColumnRows(self.table.column(name)) for name in self.stream_names}
+        self._refuse_rows_without_streams()
 
     @classmethod
     def load(cls, path: str | os.PathLike, verify: bool = True) -> "FeatureDataset":
@@ -102,7 +110,9 @@ class FeatureDataset:
         """
         if is_parquet_address(path):
             split = open_parquet(path, verify=verify)
-            return cls(split.read_table(), **{name: split.facts[name] for name in FACTS})
+            dataset = cls(split.read_table(), **{name: split.facts[name] for name in FACTS})
+            check_missing_rows(dataset.rows_without, split.facts, f"{path}")
+            return dataset
         folder = Path(path)
         manifest = read_manifest(folder)
         check_files(folder, manifest, FEATURE_FOLDER, verify)
@@ -119,6 +129,7 @@ class FeatureDataset:
             )
         facts = {key: manifest.get(key) for key in ("label_names", "taxonomy", "source")}
         dataset = cls(table, manifest["streams"], **facts)
+        check_missing_rows(dataset.rows_without, manifest, f"{folder}")
         dataset.rows_skipped = int(manifest.get("rows_skipped", 0))
         return dataset
 
@@ -128,6 +139,7 @@ class FeatureDataset:
         arrays: Mapping[str, Any],
         *,
         streams: StreamRecords | None = None,
+        present: Mapping[str, Any] | None = None,
         ids: Sequence[str] | None = None,
         text: Sequence[str] | None = None,
         labels: Any = None,
@@ -140,6 +152,8 @@ class FeatureDataset:
         Args:
             arrays: stream name -> numbers [rows, hidden_size]; float32 and float16 are kept, others become float32.
             streams: what is known of the streams beside name and width, as records or a dict name -> record.
+            present: stream name -> bool [rows], which rows have that stream; what stands in the others is not kept.
+                Streams without an entry are in every row.
             ids: a string per row.
             text: a string per row.
             labels: class ids per row (list of lists), or a 0/1 matrix [rows, classes].
@@ -148,10 +162,16 @@ class FeatureDataset:
             source: how the features were made.
 
         Raises:
-            ValueError: for arrays that do not fit together, or records that do not fit the arrays.
+            ValueError: for arrays that do not fit together, records that do not fit the arrays, or a row that lacks
+                every stream.
         """
         floats = {name: checked_floats(name, values) for name, values in arrays.items()}
-        columns: dict[str, pa.Array] = {name: fixed_size_lists(values) for name, values in floats.items()}
+        if unknown := sorted(set(present or ()) - set(floats)):
+            raise ValueError(f"`present` names {unknown}, but the streams are {list(floats)}")
+        missing = {name: missing_rows(name, given, len(floats[name])) for name, given in (present or {}).items()}
+        columns: dict[str, pa.Array] = {
+            name: fixed_size_lists(values, missing.get(name)) for name, values in floats.items()
+        }
         extras = {"id": ids, "text": text}
         columns |= {name: pa.array(list(values), pa.string()) for name, values in extras.items() if values is not None}
         if labels is not None:
@@ -175,14 +195,14 @@ class FeatureDataset:
         """Use the table of a datasets.Dataset, for example one that `load_dataset` read from parquet, without copying.
 
         Args:
-            dataset: its stream columns hold lists of floats, all of one length.
+            dataset: its stream columns hold lists of floats, all of one length, and None in rows without that stream.
             streams: names or records of the stream columns; by default every column of fixed-length float lists.
             label_names: names of the classes in a `labels` column.
             taxonomy: nested label hierarchy.
             source: how the features were made.
 
         Raises:
-            ValueError: if a stream has no such column, or rows of several widths.
+            ValueError: if a stream has no such column, or rows of several widths, or a row lacks every stream.
         """
         table = dataset.data.table.replace_schema_metadata(dataset.features.arrow_schema.metadata)
         widths = {
@@ -193,7 +213,9 @@ class FeatureDataset:
         if streams is not None and not isinstance(streams, Mapping):
             streams = [{"name": record} if isinstance(record, str) else record for record in streams]
             for record in streams:
-                widths.setdefault(record["name"], list_width(table, record["name"]))
+                if record["name"] not in widths:
+                    known = record.get("hidden_size") if record["name"] in table.column_names else None
+                    widths[record["name"]] = known or list_width(table, record["name"])
             widths = {record["name"]: widths[record["name"]] for record in streams}
         if not widths:
             raise ValueError("there is no column of fixed-length float lists; name the columns with `streams`")
@@ -245,12 +267,37 @@ class FeatureDataset:
         return [text or "" for text in self.column("text")]
 
     def array(self, stream: str, rows: Rows | None = None) -> np.ndarray:
-        """Return new float32 memory [rows, hidden_size] of one stream; all rows by default."""
-        if stream not in self._columns:
-            raise ValueError(f"there is no stream `{stream}`; the streams are {self.stream_names}")
+        """Return new float32 memory [rows, hidden_size] of one stream, NaN in rows without it; all rows by default."""
+        column = self._column_rows(stream)
         table_rows = self._table_rows(rows)
-        column = self._columns[stream]
         return column.all() if table_rows is None else column.gather(table_rows)
+
+    def present(self, stream: str, rows: Rows | None = None) -> np.ndarray:
+        """Return bool [rows], which rows have a stream; all rows by default."""
+        missing, table_rows = self._column_rows(stream).missing, self._table_rows(rows)
+        if missing is None:
+            return np.ones(self.table.num_rows if table_rows is None else len(table_rows), dtype=bool)
+        return ~(missing if table_rows is None else missing[table_rows])
+
+    def complete_rows(self, streams: Iterable[str] | None = None) -> np.ndarray:
+        """Return int64 [complete rows], the numbers of the rows that have all these streams, by default all."""
+        names = self.stream_names if streams is None else list(streams)
+        has_all = np.ones(len(self), dtype=bool)
+        for name in names:
+            has_all &= self.present(name)
+        return np.flatnonzero(has_all)
+
+    @cached_property
+    def rows_without(self) -> dict[str, int]:
+        """Stream -> how many rows lack it; only streams that some row lacks."""
+        lacking = [name for name, column in self._columns.items() if column.missing is not None]
+        counts = {name: len(self) - int(self.present(name).sum()) for name in lacking}
+        return {name: count for name, count in counts.items() if count}
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether any row lacks a stream."""
+        return bool(self.rows_without)
 
     def column(self, name: str, rows: Rows | None = None) -> list[Any]:
         """Return one column as a list of Python values; images come as dicts of bytes and path."""
@@ -293,39 +340,26 @@ class FeatureDataset:
         Raises:
             ValueError: if there is no `labels` column, or a class id without a name.
         """
-        from scipy.sparse import csr_array
-
         if "labels" not in self.column_names:
             raise ValueError(f"this dataset has no `labels` column; its columns are {self.column_names}")
         rows = self._table_rows(None)
         column = self.table.column("labels")
-        column = column if rows is None else column.take(pa.array(rows))
-        lengths, indices = lengths_and_ids(column)
-        if self.label_names is None and indices.max(initial=-1) >= len(indices) and indices.min(initial=0) >= 0:
-            indices = np.unique(indices, return_inverse=True)[1]
-        classes = len(self.label_names) if self.label_names is not None else int(indices.max(initial=-1)) + 1
-        if len(indices) and not 0 <= indices.min() <= indices.max() < classes:
-            raise ValueError(
-                f"class ids must be from 0 to {classes - 1}, but they reach from {indices.min()} to {indices.max()}"
-            )
-        indptr = np.concatenate([[0], np.cumsum(lengths)])
-        matrix = csr_array((np.ones(len(indices), np.float32), indices, indptr), shape=(len(self), classes))
-        matrix.sum_duplicates()
-        matrix.data[:] = 1
-        return matrix
+        return label_matrix(column if rows is None else column.take(pa.array(rows)), self.label_names)
 
     def check_rows(self, streams: Iterable[str] | None = None, rows_at_once: int = 1024) -> None:
-        """Read every row once, in blocks of `rows_at_once`.
+        """Read every row once, in blocks of `rows_at_once`, but those that are missing.
 
         Raises:
             ValueError: naming stream and row of the first row with a NaN or infinite number, or of zeros only.
         """
         for name in self.stream_names if streams is None else streams:
             for start in range(0, len(self), rows_at_once):
-                block = self.array(name, slice(start, start + rows_at_once))
+                rows = slice(start, start + rows_at_once)
+                block = self.array(name, rows)
                 squares = np.einsum("ij,ij->i", block, block)
                 # Squares overflow and underflow before the numbers do, so the suspects are looked at again.
-                for row in np.flatnonzero(~np.isfinite(squares) | (squares == 0)):
+                is_suspect = ~np.isfinite(squares) | (squares == 0)
+                for row in np.flatnonzero(is_suspect & self.present(name, rows) if is_suspect.any() else is_suspect):
                     peak = np.abs(block[row]).max()
                     if peak == 0 or not np.isfinite(peak):
                         kind = "only zeros" if peak == 0 else "a NaN or infinite number"
@@ -356,7 +390,7 @@ class FeatureDataset:
                 shards = []
                 for start in range(0, len(self), rows_per_shard):
                     batch = self.record_batch(slice(start, start + rows_per_shard))
-                    shards.append(write_shard(folder, f"data-{len(shards):05d}.arrow", batch))
+                    shards.append(write_shard(folder, f"data-{len(shards):05d}.arrow", batch, self.stream_names))
                 finish_folder(folder, self.table.schema, shards, {"streams": self.streams, **facts})
 
     def record_batch(self, rows: slice) -> pa.RecordBatch:
@@ -367,11 +401,28 @@ class FeatureDataset:
         for field in self.table.schema:
             if field.name in self._columns:
                 values = self.array(field.name, rows).astype(field.type.value_type.to_pandas_dtype(), copy=False)
-                columns.append(fixed_size_lists(values))
+                missing = None if self._columns[field.name].missing is None else ~self.present(field.name, rows)
+                columns.append(fixed_size_lists(values, missing))
             else:
                 taken = self.table.column(field.name).take(pa.array(table_rows))
                 columns.append(pa.concat_arrays(taken.chunks))
         return pa.record_batch(columns, schema=self.table.schema)
+
+    def _column_rows(self, stream: str) -> ColumnRows:
+        if stream not in self._columns:
+            raise ValueError(f"there is no stream `{stream}`; the streams are {self.stream_names}")
+        return self._columns[stream]
+
+    def _refuse_rows_without_streams(self) -> None:
+        masks = [column.missing for column in self._columns.values()]
+        if any(mask is None for mask in masks):
+            return
+        empty = np.flatnonzero(~np.logical_or.reduce([self.present(name) for name in self.stream_names]))
+        if len(empty):
+            raise ValueError(
+                f"{self.row_name(int(empty[0]))} has none of the streams {self.stream_names}, which no row may "
+                f"({len(empty)} do); leave such rows out"
+            )
 
     def _table_rows(self, rows: Rows | None) -> np.ndarray | None:
         """Translate row numbers of this dataset into those of its table, int64; None means all of the table."""

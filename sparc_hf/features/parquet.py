@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparc_hf.features.shards import FORMAT_VERSION, DatasetFacts, FileChecksums, NewerFormat, check_version
+from sparc_hf.features.shards import DatasetFacts, FileChecksums, NewerFormat, check_version, format_facts
 from sparc_hf.files.atomic_files import checksums_of, first_damage, new_file, write_json
 from sparc_hf.files.checked_reading import Count, checked, read_json
 from sparc_hf.model.stream_record import checked_stream_records
@@ -47,6 +47,11 @@ class SavableFeatures(Protocol):
     source: Any
     table: pa.Table
 
+    @property
+    def rows_without(self) -> dict[str, int]:
+        """Stream -> how many rows lack it."""
+        ...
+
     def __len__(self) -> int: ...
 
     def record_batch(self, rows: slice) -> pa.RecordBatch:
@@ -60,7 +65,8 @@ class ParquetSplit:
 
     Attributes:
         files: their paths, in order; for `read_table` paths on this machine, for `stream_rows` also `hf://` addresses.
-        facts: stream records, label names, taxonomy, source, and `rows`, the number of rows of the split.
+        facts: stream records, label names, taxonomy, source, `rows`, the number of rows of the split, and, where rows
+            lack streams, `rows_without`, how many by stream.
     """
 
     files: list[str]
@@ -125,7 +131,9 @@ def write_parquet_split(features: SavableFeatures, folder: Path, split: str, fil
         raise ValueError(f"the split `{split}` has no rows")
     (folder / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
     facts = {name: getattr(features, name) for name in FACTS}
-    metadata = json.dumps({"format_version": FORMAT_VERSION, "rows": rows, **facts}).encode()
+    version = format_facts(features.rows_without)
+    stored = {"format_version": version.pop("format_version"), "rows": rows, **facts, **version}
+    metadata = json.dumps(stored).encode()
     schema = features.table.schema
     schema = schema.with_metadata({**(schema.metadata or {}), METADATA_KEY: metadata})
     groups = range(0, rows, ROWS_PER_GROUP)
@@ -298,4 +306,5 @@ def _facts(schema: pa.Schema, file: str) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{file}` has damaged metadata: {error}") from error
-    return {name: facts.get(name) for name in (*FACTS, "rows")} | {"streams": checked_stream_records(facts["streams"])}
+    names = (*FACTS, "rows", *(["rows_without"] if "rows_without" in facts else []))
+    return {name: facts.get(name) for name in names} | {"streams": checked_stream_records(facts["streams"])}

@@ -2,18 +2,20 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pyarrow as pa
 
 from sparc_hf.features.shards import (
+    COMPLETE_VERSION,
     FEATURE_FOLDER,
-    FORMAT_VERSION,
     MANIFEST_NAME,
+    NewerFormat,
     ShardEntry,
     check_target,
+    check_version,
     finish_folder,
     joined,
     open_shard,
@@ -28,11 +30,14 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "sparc_partial.json"
 PROGRESS_FOLDER = "progress"
+# Of samples that no row was made of, and of rows that lack streams which could not be made.
 SKIPPED_NAME = "skipped.jsonl"
+INCOMPLETE_NAME = "incomplete.jsonl"
 
 
 class _Skipped(TypedDict, total=False):
     skipped: list[dict[str, Any]]
+    incomplete: list[dict[str, Any]]
 
 
 class _FullShard(ShardEntry, _Skipped):
@@ -65,7 +70,7 @@ class ShardFolder:
         self.partial = path.with_name(path.name + ".partial")
         refuse_fixed_place(path)
         recover(path)
-        self.settings = {"format_version": FORMAT_VERSION, **json.loads(json.dumps(settings))}
+        self.settings = {"format_version": COMPLETE_VERSION, **json.loads(json.dumps(settings))}
         self.finished = (path / MANIFEST_NAME).is_file()
         self._manifest: dict[str, Any] = {}
         if self.finished:
@@ -108,7 +113,8 @@ class ShardFolder:
         with self._writing(f"shard {number}"):
             (self.folder / PROGRESS_FOLDER).mkdir(exist_ok=True)
             if batch is not None:
-                entry |= write_shard(self.folder, f"data-{number:05d}.arrow", batch)
+                streams = [record["name"] for record in self.settings["streams"]]
+                entry |= write_shard(self.folder, f"data-{number:05d}.arrow", batch, streams)
             write_json(self._progress_file(number), entry)
         return entry
 
@@ -131,22 +137,31 @@ class ShardFolder:
         shards = [entry for entry in entries if entry["rows"]]
         if not shards:
             raise ValueError(f"no rows were left for `{self.path}`; a feature dataset needs at least one row")
-        skipped = [row for entry in entries for row in entry.get("skipped", [])]
+        failures = {
+            SKIPPED_NAME: [row for entry in entries for row in entry.get("skipped", [])],
+            INCOMPLETE_NAME: [row for entry in entries for row in entry.get("incomplete", [])],
+        }
         layout = {key: self.settings[key] for key in ("columns", "rows_per_shard") if key in self.settings}
-        manifest = {**facts, **layout, "rows_skipped": len(skipped)}
+        manifest = {**facts, **layout, "rows_skipped": len(failures[SKIPPED_NAME])}
         with self._writing("the manifest"):
-            if skipped:
-                write_text(
-                    self.folder / SKIPPED_NAME,
-                    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped),
-                )
-                manifest["files"] = checksums_of(self.folder, [SKIPPED_NAME])
+            if listed := self._write_failures(failures):
+                manifest["files"] = checksums_of(self.folder, listed)
             finish_folder(self.folder, schema, shards, manifest)
             if not self.finished:
                 for litter in self.partial.glob(".*.tmp"):
                     litter.unlink()
                 place(self.partial, self.path, FEATURE_FOLDER.owns, last=MANIFEST_NAME)
         self._remove_notes()
+
+    def _write_failures(self, failures: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        """Write a file of one line a row for each kind of failures that there is, and return their names."""
+        for name, rows in failures.items():
+            if rows:
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                write_text(self.folder / name, "".join(lines))
+            else:  # of what was made before a repair
+                (self.folder / name).unlink(missing_ok=True)
+        return [name for name, rows in failures.items() if rows]
 
     def _writing(self, what: str) -> Any:
         return writing(f"{what} of `{self.folder}`", "the shards before it are kept: make room and run the same again")
@@ -166,9 +181,10 @@ class ShardFolder:
                 write_json(file, {"settings": self.settings})
         try:
             earlier_settings = read_json(file, dict[str, dict[str, Any]])["settings"]
+            check_version(earlier_settings, f"{self.partial}")
             self._refuse_other_settings(earlier_settings, f"`{self.partial}`")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if "other settings" in str(error):
+            if "other settings" in str(error) or isinstance(error, NewerFormat):
                 raise
             raise ValueError(
                 f"`{self.partial}` is in the way: it is not an unfinished feature dataset (no readable "
@@ -177,7 +193,10 @@ class ShardFolder:
 
     def _refuse_other_settings(self, earlier_settings: Mapping[str, Any], what: str) -> None:
         differing = [
-            key for key in self.settings if _comparable(earlier_settings.get(key)) != _comparable(self.settings[key])
+            key
+            for key in self.settings
+            # The version of a finished folder depends on its rows; it was looked at on reading.
+            if key != "format_version" and _comparable(earlier_settings.get(key)) != _comparable(self.settings[key])
         ]
         if differing:
             names = ", ".join(f"`{key}`" for key in sorted(differing))

@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -16,16 +17,24 @@ from sparc_hf.files.atomic_folders import is_half_replaced, named, recover
 from sparc_hf.files.checked_reading import Count, FileName, Limit, Taxonomy, checked, read_json
 from sparc_hf.files.folder_lock import FolderInUse, locked_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Of everything in which no row lacks a stream, which versions of this package read that know of no such rows.
+COMPLETE_VERSION = 1
 MANIFEST_NAME = "sparc_features.json"
 # What such folders hold beside the manifest, the caches of `datasets` and unfinished work among it.
 SHARD_FILES = (
-    *("data-*.arrow", "cache-*.arrow", "state.json", "dataset_info.json", "skipped.jsonl"),
+    *("data-*.arrow", "cache-*.arrow", "state.json", "dataset_info.json", "skipped.jsonl", "incomplete.jsonl"),
     *(".*.tmp", "progress", "sparc_partial.json"),
 )
 
 
-class ShardEntry(TypedDict):
+class RowsWithout(TypedDict, total=False):
+    """Stream -> how many rows of a file lack it; not there where none does."""
+
+    rows_without: dict[str, Count]
+
+
+class ShardEntry(RowsWithout):
     """What a manifest says of one file."""
 
     file: FileName
@@ -61,12 +70,16 @@ class Manifest(Files):
 
 
 class DatasetFacts(TypedDict, total=False):
-    """What is known of a feature dataset beside its streams."""
+    """What is known of a feature dataset beside its streams.
+
+    `rows_without` has, by stream, how many rows lack it, of those streams that any row lacks.
+    """
 
     label_names: list[str] | None
     taxonomy: Taxonomy | None
     source: Any
     rows_skipped: Count
+    rows_without: dict[str, Count]
 
 
 class FeatureManifest(Manifest, DatasetFacts):
@@ -109,12 +122,46 @@ FEATURE_FOLDER = FolderKind(
 )
 
 
-def write_shard(folder: Path, name: str, batch: pa.RecordBatch) -> dict[str, Any]:
-    """Write one record batch as the file `name`, which appears only when it is whole; return its manifest entry."""
+def write_shard(folder: Path, name: str, batch: pa.RecordBatch, streams: Sequence[str] = ()) -> dict[str, Any]:
+    """Write one record batch as the file `name`, which appears only when it is whole; return its manifest entry.
+
+    Args:
+        folder: where it lies.
+        name: of the file.
+        batch: the rows.
+        streams: columns in which a null is a row that lacks that stream; the entry counts them.
+    """
     with new_file(folder / name) as file, pa.ipc.new_stream(file, batch.schema) as writer:
         writer.write_batch(batch)
     path = folder / name
-    return {"file": name, "rows": batch.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    lacking = rows_without(batch, streams)
+    return {
+        **{"file": name, "rows": batch.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)},
+        **({"rows_without": lacking} if lacking else {}),
+    }
+
+
+def rows_without(rows: pa.Table | pa.RecordBatch, streams: Iterable[str]) -> dict[str, int]:
+    """Return stream -> how many rows lack it; only streams that some row lacks."""
+    counts = {name: rows.column(name).null_count for name in streams}
+    return {name: count for name, count in counts.items() if count}
+
+
+def format_facts(lacking: Mapping[str, int]) -> dict[str, Any]:
+    """Return what a manifest says of its format, and of the rows that lack streams, from `rows_without`."""
+    if not lacking:
+        return {"format_version": COMPLETE_VERSION}
+    return {"format_version": FORMAT_VERSION, "rows_without": dict(lacking)}
+
+
+def check_missing_rows(lacking: Mapping[str, int], facts: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError where more or fewer rows lack a stream than the manifest, or the metadata of a file, says."""
+    expected = facts.get("rows_without") or {}
+    if lacking != expected:
+        raise ValueError(
+            f"`{name}` is damaged: rows that lack a stream should be {expected or 'none'}, but they are "
+            f"{dict(lacking) or 'none'}; make it again"
+        )
 
 
 def read_manifest(folder: Path, kind: FolderKind = FEATURE_FOLDER) -> dict[str, Any]:
@@ -234,8 +281,12 @@ def finish_folder(
         DatasetInfo(features=Features.from_arrow_schema(schema)).write_to_directory(written)
         write_text(folder / "dataset_info.json", (Path(written) / "dataset_info.json").read_text(encoding="utf-8"))
     write_text(folder / "state.json", json.dumps(state, indent=1) + "\n")
-    rows = sum(shard["rows"] for shard in shards)
-    manifest = {"format_version": FORMAT_VERSION, "rows": rows, **facts, "shards": list(shards)}
+    rows, lacking = sum(shard["rows"] for shard in shards), Counter[str]()
+    for shard in shards:
+        lacking.update(shard.get("rows_without", {}))
+    version = format_facts(lacking)
+    manifest = {"format_version": version.pop("format_version"), "rows": rows, **facts, **version}
+    manifest["shards"] = list(shards)
     write_json(folder / kind.manifest, manifest, indent=1)
 
 

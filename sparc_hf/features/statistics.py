@@ -16,7 +16,8 @@ def standardization_of(
     Args:
         features: the dataset.
         stream: which stream.
-        sample_rows: they are estimated from at most so many rows, evenly spaced from the first to the last.
+        sample_rows: they are estimated from at most so many rows, evenly spaced from the first to the last of those
+            that have the stream.
         per_channel: one number a channel, so that every channel weighs the same in a loss; by default one number each
             over all rows and channels, as the code of USAE standardises (arXiv 2502.03714).
 
@@ -27,7 +28,10 @@ def standardization_of(
     Raises:
         ValueError: if there is nothing to divide by: fewer than two numbers, or all of them equal.
     """
-    rows = np.unique(np.linspace(0, len(features) - 1, min(sample_rows, len(features))).round().astype(np.int64))
+    present = np.flatnonzero(features.present(stream))
+    rows = present[
+        np.unique(np.linspace(0, len(present) - 1, min(sample_rows, len(present))).round().astype(np.int64))
+    ]
     count, mean, squares = 0, np.zeros(1), np.zeros(1)
     for start in range(0, len(rows), BLOCK_ROWS):
         # Blocks are merged by their means, because sums of squares lose the digits of a large mean.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from sparc_hf.features.columns import fixed_size_lists
+from sparc_hf.features.columns import fixed_size_lists, missing_rows
 from sparc_hf.features.shard_folder import ShardFolder
 from sparc_hf.features.shards import check_target
 from sparc_hf.files.folder_lock import locked_folder
@@ -58,17 +58,19 @@ class RowSchema:
         return {field.name: str(field.type) for field in self.arrow_schema}
 
     def checked(
-        self, batch: Mapping[str, Any], first_row: int = 0
+        self, batch: Mapping[str, Any], first_row: int = 0, present: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, pa.Array], int]:
-        """Return the stream arrays, the other columns and the number of rows of a batch.
+        """Return the stream arrays, NaN in rows without that stream, the other columns and the number of rows.
 
         Args:
             batch: every stream as an array [rows, hidden_size], every other column as a list of `rows` values.
             first_row: what to call its first row in an error.
+            present: stream -> bool [rows], which rows have it; streams without an entry are in every row.
 
         Raises:
             ValueError: for missing or unknown columns, another width or row count, a number that is not finite (also
-                after conversion to `dtype`), or a value its column cannot hold.
+                after conversion to `dtype`) in a row that is there, a row without any stream, or a value its column
+                cannot hold.
         """
         names = self.arrow_schema.names
         if set(batch) != set(names):
@@ -79,13 +81,31 @@ class RowSchema:
         lengths = {name: len(values) for name, values in batch.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"all columns of a batch must have the same number of rows, but they have {lengths}")
+        rows = next(iter(lengths.values()))
+        missing = self._missing(present or {}, rows, first_row)
         arrays = {
-            record["name"]: self._checked_array(record, batch[record["name"]], first_row) for record in self.streams
+            record["name"]: self._checked_array(record, batch[record["name"]], first_row, missing.get(record["name"]))
+            for record in self.streams
         }
         extras = {name: self._checked_extra(name, batch[name]) for name in self.extra_features}
-        return arrays, extras, next(iter(lengths.values()))
+        return arrays, extras, rows
 
-    def _checked_array(self, record: Mapping[str, Any], values: Any, first_row: int) -> np.ndarray:
+    def _missing(self, present: Mapping[str, Any], rows: int, first_row: int) -> dict[str, np.ndarray]:
+        """Return stream -> bool [rows] of those that some of the rows lack."""
+        names = [record["name"] for record in self.streams]
+        if unknown := sorted(set(present) - set(names)):
+            raise ValueError(f"`present` names {unknown}, but the streams are {names}")
+        masks = {name: missing_rows(name, present[name], rows) for name in present}
+        masks = {name: mask for name, mask in masks.items() if mask.any()}
+        if len(masks) == len(names):
+            empty = np.flatnonzero(np.logical_and.reduce(list(masks.values())))
+            if len(empty):
+                raise ValueError(f"row {first_row + int(empty[0])} has none of the streams {names}; leave it out")
+        return masks
+
+    def _checked_array(
+        self, record: Mapping[str, Any], values: Any, first_row: int, missing: np.ndarray | None
+    ) -> np.ndarray:
         array = np.asarray(values)
         if array.ndim != 2 or array.shape[1] != record["hidden_size"]:
             raise ValueError(
@@ -93,8 +113,11 @@ class RowSchema:
                 f"but got one of shape {list(array.shape)}"
             )
         with np.errstate(over="ignore"):
-            array = array.astype(self.dtype, copy=False)
+            array = array.astype(self.dtype, copy=missing is not None)
         finite = np.isfinite(array).all(axis=1)
+        if missing is not None:
+            finite |= missing
+            array[missing] = np.nan
         if not finite.all():
             row = first_row + int(np.argmin(finite))
             hint = "" if self.dtype == "float32" else " (float16 ends at 65504; float32 holds larger numbers)"
@@ -162,6 +185,7 @@ class ShardWriter:
         self._arrays: dict[str, list[np.ndarray]] = {record["name"]: [] for record in self.schema.streams}
         self._extras: dict[str, list[pa.Array]] = {name: [] for name in self.schema.extra_features}
         self._skipped: list[dict[str, Any]] | None = None
+        self._incomplete: list[dict[str, Any]] | None = None
 
     def add(self, arrays: Mapping[str, np.ndarray], extras: Mapping[str, pa.Array]) -> None:
         """Add rows that `RowSchema.checked` gave, or some of them; the arrays are copied."""
@@ -175,6 +199,10 @@ class ShardWriter:
         """Note rows of the source that the shard does without; its entry lists them, none where there are none."""
         self._skipped = [*(self._skipped or ()), *map(dict, failures)]
 
+    def keep_incomplete(self, failures: Sequence[Mapping[str, Any]]) -> None:
+        """Note rows of the shard that lack streams which could not be made; its entry lists them."""
+        self._incomplete = [*(self._incomplete or ()), *map(dict, failures)]
+
     def save(self) -> dict[str, Any] | None:
         """Write the shard that grows, if any, and return its manifest entry.
 
@@ -185,7 +213,10 @@ class ShardWriter:
             return None
         if self._skipped:
             logger.warning("%d rows of shard %d are left out", len(self._skipped), self.number)
+        if self._incomplete:
+            logger.warning("%d rows of shard %d lack streams", len(self._incomplete), self.number)
         facts = {} if self._skipped is None else {"skipped": self._skipped}
+        facts |= {} if self._incomplete is None else {"incomplete": self._incomplete}
         entry = self.folder.save(self.number, self._record_batch() if self.rows else None, **facts)
         self.number = None
         return entry
@@ -203,7 +234,8 @@ class ShardWriter:
     def _record_batch(self) -> pa.RecordBatch:
         for name, pieces in self._arrays.items():  # one by one, so that only one stream is in memory twice
             self._arrays[name] = [np.concatenate(pieces)] if len(pieces) > 1 else pieces
-        columns = [fixed_size_lists(pieces[0]) for pieces in self._arrays.values()]
+        # Rows that are there hold no NaN.
+        columns = [fixed_size_lists(pieces[0], np.isnan(pieces[0][:, 0])) for pieces in self._arrays.values()]
         columns += [pa.concat_arrays(pieces) for pieces in self._extras.values()]
         return pa.record_batch(columns, schema=self.schema.arrow_schema)
 
@@ -274,16 +306,18 @@ class FeatureWriter:
         """Rows appended so far, safe or still in memory."""
         return self.rows_done + self._writer.rows
 
-    def append(self, batch: Mapping[str, Any]) -> None:
+    def append(self, batch: Mapping[str, Any], present: Mapping[str, Any] | None = None) -> None:
         """Append rows.
 
         Args:
             batch: every stream as an array [rows, hidden_size], every extra column as a list of `rows` values.
+            present: stream -> bool [rows], which rows have it; what stands in the others is not kept. Streams without
+                an entry are in every row.
 
         Raises:
             ValueError: as `RowSchema.checked`. Nothing of the batch is then kept.
         """
-        arrays, extras, rows = self._writer.schema.checked(batch, first_row=len(self))
+        arrays, extras, rows = self._writer.schema.checked(batch, first_row=len(self), present=present)
         start = 0
         while start < rows:
             stop = min(rows, start + self.rows_per_shard - self._writer.rows)

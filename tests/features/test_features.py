@@ -181,8 +181,8 @@ def test_unusable_folders(saved, tmp_path):
     change_manifest(saved, rows=26)
     with pytest.raises(ValueError, match="26 rows, but its shards have 25"):
         FeatureDataset.load(saved)
-    change_manifest(saved, format_version=2)
-    with pytest.raises(ValueError, match=r"format version 2.*upgrade"):
+    change_manifest(saved, format_version=3)
+    with pytest.raises(ValueError, match=r"format version 3.*upgrade"):
         FeatureDataset.load(saved)
     (saved / "sparc_features.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
