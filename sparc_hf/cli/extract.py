@@ -10,8 +10,8 @@ from sparc_hf.cli.parser import trust_remote_code_flag
 from sparc_hf.encoders.stream_encoder import checked_device, load_encoders
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.features.extraction import check_sizes, extract_features, launched_processes
-from sparc_hf.features.sample_reader import chosen_columns
 from sparc_hf.features.shards import MANIFEST_NAME, check_target
+from sparc_hf.features.source_columns import chosen_columns
 from sparc_hf.features.sources.coco import open_coco
 from sparc_hf.features.sources.imagenet import open_imagenet
 from sparc_hf.features.sources.open_images import open_open_images
@@ -117,11 +117,12 @@ class ExtractionArguments:
     autocast: bool = field(default=False, metadata={"help": "Run the encoders in bfloat16 on a CUDA device."})
     trust_remote_code: bool = trust_remote_code_flag()
     limit: int | None = field(default=None, metadata={"help": "Rows to encode, from the first (default: all)."})
-    on_error: Literal["stop", "skip"] = field(
+    on_error: Literal["stop", "skip", "keep"] = field(
         default="stop",
         metadata={
             "help": "What to do with an image that cannot be read, an empty text or a row that becomes NaN: stop with "
-            "its name, or skip it and list it in skipped.jsonl."
+            "its name; skip it and list it in skipped.jsonl; or keep the sample without the streams that cannot be "
+            "made and list it in incomplete.jsonl, for example where some images have no caption."
         },
     )
     repair: bool = field(
@@ -217,5 +218,7 @@ def run_extract(args: Any) -> dict[str, Any] | None:
     features = run_extraction(args)
     if launched_rank() > 0:  # of several processes one speaks
         return None
-    skipped = features.rows_skipped
-    return {"features": args.output, "rows": len(features), "rows_skipped": skipped, "streams": features.streams}
+    printed = {"features": args.output, "rows": len(features), "rows_skipped": features.rows_skipped}
+    if features.is_incomplete:
+        printed["rows_without"] = features.rows_without
+    return printed | {"streams": features.streams}

@@ -4,10 +4,11 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from tqdm.auto import tqdm
 
 from sparc_hf.encoders.stream_encoder import StreamEncoder, checked_device
 from sparc_hf.features.dataset import FeatureDataset
-from sparc_hf.features.sample_reader import Batch, SampleReader, chosen_columns, failure
+from sparc_hf.features.sample_reader import Batch, SampleReader, failure
+from sparc_hf.features.source_columns import chosen_columns
 from sparc_hf.features.sources.source import schema_of
 from sparc_hf.features.statistics import standardization_of
 from sparc_hf.features.writer import RowSchema, ShardWriter
@@ -28,8 +30,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A batch's columns, None where all its rows failed, and the rows that did.
-Encode = Callable[[Batch], tuple[dict[str, Any] | None, list[dict[str, Any]]]]
+OnError = Literal["stop", "skip", "keep"]
+
+
+@dataclass
+class Encoded:
+    """What the encoders made of a batch.
+
+    Attributes:
+        columns: all columns of its rows; None where it has none.
+        present: stream -> bool [rows], which rows have it.
+        failed: samples that no row was made of, as `failure` makes them.
+        incomplete: those whose rows lack `streams`.
+    """
+
+    columns: dict[str, Any] | None
+    present: dict[str, np.ndarray]
+    failed: list[dict[str, Any]]
+    incomplete: list[dict[str, Any]]
+
+
+Encode = Callable[[Batch], Encoded]
 
 
 def extract_features(
@@ -51,7 +72,7 @@ def extract_features(
     source: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     autocast: bool = False,
-    on_error: Literal["stop", "skip"] = "stop",
+    on_error: OnError = "stop",
     repair: bool = False,
 ) -> FeatureDataset:
     """Encode every sample with every encoder, write the rows, and open the result.
@@ -80,8 +101,10 @@ def extract_features(
         source: where the samples come from; rows and column names are added.
         device: where the encoders run; they stay where they are by default.
         autocast: run in bfloat16 on a CUDA device; the stream records say so.
-        on_error: "stop" at a row whose image cannot be read, whose text is empty, whose label is unknown, or whose
-            features are not finite; or "skip" it and list it in `skipped.jsonl`.
+        on_error: "stop" at a row whose image is missing or cannot be read, whose text is empty, whose label is
+            unknown, or whose features are not finite; "skip" it and list it in `skipped.jsonl`; or "keep" it without
+            the streams that cannot be made and list it in `incomplete.jsonl`, so that only rows of which no stream can
+            be made, or whose label is unknown, are skipped.
         repair: make the damaged or missing shards of the finished dataset at `path` again.
 
     Raises:
@@ -89,8 +112,8 @@ def extract_features(
             `on_error` stops; finished shards are kept.
         OSError: if a shard cannot be written; finished shards are kept.
     """
-    if on_error not in ("stop", "skip"):
-        raise ValueError(f"`on_error` must be stop or skip, but it is {on_error!r}")
+    if on_error not in get_args(OnError):
+        raise ValueError(f"`on_error` must be stop, skip or keep, but it is {on_error!r}")
     check_sizes(batch_size, rows_per_shard, workers)
     if not encoders or not getattr(dataset, "num_rows", 1):
         raise ValueError(f"nothing to extract: {len(encoders)} streams and {getattr(dataset, 'num_rows', '?')} rows")
@@ -120,6 +143,7 @@ def extract_features(
         samples_per_shard=rows_per_shard if tokens is None else max(rows_per_shard // tokens, batch_size),
         batch_size=batch_size,
         workers=workers,
+        keeps_incomplete=on_error == "keep",
     )
     records = [_record(encoder, name, autocast) for name, encoder in encoders.items()]
     open_writer = partial(
@@ -132,8 +156,10 @@ def extract_features(
         source={**(source or {}), "rows": reader.total, **columns.record},
         repair=repair,
     )
-    encode = partial(_encoded_columns, encoders=encoders, dtype=dtype, tokens=tokens, autocast=autocast)
-    was_written = _write_shards(Path(path), open_writer, reader, encode, skip=on_error == "skip", repair=repair)
+    encode = partial(
+        _encoded, encoders=encoders, dtype=dtype, tokens=tokens, autocast=autocast, keep=on_error == "keep"
+    )
+    was_written = _write_shards(Path(path), open_writer, reader, encode, on_error=on_error, repair=repair)
     # Files that were just written or checked are not read once more.
     return FeatureDataset.load(path, verify=not was_written)
 
@@ -144,7 +170,7 @@ def _write_shards(
     reader: SampleReader,
     encode: Encode,
     *,
-    skip: bool,
+    on_error: OnError,
     repair: bool,
 ) -> bool:
     """Make the shards of a folder, all processes together, and finish it; return False where it was finished."""
@@ -155,7 +181,7 @@ def _write_shards(
         if writer.folder.finished and not repair:
             logger.info("%s is finished already", path)
             return False
-        _encode_shards(reader, encode, writer, skip, processes)
+        _encode_shards(reader, encode, writer, on_error, processes)
         if processes:
             processes.wait_for_everyone()
         if processes is None or processes.is_main_process:
@@ -191,18 +217,18 @@ def launched_processes() -> "PartialState | None":
 
 
 def _encode_shards(
-    reader: SampleReader, encode: Encode, writer: ShardWriter, skip: bool, processes: "PartialState | None"
+    reader: SampleReader, encode: Encode, writer: ShardWriter, on_error: OnError, processes: "PartialState | None"
 ) -> None:
     """Encode and save the shards of this process that are not there yet, with a progress bar.
 
     Raises:
-        ValueError: naming the first row that failed, unless such rows are to be skipped.
+        ValueError: naming the first row that failed, where `on_error` is to stop.
     """
     rank, size = (processes.process_index, processes.num_processes) if processes else (0, 1)
 
     @cache
     def wanted(shard: int) -> bool:
-        return shard % size == rank and writer.folder.entry(shard) is None
+        return shard % size == rank and _is_unmade(writer.folder.entry(shard), on_error)
 
     total = done = None
     if reader.total is not None:
@@ -216,48 +242,94 @@ def _encode_shards(
             if batch.shard != writer.number:
                 writer.save()
                 writer.begin(batch.shard)
-            columns, failures = encode(batch)
-            failures.sort(key=lambda fault: fault["row"])
-            if failures and not skip:
-                _refuse(failures[0])
-            writer.skip(failures)
-            if columns is not None:
-                arrays, extras, _ = writer.schema.checked(columns)
+            encoded = encode(batch)
+            if encoded.failed and on_error == "stop":
+                _refuse(encoded.failed[0])
+            writer.skip(encoded.failed)
+            if on_error == "keep" and (encoded.failed or encoded.incomplete):
+                writer.keep_incomplete(encoded.incomplete)
+            if encoded.columns is not None:
+                arrays, extras, _ = writer.schema.checked(encoded.columns, present=encoded.present)
                 writer.add(arrays, extras)
             bar.update(len(batch.numbers) + len(batch.failed))
         writer.save()
 
 
+def _is_unmade(entry: Mapping[str, Any] | None, on_error: OnError) -> bool:
+    """Return whether a shard has to be made: where it is not, or was made with another way to treat its failures.
+
+    One without failures is the same either way; `incomplete` is there where "keep" made one with failures.
+    """
+    if entry is None:
+        return True
+    if on_error == "keep":
+        return bool(entry.get("skipped")) and "incomplete" not in entry
+    return on_error == "skip" and bool(entry.get("incomplete"))
+
+
 def _refuse(failure: Mapping[str, Any]) -> NoReturn:
     name = f" ({failure['id']})" if failure["id"] is not None else ""
-    raise ValueError(f"row {failure['row']}{name}: {failure['reason']}; or leave such rows out with `on_error` skip")
+    raise ValueError(
+        f"row {failure['row']}{name}: {failure['reason']}; or leave such rows out with `on_error` skip, or keep their "
+        "other streams with `on_error` keep"
+    )
 
 
-def _encoded_columns(
-    batch: Batch, encoders: Mapping[str, StreamEncoder], dtype: str, tokens: int | None, autocast: bool
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Return the columns of the samples that came out well, or None, and the failures of the others."""
-    failures = list(batch.failed)
+def _encoded(
+    batch: Batch, encoders: Mapping[str, StreamEncoder], dtype: str, tokens: int | None, autocast: bool, keep: bool
+) -> Encoded:
+    """Encode the samples of a batch; with `keep` those stay that only some streams can be made of."""
+    faults = {place: dict(fault) for place, fault in batch.faults.items()}
     arrays: dict[str, np.ndarray] = {}
-    is_usable = np.ones(len(batch.numbers), dtype=bool)
+    has: dict[str, np.ndarray] = {}
     for name, encoder in encoders.items() if batch.numbers else ():
-        rows = _rows_of(encoder, batch.inputs[name], autocast).unflatten(0, (-1, tokens or 1))
-        if encoder.modality == "image" and batch.image_of is not None:
-            rows = rows[batch.image_of]
-        with np.errstate(over="ignore"):
-            arrays[name] = rows.numpy().astype(dtype, copy=False)  # [samples, tokens, hidden_size]
+        arrays[name], has[name] = _stream_arrays(batch, name, encoder, dtype, tokens, autocast)
         is_finite = np.isfinite(arrays[name]).all(axis=(1, 2))
-        for place in np.flatnonzero(is_usable & ~is_finite):
-            sample_id = batch.columns["id"][place] if "id" in batch.columns else None
+        for place in np.flatnonzero(has[name] & ~is_finite).tolist():
             reason = (
                 f"encoder `{name}` gives a NaN or infinite number in {dtype}; look at that sample, or try another "
                 "`dtype` or no `autocast`"
             )
-            failures.append(failure(batch.numbers[place], sample_id, reason))
-        is_usable &= is_finite
+            if place not in faults:
+                sample_id = batch.columns["id"][place] if "id" in batch.columns else None
+                faults[place] = failure(batch.numbers[place], sample_id, reason)
+            elif keep:
+                faults[place]["reason"] += f"; {reason}"
+        has[name] &= is_finite
+    combine = np.logical_or if keep else np.logical_and
+    is_usable: np.ndarray = combine.reduce(list(has.values())) if has else np.zeros(0, dtype=bool)
+    failed = [*batch.failed, *(faults[place] for place in np.flatnonzero(~is_usable).tolist())]
+    incomplete = [
+        faults[place] | {"streams": [name for name in has if not has[name][place]]}
+        for place in sorted(faults)
+        if is_usable[place]
+    ]
+    failed.sort(key=lambda fault: fault["row"])
     usable = np.flatnonzero(is_usable)
-    if not len(usable):
-        return None, failures
+    present = {name: mask[usable].repeat(tokens or 1) for name, mask in has.items()}
+    return Encoded(_columns_of(batch, arrays, usable, tokens) if len(usable) else None, present, failed, incomplete)
+
+
+def _stream_arrays(
+    batch: Batch, name: str, encoder: StreamEncoder, dtype: str, tokens: int | None, autocast: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of a stream, [samples, tokens, hidden_size], and bool [samples], which samples have an input."""
+    if name not in batch.inputs:
+        width = encoder.record["hidden_size"]
+        return np.zeros((len(batch.numbers), tokens or 1, width), dtype), np.zeros(len(batch.numbers), dtype=bool)
+    rows = _rows_of(encoder, batch.inputs[name], autocast).unflatten(0, (-1, tokens or 1))
+    places = batch.input_of.get(encoder.modality)
+    if places is not None:
+        rows = rows[places.clamp(min=0)]
+    with np.errstate(over="ignore"):
+        array = rows.numpy().astype(dtype, copy=False)
+    return array, np.ones(len(array), dtype=bool) if places is None else (places >= 0).numpy()
+
+
+def _columns_of(
+    batch: Batch, arrays: Mapping[str, np.ndarray], usable: np.ndarray, tokens: int | None
+) -> dict[str, Any]:
+    """Return all columns of the samples that rows are made of."""
     columns: dict[str, Any] = {name: array[usable].reshape(-1, array.shape[2]) for name, array in arrays.items()}
     for name, values in batch.columns.items():
         if tokens is None or name != "text":
@@ -265,7 +337,7 @@ def _encoded_columns(
     if tokens is not None:
         columns["sample"] = np.repeat([batch.numbers[place] for place in usable], tokens).tolist()
         columns["token"] = list(range(tokens)) * len(usable)
-    return columns, failures
+    return columns
 
 
 def _rows_of(encoder: StreamEncoder, inputs: Mapping[str, Tensor], autocast: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Samples as encoder inputs: columns chosen, rows read in numbered blocks, images decoded in worker processes."""
+"""Samples as encoder inputs: rows read in numbered blocks, images decoded in worker processes."""
 
 import json
 import os
@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparc_hf.encoders.inputs import open_image, upright_rgb
 from sparc_hf.encoders.stream_encoder import StreamEncoder
-from sparc_hf.features.sources.source import find_column, is_image, schema_of
+from sparc_hf.features.source_columns import Columns
+from sparc_hf.features.sources.source import schema_of
 
 if TYPE_CHECKING:
     import datasets
@@ -37,8 +38,11 @@ class Batch:
         shard: number of the shard they belong to.
         numbers: their row numbers in the source.
         columns: column name -> values to write, one a sample.
-        inputs: stream name -> model inputs; images that follow each other in several rows are there once.
-        image_of: for each sample the number of its image among the inputs, int64 [samples]; None without images.
+        inputs: stream name -> model inputs; images that follow each other in several rows are there once. Streams of
+            which no sample has an input are not there.
+        input_of: "image" or "text" -> for each sample the number of its input, int64 [samples], -1 where it has none;
+            what is not there has one input a sample.
+        faults: place of a sample that lacks something -> what could not be read, as `failure` makes it.
         failed: rows that could not be read, as dicts of `row`, `id` and `reason`.
     """
 
@@ -46,100 +50,9 @@ class Batch:
     numbers: list[int]
     columns: dict[str, list[Any]] = field(default_factory=dict)
     inputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    image_of: Tensor | None = None
+    input_of: dict[str, Tensor] = field(default_factory=dict)
+    faults: dict[int, dict[str, Any]] = field(default_factory=dict)
     failed: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which source columns become what; None for what there is not.
-
-    Attributes:
-        image: images, or paths of images.
-        text: texts, or lists of captions, which are joined by a space.
-        id: what becomes the `id` of a row.
-        labels: class ids or names, or lists of them.
-        keep: further columns to copy.
-    """
-
-    image: str | None
-    text: str | None
-    id: str | None
-    labels: str | None
-    keep: tuple[str, ...]
-
-    @property
-    def needed(self) -> list[str]:
-        """All source columns, each once."""
-        named = [self.image, self.text, self.id, self.labels, *self.keep]
-        return list(dict.fromkeys(name for name in named if name is not None))
-
-    @property
-    def record(self) -> dict[str, str | None]:
-        """What the dataset remembers of its source."""
-        return {
-            "image_column": self.image,
-            "id_column": self.id,
-            "text_column": self.text,
-            "labels_column": self.labels,
-        }
-
-
-def chosen_columns(
-    dataset: "datasets.Dataset | datasets.IterableDataset",
-    modalities: set[str],
-    *,
-    image_column: str | None,
-    text_column: str | None,
-    id_column: str | None,
-    labels_column: str | None,
-    keep_columns: Sequence[str],
-) -> Columns:
-    """Check the named columns, and find those that are needed and not named.
-
-    Raises:
-        ValueError: for a column that is not there or cannot be found, or a kept one whose name is taken.
-    """
-    column_names = list(schema_of(dataset))
-    named = [image_column, text_column, id_column, labels_column, *keep_columns]
-    if missing := [name for name in named if name is not None and name not in column_names]:
-        raise ValueError(f"the dataset has no columns {missing}; it has {column_names}")
-    image = (image_column or find_column(dataset, "image")) if "image" in modalities else None
-    text = text_column or (find_column(dataset, "text") if "text" in modalities else None)
-    _check_kinds(schema_of(dataset), image, text, labels_column)
-    source_columns = {
-        "id": id_column or ("id" if "id" in column_names else None),
-        "text": text,
-        "labels": labels_column,
-    }
-    if taken := [name for name in keep_columns if source_columns.get(name) not in (None, name)]:
-        raise ValueError(
-            f"columns {taken} cannot be kept, because {source_columns} take their names; rename them first"
-        )
-    return Columns(
-        image=image, keep=tuple(name for name in keep_columns if source_columns.get(name) is None), **source_columns
-    )
-
-
-def _check_kinds(features: Any, image: str | None, text: str | None, labels: str | None) -> None:
-    """Raise ValueError where a column cannot be what it is to be, by its type."""
-    from datasets import List, Value
-
-    def scalar(name: str) -> str:
-        feature = features[name]
-        inner = feature.feature if isinstance(feature, List) else feature
-        # A ClassLabel is a number; an image stored as a plain record has the parts of one.
-        kind = getattr(inner, "dtype", "") if isinstance(inner, Value) or hasattr(inner, "names") else ""
-        return "record" if isinstance(inner, dict) and {"bytes", "path"} <= set(inner) else kind.removeprefix("large_")
-
-    wanted = (
-        (image, "images, or paths of images", lambda kind: kind in ("string", "binary", "record")),
-        (text, "texts, or lists of texts", lambda kind: kind == "string"),
-        (labels, "class ids or names, or lists of them", lambda kind: kind == "string" or "int" in kind),
-    )
-    for name, words, fits in wanted:
-        if name is not None and not is_image(features[name]) and not fits(scalar(name)):
-            raise ValueError(f"the column `{name}` must hold {words}, but it holds {features[name]}")
 
 
 class SampleReader:
@@ -153,6 +66,7 @@ class SampleReader:
         samples_per_shard: samples of the source that make one shard.
         batch_size: samples of a batch; a batch never reaches over the end of a shard.
         workers: processes that decode; 0 to decode in this one.
+        keeps_incomplete: whether a sample stays of which an image or a text is missing, as long as it has the other.
     """
 
     def __init__(
@@ -165,6 +79,7 @@ class SampleReader:
         samples_per_shard: int,
         batch_size: int,
         workers: int,
+        keeps_incomplete: bool = False,
     ):
         from datasets import Dataset as StoredDataset
         from datasets import Image
@@ -182,7 +97,7 @@ class SampleReader:
         self.total: int | None = len(dataset) if isinstance(dataset, StoredDataset) else None
         self.samples_per_shard, self.batch_size, self.workers = samples_per_shard, batch_size, workers
         self.pin_memory = any(encoder.device.type == "cuda" for encoder in encoders.values())
-        self._prepare = _Preparation(columns, tuple(images), encoders, label_names)
+        self._prepare = _Preparation(columns, tuple(images), encoders, label_names, keeps_incomplete)
         self._streamed = 0
 
     @property
@@ -253,6 +168,23 @@ class _Block:
     rows: dict[str, list[Any]]
 
 
+@dataclass
+class _Sample:
+    """What a row of a source gives.
+
+    Attributes:
+        columns: column name -> value to write.
+        image: decoded; None where it has none, or has that of the row before.
+        faults: why something of it is missing.
+        lacks: "image" and "text", where it has none.
+    """
+
+    columns: dict[str, Any] = field(default_factory=dict)
+    image: Any = None
+    faults: list[str] = field(default_factory=list)
+    lacks: set[str] = field(default_factory=set)
+
+
 class _Preparation(Dataset):
     """Turns a block of rows into a batch; the worker processes run it, so it knows no model."""
 
@@ -262,12 +194,15 @@ class _Preparation(Dataset):
         images: tuple[str, ...],
         encoders: Mapping[str, StreamEncoder],
         label_names: Sequence[str] | None,
+        keeps_incomplete: bool,
     ):
         from datasets import Image
 
         self.columns, self.images, self.label_names = columns, images, label_names
+        self.keeps_incomplete = keeps_incomplete
         self._class_ids = {name: number for number, name in enumerate(label_names or ())}
         self._image = Image()
+        self._modalities = {encoder.modality for encoder in encoders.values()}
         # Streams that prepare images in the same way share the result.
         groups: dict[Any, tuple[str, Any, list[str]]] = {}
         for name, encoder in encoders.items():
@@ -277,57 +212,89 @@ class _Preparation(Dataset):
 
     def __getitem__(self, block: _Block) -> Batch:
         count = len(next(iter(block.rows.values())))
-        batch = Batch(block.shard, [])
-        values: dict[str, list[Any]] = {name: [] for name in self._written()}
-        texts: list[str] = []
-        image_of: list[int] = []
-        decoded: list[Any] = []
+        batch = Batch(block.shard, [], columns={name: [] for name in self._written()})
+        inputs: dict[str, list[Any]] = {"image": [], "text": []}
+        input_of: dict[str, list[int]] = {"image": [], "text": []}
         previous: str | None = None
         for place in range(count):
             row = {name: column[place] for name, column in block.rows.items()}
+            path = _file_of(row[self.columns.image]) if self.columns.image else None
             try:
-                written = self._row_values(row)
-                path = _file_of(row[self.columns.image]) if self.columns.image else None
-                if self.columns.image and (path is None or path != previous):
-                    decoded.append(self._decoded(row[self.columns.image]))
+                sample = self._sample(row, is_new_image=path is None or path != previous)
             except _BadRow as error:
                 batch.failed.append(failure(block.first + place, self._name_of(row), str(error)))
                 continue
-            previous = path
+            if sample.faults:
+                reason = "; ".join(dict.fromkeys(sample.faults))
+                batch.faults[len(batch.numbers)] = failure(block.first + place, self._name_of(row), reason)
             batch.numbers.append(block.first + place)
-            image_of.append(len(decoded) - 1)
-            texts.append(written.get("text", ""))
-            for name, value in written.items():
-                values[name].append(value)
-        batch.columns = values
-        if batch.numbers:
-            for modality, prepare, streams in self._groups:
-                inputs = prepare(decoded if modality == "image" else texts)
-                batch.inputs.update((name, inputs) for name in streams)
-            if self.columns.image:
-                batch.image_of = torch.tensor(image_of)
+            if sample.image is not None:
+                inputs["image"].append(sample.image)
+                previous = path
+            if "text" not in sample.lacks:
+                inputs["text"].append(sample.columns.get("text", ""))
+            for modality, places in input_of.items():
+                places.append(-1 if modality in sample.lacks else len(inputs[modality]) - 1)
+            for name, value in sample.columns.items():
+                batch.columns[name].append(value)
+        self._prepare_inputs(batch, inputs, input_of)
         return batch
+
+    def _prepare_inputs(
+        self, batch: Batch, inputs: Mapping[str, list[Any]], input_of: Mapping[str, list[int]]
+    ) -> None:
+        for modality, prepare, streams in self._groups:
+            if inputs[modality]:
+                prepared = prepare(inputs[modality])
+                batch.inputs.update((name, prepared) for name in streams)
+        batch.input_of = {
+            modality: torch.tensor(places)
+            for modality, places in input_of.items()
+            if modality in self._modalities and places != list(range(len(batch.numbers)))
+        }
 
     def _written(self) -> list[str]:
         source_columns = {"id": self.columns.id, "text": self.columns.text, "labels": self.columns.labels}
         return [*(name for name in source_columns if source_columns[name]), *self.columns.keep]
 
-    def _row_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        values = {name: self._embedded(name, row[name]) for name in self.columns.keep}
-        if self.columns.id:
-            values["id"] = str(row[self.columns.id])
-        if self.columns.labels:
-            values["labels"] = self._labels(row[self.columns.labels])
-        if self.columns.text:
-            value = row[self.columns.text]
-            captions = value if isinstance(value, list) else [value]
-            if odd := [caption for caption in captions if not (caption is None or isinstance(caption, str))]:
-                raise _BadRow(f"its text holds {reprlib.repr(odd[0])}, which is no text")
-            text = " ".join(filter(None, captions))
-            if not text.strip():
-                raise _BadRow("its text is empty; add one or remove the row")
-            values["text"] = text
-        return values
+    def _sample(self, row: Mapping[str, Any], is_new_image: bool) -> _Sample:
+        """Return what a row gives; `_BadRow` where no row can be made of it."""
+        sample, columns = _Sample(), self.columns
+        for name in columns.keep:
+            sample.columns[name] = self._read(sample, "", self._embedded, name, row[name])
+        if columns.id:
+            sample.columns["id"] = str(row[columns.id])
+        if columns.labels:
+            sample.columns["labels"] = self._labels(row[columns.labels])
+        if columns.text:
+            sample.columns["text"] = self._read(sample, "text", self._text, row[columns.text])
+        if columns.image and is_new_image:
+            sample.image = self._read(sample, "image", self._decoded, row[columns.image])
+            if sample.image is None and columns.image in columns.keep:
+                sample.columns[columns.image] = None
+        if sample.lacks >= self._modalities:
+            raise _BadRow("; ".join(dict.fromkeys(sample.faults)))
+        return sample
+
+    def _read(self, sample: _Sample, modality: str, read: Callable[..., Any], *value: Any) -> Any:
+        """Return what `read` makes of a value; where it cannot and that is allowed, None, and note it."""
+        try:
+            return read(*value)
+        except _BadRow as error:
+            if not self.keeps_incomplete:
+                raise
+            sample.faults.append(str(error))
+            sample.lacks.add(modality)
+            return None
+
+    def _text(self, value: Any) -> str:
+        captions = value if isinstance(value, list) else [value]
+        if odd := [caption for caption in captions if not (caption is None or isinstance(caption, str))]:
+            raise _BadRow(f"its text holds {reprlib.repr(odd[0])}, which is no text")
+        text = " ".join(filter(None, captions))
+        if not text.strip():
+            raise _BadRow("its text is empty; add one or remove the row")
+        return text
 
     def _decoded(self, value: Any) -> Any:
         if not _has_image(value):

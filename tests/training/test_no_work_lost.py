@@ -251,7 +251,7 @@ def test_bad_rows_are_left_out_and_listed(bad, encoders, tmp_path, monkeypatch):
     damage(tmp_path / "set" / "data-00000.arrow", "flipped")
     extract_features(bad, encoders, tmp_path / "set", **SETTINGS, on_error="skip", repair=True)
     assert files_of(tmp_path / "set") == before
-    with pytest.raises(ValueError, match="`on_error` must be stop or skip"):
+    with pytest.raises(ValueError, match="`on_error` must be stop, skip or keep"):
         extract_features(bad, encoders, tmp_path / "other", on_error="ignore")
 
 
