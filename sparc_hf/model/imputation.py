@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -90,13 +91,42 @@ class Imputation(nn.Module):
         missing = [name for name in self.sizes if name not in rows]
         if not missing:
             return {name: rows[name] for name in self.sizes}
-        centered = self._centered(rows)
-        guessed = (centered @ self._guess(rows).missing).split([self.sizes[name] for name in missing], dim=1)
+        guessed = self._linear(rows, self._guess(rows).missing).split([self.sizes[name] for name in missing], dim=1)
         like = next(iter(rows.values()))
         filled = {
             name: (part + self._mean_of(name)).to(like.dtype) for name, part in zip(missing, guessed, strict=True)
         }
         return {name: rows[name] if name in rows else filled[name] for name in self.sizes}
+
+    def fill_in(self, rows: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the rows of all streams, [batch, d] each, with what a row lacks guessed from what it has.
+
+        Args:
+            rows: of all streams, with anything where a row lacks one.
+            masks: stream -> bool [batch], which rows have it; a stream that is not named is there in every row.
+
+        Raises:
+            ValueError: for a row without any stream.
+        """
+        count = len(next(iter(rows.values())))
+        everywhere = torch.ones(count, dtype=torch.bool)
+        # On the host, where a training loop has the masks anyway, so that an accelerator never waits.
+        given = torch.stack([masks[name].cpu() if name in masks else everywhere for name in self.sizes])
+        patterns, pattern_of_row = given.unique(dim=1, return_inverse=True)
+        filled = dict(rows)
+        for number, pattern in enumerate(patterns.T.tolist()):
+            names = [name for name, is_given in zip(self.sizes, pattern, strict=True) if is_given]
+            if len(names) == len(self.sizes):
+                continue
+            row_numbers = (pattern_of_row == number).nonzero().squeeze(-1)
+            if not names:
+                raise ValueError(f"row {int(row_numbers[0])} has none of the streams {list(self.sizes)}")
+            row_numbers = row_numbers.to(self.mean.device, non_blocking=True)
+            complete = self.complete({name: rows[name][row_numbers] for name in names})
+            for name in self.sizes:
+                if name not in names:
+                    filled[name] = filled[name].index_copy(0, row_numbers, complete[name])
+        return filled
 
     def shared_rows(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return given rows moved by the setting `shared` towards what the other streams know of them too.
@@ -105,8 +135,8 @@ class Imputation(nn.Module):
         most of a selection that all streams are to share.
         """
         share = self.settings["shared"]
-        centered = self._centered(rows)
-        known = (centered @ self._guess(rows).shared).split([self.sizes[name] for name in self._given(rows)], dim=1)
+        widths = [self.sizes[name] for name in self._given(rows)]
+        known = self._linear(rows, self._guess(rows).shared).split(widths, dim=1)
         return {
             name: torch.lerp(rows[name].float(), part + self._mean_of(name), share).to(rows[name].dtype)
             for name, part in zip(self._given(rows), known, strict=True)
@@ -124,8 +154,11 @@ class Imputation(nn.Module):
     def _mean_of(self, name: str) -> Tensor:
         return self.mean[self._columns[name]]
 
-    def _centered(self, rows: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([rows[name].float() - self._mean_of(name) for name in self._given(rows)], dim=1)
+    def _linear(self, rows: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+        """Return x_M - m_M of given rows times weights [d_M, d], in float32 under autocast too."""
+        with torch.autocast(self.mean.device.type, enabled=False):
+            centered = [rows[name].float() - self._mean_of(name) for name in self._given(rows)]
+            return torch.cat(centered, dim=1) @ weights
 
     def _guess(self, rows: Mapping[str, Tensor]) -> Guess:
         """Return the maps of a set of given streams, solved once for each."""
@@ -198,15 +231,13 @@ class ValueFit:
         self, start: Tensor, centered: Mapping[str, Tensor], atoms: Mapping[str, Tensor], selection: Selection
     ):
         self._start, self._centered, self._atoms, self._selection = start, centered, atoms, selection
-        # The first step of every stream's fit begins with these.
-        self._first = self._products(start)
 
     def values_of(self, stream: str, own_weight: float, steps: int) -> Tensor:
         """Return values [batch, k], never negative, with w_t `own_weight` for a stream and 1 for all others."""
         weights = {name: own_weight if name == stream else 1.0 for name in self._centered}
         values, ridge = self._start, FIT_RIDGE * sum(weights.values())
         for step in range(int(steps)):
-            products = self._products(values) if step else self._first
+            products = self._products(values) if step else self._products_at_start
             downhill = sum(weight * products[name] for name, weight in weights.items()) - ridge * values
             curvature = ridge * downhill.square().sum(dim=1)
             for name, weight in weights.items():
@@ -216,6 +247,11 @@ class ValueFit:
             length = downhill.square().sum(dim=1) / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
             values = values + length.unsqueeze(1) * downhill
         return values.relu()
+
+    @cached_property
+    def _products_at_start(self) -> dict[str, Tensor]:
+        """With these the first step of every stream's fit begins."""
+        return self._products(self._start)
 
     def _products(self, values: Tensor) -> dict[str, Tensor]:
         """Return stream -> [batch, k], the products of what values leave over with the stream's atoms."""

@@ -1,5 +1,6 @@
 """SparcModel: several streams of frozen features, one sparse code space (SPARC, arXiv 2507.06265)."""
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from .configuration_sparc import SparcConfig
 from .imputation import Imputation
 from .normalization import FeatureStatistics, normalized_rows, normalized_stream, reject_missing_streams
 from .outputs import SparcOutput, SparseCodes
+from .present_rows import AloneRows, PresentRows
 from .sparc_objective import SelectedStreams, SparcObjective
 from .sparse_ops import (
     GradientTerm,
@@ -204,6 +206,8 @@ class SparcModel(PreTrainedModel):
         new_step: bool = True,
         source: str | None = None,
         selected: Sequence[SelectedStreams] | None = None,
+        present: PresentRows | None = None,
+        alone: AloneRows | None = None,
     ) -> SparcOutput:
         """Encode all given streams, decode every code to every given stream, and return the losses.
 
@@ -218,20 +222,40 @@ class SparcModel(PreTrainedModel):
                 very pass, for `loss` alone, and they serve one `backward`.
             selected: what `begin_step` gave for these features, with the selection chosen there; nothing is selected
                 or counted again.
+            present: which rows have which streams, where not all have all. What stands in a row in place of a stream
+                it lacks is ignored; the row selects by its imputed streams, and no loss is measured on them.
+            alone: rows of which, beside, one stream alone is given, the others imputed, and its code is to reconstruct
+                all streams the row has (the term "alone").
 
         Raises:
             ValueError: for unknown or missing streams, wrong widths, an empty batch, rows that hold NaN or infinity,
                 rows that are all zero after normalisation (their relative error is undefined), or `selected` of
-                other features.
+                other features; for `present` or `alone` where the model has no statistics of its streams.
         """
-        if self.training:
+        if self.training or present is not None or alone is not None:
             reject_missing_streams(features, self.config.stream_names)
-        rows = normalized_rows(self, features, reject_zero_rows=self.objective.rejects_zero_rows)
-        return self.objective.losses(rows, selection, new_step, source, selected)
+        if present is None and alone is None:
+            rows = normalized_rows(self, features, reject_zero_rows=self.objective.rejects_zero_rows)
+            return self.objective.losses(rows, selection, new_step, source, selected)
+        rows = self._filled_in(features, present)
+        return cast(SparcObjective, self.objective).losses(rows, selection, new_step, source, selected, present, alone)
+
+    def _filled_in(self, features: Mapping[str, Tensor], present: PresentRows | None) -> dict[str, Tensor]:
+        """Return the normalised rows of all streams, imputed in rows that lack them."""
+        imputation = cast(Imputation, self._imputation_of("impute"))
+        if present is None:
+            return normalized_rows(self, features, reject_zero_rows=True)
+        if unknown := [name for name in present.masks if name not in self.config.stream_names]:
+            raise ValueError(f"`present` names {unknown}, but the model's streams are {self.config.stream_names}")
+        rows = normalized_rows(self, features, reject_zero_rows=True, masks=present.masks)
+        return imputation.fill_in(rows, present.masks)
 
     @torch.no_grad()
     def begin_step(
-        self, micro_batches: Iterable[Mapping[str, Tensor]], selection: str | None = None
+        self,
+        micro_batches: Iterable[Mapping[str, Tensor]],
+        selection: str | None = None,
+        present: Iterable[PresentRows | None] | None = None,
     ) -> list[list[SelectedStreams]]:
         """Select the latents of all micro-batches of a training step, and count the step.
 
@@ -242,6 +266,7 @@ class SparcModel(PreTrainedModel):
         Args:
             micro_batches: as `forward` takes one, each with every stream; taken one at a time.
             selection: "global" or "local" in place of the config's.
+            present: for each, as `forward` takes it.
 
         Returns:
             For each, what `forward` takes as `selected`: latents and pre-activations, no rows.
@@ -255,7 +280,8 @@ class SparcModel(PreTrainedModel):
                 f"`objective={self.config.objective!r}` has no auxiliary term of dead latents; call the model with "
                 "`new_step`"
             )
-        pairs = [self._begin(features, selection) for features in micro_batches]
+        masked = itertools.repeat(None) if present is None else present
+        pairs = [self._begin(features, selection, mask) for features, mask in zip(micro_batches, masked, strict=False)]
         if not pairs:
             raise ValueError("a training step needs at least one micro-batch, but there is none")
         if self.training:
@@ -263,12 +289,14 @@ class SparcModel(PreTrainedModel):
         return [selected for selected, _ in pairs]
 
     def _begin(
-        self, features: Mapping[str, Tensor], selection: str | None
+        self, features: Mapping[str, Tensor], selection: str | None, present: PresentRows | None
     ) -> tuple[list[SelectedStreams], dict[str, SparseCodes]]:
         reject_missing_streams(features, self.config.stream_names)
-        return cast(SparcObjective, self.objective).begin(
-            normalized_rows(self, features, reject_zero_rows=True), selection
-        )
+        if present is None:
+            rows = normalized_rows(self, features, reject_zero_rows=True)
+        else:
+            rows = self._filled_in(features, present)
+        return cast(SparcObjective, self.objective).begin(rows, selection)
 
     def encode(
         self,

@@ -38,8 +38,16 @@ def reject_rows(faulty: Tensor, name: str, fault: str) -> None:
         )
 
 
-def normalized_rows(model: Any, features: Mapping[str, Tensor], reject_zero_rows: bool = False) -> dict[str, Tensor]:
+def normalized_rows(
+    model: Any,
+    features: Mapping[str, Tensor],
+    reject_zero_rows: bool = False,
+    masks: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Return stream -> rows [batch, hidden_size] of a SparcModel, normalised as its records say, in their order.
+
+    With `masks`, stream -> bool [batch], rows that lack a stream may hold anything there; what they become has no
+    meaning.
 
     Raises:
         ValueError: for unknown streams, wrong widths, other numbers of rows, or rows that cannot be used.
@@ -52,18 +60,29 @@ def normalized_rows(model: Any, features: Mapping[str, Tensor], reject_zero_rows
     rows = {}
     for name in names:
         if name in features:
-            rows[name] = normalized_stream(model, name, features[name], reject_zero_rows)
+            rows[name] = normalized_stream(
+                model, name, features[name], reject_zero_rows, None if masks is None else masks.get(name)
+            )
     sizes = {name: value.shape[0] for name, value in rows.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"all streams must have the same rows, but their batch sizes are {sizes}")
     return rows
 
 
-def normalized_stream(model: Any, name: str, raw: Tensor, reject_zero_rows: bool) -> Tensor:
+def normalized_stream(
+    model: Any, name: str, raw: Tensor, reject_zero_rows: bool, mask: Tensor | None = None
+) -> Tensor:
     """Return the normalised rows of one stream; see `normalized_rows`."""
     record = model.config.stream(name)
     reject_shape(raw, name, record["hidden_size"])
     raw = raw.to(device=model.device, dtype=model.pre_bias[name].dtype)
+    if mask is not None:
+        if mask.shape != raw.shape[:1] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"the mask of stream `{name}` must be bool [{len(raw)}], but it is {mask.dtype} {list(mask.shape)}"
+            )
+        mask = mask.to(raw.device, non_blocking=True)
+        raw = raw.where(mask.unsqueeze(1), 0.0)
     # Reading a verdict back stalls a GPU, so training there leaves it to the loop, which watches the losses.
     checked = raw.device.type == "cpu" or not model.training
     # A sum is finite only where every value is, and takes one pass.
@@ -72,7 +91,9 @@ def normalized_stream(model: Any, name: str, raw: Tensor, reject_zero_rows: bool
     # Statistics are float32, whatever the weights are.
     rows = normalize_rows(raw, record["normalize"], model.feature_statistics.of(name)).to(raw.dtype)
     if checked and reject_zero_rows:
-        reject_rows(~rows.any(dim=-1), name, "only zeros, so that its relative error is undefined")
+        only_zeros = ~rows.any(dim=-1)
+        faulty = only_zeros if mask is None else only_zeros & mask
+        reject_rows(faulty, name, "only zeros, so that its relative error is undefined")
     return rows
 
 

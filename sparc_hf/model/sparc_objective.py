@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .imputation import Imputation, ValueFit
 from .outputs import SparcOutput, SparseCodes
+from .present_rows import AloneRows, PresentRows
 from .sparse_ops import (
     GradientTerm,
     Selection,
@@ -81,19 +82,18 @@ class SparcObjective:
         """Return the codes of some streams where not all are given, the others imputed; nothing is counted.
 
         All streams select together, as in `encode`, given rows moved towards what they share with the others. A code's
-        values start at the mean of the streams' pre-activations and are fitted to the rows of all (`fitted_values`).
+        values start at the mean of the streams' pre-activations and are fitted to the rows of all (`ValueFit`).
         """
-        streams = self._with_centered(imputation.complete(rows))
+        complete = imputation.complete(rows)
         if (selection or self.model.config.selection) == "local":
-            return self._codes(
-                self._encoded(wanted := {name: streams[name] for name in names}, self._selected(wanted, "local"))
-            )
-        seen = self._with_centered({**imputation.complete(rows), **imputation.shared_rows(rows)})
+            wanted = self._with_centered({name: complete[name] for name in names})
+            return self._codes(self._encoded(wanted, self._selected(wanted, "local")))
+        seen = self._with_centered({**complete, **imputation.shared_rows(rows)})
         together, latents, gathered = self._selected(seen, "global", imputation.offsets_of(rows))[0]
         values = [self._with_gradient(name, seen[name], latents, gathered[at]) for at, name in enumerate(together)]
         fit = ValueFit(
             torch.stack(values).mean(dim=0).relu(),
-            {name: x.normalized - self.model.pre_bias[name] for name, x in streams.items()},
+            {name: x - self.model.pre_bias[name] for name, x in complete.items()},
             self.model.atoms,
             latents,
         )
@@ -118,8 +118,13 @@ class SparcObjective:
         new_step: bool,
         source: str | None,
         selected: Sequence[SelectedStreams] | None,
+        present: PresentRows | None = None,
+        alone: AloneRows | None = None,
     ) -> SparcOutput:
-        """Return losses and codes, and in evaluation mode reconstructions; `source` has no meaning here."""
+        """Return losses and codes, and in evaluation mode reconstructions; `source` has no meaning here.
+
+        Rows that lack streams have imputed ones there, by which they select; `present` says where that is.
+        """
         streams = self._with_centered(rows)
         groups = self._encoded(streams, self._selected(streams, selection) if selected is None else selected)
         codes = self._codes(groups)
@@ -132,7 +137,11 @@ class SparcObjective:
             self._auxiliary(streams, residuals),
             cross_coef=float(self.model.config.cross_coef),
             auxk_coef=float(self.model.config.auxk_coef),
+            present=present,
         )
+        if alone is not None:
+            losses["alone"] = self._alone_error(rows, alone, present)
+            losses["loss"] = losses["loss"] + alone.weight * losses["alone"]
         reconstructions = None
         if not self.model.training:
             reconstructions = {
@@ -295,6 +304,47 @@ class SparcObjective:
                 residuals[target].update(zip(names, left.unbind(), strict=True))
         return errors, residuals
 
+    def _alone_error(self, rows: Mapping[str, Tensor], alone: AloneRows, present: PresentRows | None) -> Tensor:
+        """Return the mean error of rows of which one stream is given alone and the others are imputed.
+
+        The row's code is that of `encode_incomplete` before its values are fitted: the streams' mean pre-activation at
+        the latents they select together. Its error is nmse(x^(s<-s), x_s) + cross_coef * mean_{t != s}
+        nmse(x^(t<-s), x_t) over the streams t that the row has.
+        """
+        imputation: Imputation = self.model.imputation
+        seen: dict[str, list[Tensor]] = {name: [] for name in rows}
+        for name, row_numbers in alone.rows.items():
+            given = {name: rows[name][row_numbers.to(rows[name].device, non_blocking=True)]}
+            for stream, x in {**imputation.complete(given), **imputation.shared_rows(given)}.items():
+                seen[stream].append(x)
+        streams = self._with_centered({name: torch.cat(x) for name, x in seen.items()})
+        (names, latents, gathered), *_ = self._selected(streams, "global")
+        each = [self._with_gradient(name, streams[name], latents, gathered[at]) for at, name in enumerate(names)]
+        values = torch.stack(each).mean(dim=0, keepdim=True).relu()
+        row_numbers = torch.cat(list(alone.rows.values()))
+        weights = self._alone_weights(alone, present, row_numbers)
+        total = values.new_zeros(())
+        for name, targets in self._with_centered(
+            {name: x[row_numbers.to(x.device, non_blocking=True)] for name, x in rows.items()}
+        ).items():
+            errors = self._decode_errors(name, values, latents, targets.normalized, targets.centered)[0][0]
+            ratios = errors / row_energy(targets.normalized)
+            total = total + (ratios * weights[name].to(ratios, non_blocking=True)).sum()
+        batch = len(next(iter(rows.values())))
+        return total / (batch * alone.share)
+
+    def _alone_weights(self, alone: AloneRows, present: PresentRows | None, row_numbers: Tensor) -> dict[str, Tensor]:
+        """Return stream -> [rows], what its error counts in rows of which one stream is given."""
+        given = [name for name, numbers in alone.rows.items() for _ in range(len(numbers))]
+        own = {name: torch.tensor([name == stream for stream in given]) for name in self.model.config.stream_names}
+        there = {
+            name: torch.ones_like(is_own) if present is None else present.has(name, row_numbers)
+            for name, is_own in own.items()
+        }
+        others = torch.stack([there[name] & ~own[name] for name in own]).sum(dim=0).clamp(min=1)
+        cross = float(self.model.config.cross_coef)
+        return {name: torch.where(own[name], 1.0, cross * there[name] / others) for name in own}
+
     def _auxiliary(
         self, rows: Mapping[str, StreamRows], residuals: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -346,6 +396,7 @@ def sparc_losses(
     *,
     cross_coef: float,
     auxk_coef: float,
+    present: PresentRows | None = None,
 ) -> dict[str, Tensor]:
     """Return the terms of the SPARC loss, "loss" among them.
 
@@ -353,7 +404,7 @@ def sparc_losses(
          + auxk_coef * mean_s nmse(aux_s, stop(x_s - x^(s<-s) + b_s))
 
     where nmse(a, x) is the mean over rows of |a - x|^2 / |x|^2. A row that is reconstructed exactly has no residual
-    and adds 0 to the auxiliary term.
+    and adds 0 to the auxiliary term. Where rows lack streams, each mean is over the rows that have both its streams.
 
     Args:
         energies: stream -> |x|^2 of its normalised rows, [batch].
@@ -362,6 +413,7 @@ def sparc_losses(
             are compared with, both [batch]; a stream in which nothing is dead is left out, and its term is 0.
         cross_coef: weight of the cross term.
         auxk_coef: weight of the auxiliary term.
+        present: which rows have which streams; all have all by default.
 
     Returns:
         name -> scalar: "loss", "self", "cross", "auxk", "self/<stream>", "cross/<target><-<source>" and
@@ -371,21 +423,27 @@ def sparc_losses(
     terms: dict[str, Tensor] = {}
     for target, sources in errors.items():
         # All sources of a target at once: one division and one mean for them.
-        ratios = (torch.stack(list(sources.values())) / energies[target]).mean(dim=-1)
-        for source, term in zip(sources, ratios.unbind(), strict=True):
+        ratios = torch.stack(list(sources.values())) / energies[target]
+        if present is not None:
+            ratios = ratios * present.weights(sources, target, like=ratios)
+        for source, term in zip(sources, ratios.mean(dim=-1).unbind(), strict=True):
             terms[f"self/{target}" if source == target else f"cross/{target}<-{source}"] = term
     for name in energies:
-        terms[f"auxk/{name}"] = _residual_nmse(*auxiliary[name]) if name in auxiliary else zero
+        terms[f"auxk/{name}"] = zero
+        if name in auxiliary:
+            ratios = _residual_nmse(*auxiliary[name])
+            weights = 1 if present is None else present.weights([name], name, like=ratios)[0]
+            terms[f"auxk/{name}"] = (ratios * weights).mean()
     means = {kind: _mean_of(terms, f"{kind}/", zero) for kind in ("self", "cross", "auxk")}
     loss = means["self"] + cross_coef * means["cross"] + auxk_coef * means["auxk"]
     return {"loss": loss, **means, **terms}
 
 
 def _residual_nmse(errors: Tensor, energy: Tensor) -> Tensor:
-    """Nmse in which a row without any residual, reconstructed exactly, counts 0 instead of 0/0."""
+    """Return [batch], in which a row without any residual, reconstructed exactly, counts 0 instead of 0/0."""
     explained = energy > 0
     ratio = errors / torch.where(explained, energy, torch.ones_like(energy))
-    return torch.where(explained, ratio, torch.zeros_like(ratio)).mean()
+    return torch.where(explained, ratio, torch.zeros_like(ratio))
 
 
 def _mean_of(terms: Mapping[str, Tensor], prefix: str, zero: Tensor) -> Tensor:

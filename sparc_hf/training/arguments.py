@@ -34,6 +34,8 @@ TRAJECTORY_FIELDS = (
     "max_grad_norm",
     "rare_latent_push",
     "rare_latent_share",
+    "alone_share",
+    "alone_coef",
     "mixed_precision",
     "center",
     "reinitialize_every",
@@ -133,6 +135,12 @@ class SparcTrainingArguments:
         0.0,
     )
     rare_latent_share: float = flag("A latent is rare below this share of the mean selection rate k / N.", 0.1)
+    alone_share: float = flag(
+        "Share of each step's rows that are encoded once more from one stream alone, drawn at random, with the others "
+        "imputed; its code is to reconstruct all streams (sparc objective with global selection; 0 turns it off).",
+        0.0,
+    )
+    alone_coef: float = flag("Weight of the term of streams alone.", 1.0)
     reinitialize_every: int = flag("Steps between re-initialisations of dead latents; 0 turns them off.", 100)
     impute: bool = flag(
         "Measure mean and covariance of the streams at the end, by which the model encodes rows that lack some of "
@@ -172,6 +180,13 @@ class SparcTrainingArguments:
                 "`rare_latent_push` must not be negative and `rare_latent_share` be above 0 and at most 1, but they "
                 f"are {self.rare_latent_push} and {self.rare_latent_share}"
             )
+        if not 0 <= self.alone_share <= 1 or self.alone_coef < 0:
+            raise ValueError(
+                "`alone_share` must be from 0 to 1 and `alone_coef` not negative, but they are "
+                f"{self.alone_share} and {self.alone_coef}"
+            )
+        if self.alone_share and self.selection == "local":
+            raise ValueError("`alone_share` is of streams that select together; leave it off with `selection` local")
         if self.schedule_after_update and self.lr_schedule != "cosine":
             raise ValueError(
                 f"`schedule_after_update` needs `lr_schedule` cosine with it, but that is {self.lr_schedule!r}"

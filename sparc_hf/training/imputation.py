@@ -1,5 +1,6 @@
 """One pass over the features: what a model has to know of its streams to encode rows that lack some of them."""
 
+import itertools
 from collections.abc import Iterator
 from typing import cast
 
@@ -8,10 +9,13 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from sparc_hf.features.batches import RowSource
+from sparc_hf.features.dataset import FeatureDataset
+from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.model.imputation import Imputation
 from sparc_hf.model.modeling_sparc import SparcModel
+from sparc_hf.model.normalization import normalized_rows
 from sparc_hf.model.sparc_objective import SparcObjective
+from sparc_hf.training.rows import evenly_spread, present_masks, records_of
 
 BLOCK_ROWS = 4096
 # Rows from which the selection offsets are made, where their pre-activations fit in memory.
@@ -19,16 +23,20 @@ OFFSET_ROWS = 4096
 OFFSET_STEPS = 24
 # Share of a uniform rate, k / N, that every latent is to have alone at the least.
 LEAST_RATE = 0.05
+# Ridges to choose from where rows lack streams, and one of how many rows is kept out to choose by.
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGE_EVERY = 10
 
 
 @torch.no_grad()
 def add_imputation(
-    model: SparcModel, features: RowSource, *, rank: int = 0, world_size: int = 1, **settings: float
+    model: SparcModel, features: FeatureDataset, *, rank: int = 0, world_size: int = 1, **settings: float
 ) -> Imputation:
     """Give a model statistics of its streams, by which it encodes rows that lack some of them.
 
     The rows are read once, block by block, and summed in float64; memory is D^2 with D the sum of the widths. A second
-    look at some thousand of them makes the selection offsets.
+    look at some thousand of them makes the selection offsets. Where rows lack streams, a part of them is read before,
+    on which the ridge is chosen unless it is given.
 
     Args:
         model: the model, with the streams of the features.
@@ -41,43 +49,164 @@ def add_imputation(
         The model's `imputation`.
 
     Raises:
-        ValueError: for fewer than two rows, streams that the features lack, or as `SparcModel.set_imputation`.
+        ValueError: for fewer than two rows of a stream, streams that the features lack, or as
+            `SparcModel.set_imputation`.
     """
-    if unknown := [name for name in model.config.stream_names if name not in features.stream_names]:
-        raise ValueError(f"the features lack the model's streams {unknown}; they have {features.stream_names}")
+    records_of(features, model.config.stream_names)
+    add_statistics(model, features, rank=rank, world_size=world_size, **settings)
+    return add_offsets(model, features)
+
+
+@torch.no_grad()
+def add_statistics(
+    model: SparcModel, features: FeatureDataset, *, rank: int = 0, world_size: int = 1, **settings: float
+) -> Imputation:
+    """Do what `add_imputation` does, but for the selection offsets, which depend on the trained weights."""
+    names = model.config.stream_names
+    if "ridge" not in settings and len(features.complete_rows(names)) < len(features):
+        settings = {**settings, "ridge": _ridge_of(model, features)}
     mean, covariance = moments_of(model, features, rank=rank, world_size=world_size)
-    imputation = model.set_imputation(mean, covariance, **settings)
-    if model.config.selection == "global" and len(model.config.stream_names) > 1:
-        for row, offsets in enumerate(selection_offsets(model, features)):
+    return model.set_imputation(mean, covariance, **settings)
+
+
+@torch.no_grad()
+def add_offsets(model: SparcModel, features: FeatureDataset) -> Imputation:
+    """Make the selection offsets of a model that has statistics of its streams."""
+    imputation = model.imputation
+    if imputation is None:
+        raise ValueError("the model has no statistics of its streams yet")
+    complete = features.complete_rows(model.config.stream_names)
+    if model.config.selection == "global" and len(model.config.stream_names) > 1 and len(complete):
+        for row, offsets in enumerate(selection_offsets(model, features, complete)):
             imputation.offsets[row] = offsets
     return imputation
 
 
-def moments_of(model: SparcModel, features: RowSource, *, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
-    """Return mean [D] and covariance [D, D], float64, of the normalised rows of all streams side by side."""
-    rows = len(features)
-    if rows < 2:
-        raise ValueError(f"the covariance of streams needs two rows at least, but the features have {rows}")
-    # Taken from the mean of the first block, sums of squares keep their digits.
-    origin = _side_by_side(model, features, 0, min(BLOCK_ROWS, rows)).mean(dim=0)
-    width = len(origin)
-    # An accelerator may lack float64, so a block's product is float32, and the sum of all is made here.
-    sums, products = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-    blocks = range(rank * BLOCK_ROWS, rows, world_size * BLOCK_ROWS)
-    for start in tqdm(blocks, desc="statistics of the streams", unit="block", leave=False, disable=len(blocks) < 8):
-        block = _side_by_side(model, features, start, min(start + BLOCK_ROWS, rows)) - origin
-        sums += block.sum(dim=0).cpu().double()
-        products += (block.T @ block).cpu().double()
-    if world_size > 1:
-        for total in (sums, products):
-            shared = total.to(model.device)
+class _Sums:
+    """What mean and covariance of streams are made of, float64, where rows may lack some of them.
+
+    Attributes:
+        rows: [streams, streams], numbers of rows that have both.
+        sums: [streams, D], of the rows that have that stream.
+        products: [D, D], over the rows that have both.
+    """
+
+    def __init__(self, widths: list[int]):
+        self.stream_of_column = torch.repeat_interleave(torch.tensor(widths))
+        streams, width = len(widths), sum(widths)
+        self.rows = torch.zeros(streams, streams, dtype=torch.float64)
+        self.sums = torch.zeros(streams, width, dtype=torch.float64)
+        self.products = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, block: Tensor) -> None:
+        """Add rows [rows, D], NaN where they lack a stream."""
+        first_columns = torch.searchsorted(self.stream_of_column, torch.arange(len(self.rows)))
+        present = (~block[:, first_columns.to(block.device)].isnan()).to(block.dtype)
+        block = block.nan_to_num(nan=0.0)
+        # An accelerator may lack float64, so a block's product is float32, and the sum of all is made here.
+        self.rows += (present.T @ present).cpu().double()
+        self.sums += (present.T @ block).cpu().double()
+        self.products += (block.T @ block).cpu().double()
+
+    def share(self, device: torch.device) -> None:
+        """Sum over all processes."""
+        for total in (self.rows, self.sums, self.products):
+            shared = total.to(device)
             torch.distributed.all_reduce(shared)
             total.copy_(shared)
-    shift = sums / rows
-    return origin.cpu().double() + shift, products / rows - torch.outer(shift, shift)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return mean [D] and covariance [D, D], each of the rows there are for it.
+
+        The covariance of two streams that only some rows have both of is shrunk by n / (n + d), n being those rows and
+        d the streams' mean width: the fewer they are, the more of it is chance. A matrix put together from several
+        sets of rows need not be a covariance; the nearest that is one takes its place.
+        """
+        own = self.stream_of_column
+        rows = self.rows[own][:, own].clamp(min=1)
+        # [D, D]: mean of a column over the rows that have the other column's stream too.
+        means = self.sums[own].T / rows
+        covariance = self.products / rows - means * means.T
+        everywhere = self.rows.max()
+        if (self.rows == everywhere).all():
+            return means.diagonal().clone(), covariance
+        widths = torch.bincount(own).double()
+        shrunk = self.rows / (self.rows + (widths.unsqueeze(0) + widths) / 2)
+        shrunk = torch.where(self.rows == everywhere, 1.0, shrunk).fill_diagonal_(1.0)
+        values, vectors = torch.linalg.eigh(covariance * shrunk[own][:, own])
+        return means.diagonal().clone(), (vectors * values.clamp(min=0)) @ vectors.T
 
 
-def selection_offsets(model: SparcModel, features: RowSource) -> Iterator[Tensor]:
+def moments_of(
+    model: SparcModel,
+    features: FeatureDataset,
+    *,
+    row_numbers: np.ndarray | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return mean [D] and covariance [D, D], float64, of the normalised rows of all streams side by side.
+
+    Args:
+        model: the model.
+        features: its rows.
+        row_numbers: the rows to read, all by default.
+        rank: number of this process, which reads its own blocks.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: for fewer than two rows of a stream.
+    """
+    row_numbers = np.arange(len(features)) if row_numbers is None else row_numbers
+    for name in model.config.stream_names:
+        if (count := int(features.present(name, row_numbers).sum())) < 2:
+            raise ValueError(
+                f"the covariance of streams needs two rows of each at least, but `{name}` has {count} of them"
+            )
+    # Taken from the mean of the first block, sums of squares keep their digits.
+    origin = _side_by_side(model, features, row_numbers[:BLOCK_ROWS]).nanmean(dim=0).nan_to_num(nan=0.0)
+    sums = _Sums(list(model.config.hidden_sizes.values()))
+    starts = range(rank * BLOCK_ROWS, len(row_numbers), world_size * BLOCK_ROWS)
+    for start in tqdm(starts, desc="statistics of the streams", unit="block", leave=False, disable=len(starts) < 8):
+        sums.add(_side_by_side(model, features, row_numbers[start : start + BLOCK_ROWS]) - origin)
+    if world_size > 1:
+        sums.share(model.device)
+    mean, covariance = sums.moments()
+    return origin.cpu().double() + mean, covariance
+
+
+def _ridge_of(model: SparcModel, features: FeatureDataset) -> float:
+    """Return the ridge by which a stream alone guesses the others best, on rows that were kept out.
+
+    Where few rows have two streams, what connects them is mostly chance, and a small ridge would believe it.
+    """
+    names = model.config.stream_names
+    paired = np.flatnonzero(sum(features.present(name).astype(int) for name in names) > 1)
+    kept_out = paired[::RIDGE_EVERY][:BLOCK_ROWS]
+    if len(kept_out) < 2 or len(features) - len(kept_out) < 2:
+        return RIDGES[0]
+    mean, covariance = moments_of(model, features, row_numbers=np.setdiff1d(np.arange(len(features)), kept_out))
+    rows = _normalized(model, features, kept_out)
+    errors = {}
+    for ridge in RIDGES:
+        settings = SparcConfig.from_dict({**model.config.to_dict(), "imputation": {"ridge": ridge}})
+        errors[ridge] = _guess_error(Imputation.of(settings, mean, covariance).to(model.device), rows)
+    return min(RIDGES, key=errors.__getitem__)
+
+
+def _guess_error(imputation: Imputation, rows: dict[str, Tensor]) -> float:
+    """Return the mean error of each stream guessed from each other one alone, over the rows that have both."""
+    errors = []
+    for source, target in itertools.permutations(rows, 2):
+        both = ~(rows[source][:, 0].isnan() | rows[target][:, 0].isnan())
+        if both.any():
+            guess = imputation.complete({source: rows[source][both]})[target]
+            x = rows[target][both].float()
+            errors.append(((guess - x).square().sum(dim=1) / x.square().sum(dim=1)).mean().item())
+    return float(np.mean(errors))
+
+
+def selection_offsets(model: SparcModel, features: FeatureDataset, row_numbers: np.ndarray) -> Iterator[Tensor]:
     """Yield, for each stream, offsets [N] by which a latent is as often selected from that stream alone as jointly.
 
     A guessed row varies less than a given one, so latents of what a stream cannot say are hardly ever selected from it
@@ -88,17 +217,14 @@ def selection_offsets(model: SparcModel, features: RowSource) -> Iterator[Tensor
 
     Args:
         model: with statistics of its streams.
-        features: training rows; an evenly spread sample of them is used.
+        features: training rows.
+        row_numbers: of those that have every stream; an evenly spread sample of them is used.
     """
-    imputation, config, objective = model.imputation, model.config, cast(SparcObjective, model.objective)
-    if imputation is None:
-        raise ValueError("the model has no statistics of its streams yet")
-    count = min(
-        OFFSET_ROWS, len(features), max(1, int(model.max_preactivation_mb * 2**20 / (12 * config.num_latents)))
-    )
-    row_numbers = torch.linspace(0, len(features) - 1, count).long().unique()
-    sample = {name: torch.from_numpy(features.array(name, row_numbers.numpy())) for name in config.stream_names}
-    rows = model.normalize(sample)
+    imputation, config = cast(Imputation, model.imputation), model.config
+    objective = cast(SparcObjective, model.objective)
+    # The summed pre-activations, those of one stream, and a copy for the top-k.
+    count = min(OFFSET_ROWS, model.rows_at_once(3, per_product=OFFSET_ROWS))
+    rows = _normalized(model, features, row_numbers[evenly_spread(len(row_numbers), count)])
     joint = _rates(objective.summed_preactivations(rows), None, config.k)
     least = LEAST_RATE * config.k / config.num_latents
     wanted = joint.clamp(min=least)
@@ -130,7 +256,15 @@ def _rates(summed: Tensor, offsets: Tensor | None, k: int) -> Tensor:
     return torch.bincount(selected, minlength=summed.shape[1]).to(summed) / len(summed)
 
 
-def _side_by_side(model: SparcModel, features: RowSource, start: int, stop: int) -> Tensor:
-    """Return rows from `start` to `stop`, normalised, of all streams of a model, [rows, D]."""
-    rows = {name: torch.from_numpy(features.array(name, np.arange(start, stop))) for name in model.config.stream_names}
-    return torch.cat([x.float() for x in model.normalize(rows).values()], dim=1)
+def _side_by_side(model: SparcModel, features: FeatureDataset, row_numbers: np.ndarray) -> Tensor:
+    """Return rows, normalised, of all streams of a model, [rows, D], NaN where they lack a stream."""
+    return torch.cat([x.float() for x in _normalized(model, features, row_numbers).values()], dim=1)
+
+
+def _normalized(model: SparcModel, features: FeatureDataset, row_numbers: np.ndarray) -> dict[str, Tensor]:
+    """Return stream -> normalised rows [rows, hidden_size], NaN where they lack a stream."""
+    names = model.config.stream_names
+    rows = {name: torch.from_numpy(features.array(name, row_numbers)) for name in names}
+    masks = present_masks(rows)
+    normalized = normalized_rows(model, rows, masks=masks)
+    return {name: x.where(masks[name].to(x.device).unsqueeze(1), torch.nan) for name, x in normalized.items()}

@@ -1,9 +1,11 @@
 """The rows a run trains and validates on, and what it takes of them before its first step."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.model.modeling_sparc import SparcModel
@@ -15,10 +17,28 @@ def center_pre_biases(model: SparcModel, features: FeatureDataset, rows: int = 8
 
     Encoders whose rows lie in a narrow cone would otherwise let the few latents along its axis win every selection.
     """
-    row_numbers = np.unique(np.linspace(0, len(features) - 1, min(rows, len(features)), dtype=np.int64))
-    sample = {name: torch.from_numpy(features.array(name, row_numbers)) for name in model.config.stream_names}
-    for name, normalized in model.normalize(sample).items():
-        model.pre_bias[name].copy_(normalized.mean(dim=0))
+    for name in model.config.stream_names:
+        present = np.flatnonzero(features.present(name))
+        sample = {name: torch.from_numpy(features.array(name, present[evenly_spread(len(present), rows)]))}
+        model.pre_bias[name].copy_(model.normalize(sample)[name].mean(dim=0))
+
+
+def evenly_spread(rows: int, most: int) -> np.ndarray:
+    """Return at most `most` row numbers, int64, evenly spaced from the first of `rows` to the last."""
+    return np.unique(np.linspace(0, rows - 1, min(most, rows)).astype(np.int64))
+
+
+def present_masks(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return stream -> bool [batch]: which rows [batch, hidden_size] of a feature dataset have it, and are not NaN."""
+    return {name: ~x[:, 0].isnan() for name, x in rows.items()}
+
+
+def pair_shares_of(features: FeatureDataset, streams: Sequence[str]) -> dict[tuple[str, str], float] | None:
+    """Return (stream, stream) -> share of the rows that have both, or None where all rows have all streams."""
+    if len(features.complete_rows(streams)) == len(features):
+        return None
+    present = {name: features.present(name) for name in streams}
+    return {(one, other): float((present[one] & present[other]).mean()) for one in streams for other in streams}
 
 
 def records_of(features: FeatureDataset, streams: list[str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,17 +26,19 @@ from sparc_hf.files.folder_lock import launched_rank, locked_folder
 from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.model.modeling_sparc import SparcModel
+from sparc_hf.model.present_rows import PresentRows
 from sparc_hf.model_folder import LOG_FILE, SETTINGS_FILE, claimed_run, cut_log, read_settings
+from sparc_hf.training.alone_rows import AloneDraws
 from sparc_hf.training.arguments import SparcTrainingArguments
 from sparc_hf.training.checkpoints import Checkpoints
 from sparc_hf.training.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
-from sparc_hf.training.imputation import add_imputation
+from sparc_hf.training.imputation import add_offsets, add_statistics
 from sparc_hf.training.learning_rate import ScheduleAfterUpdate, schedule_of
 from sparc_hf.training.loss_sums import LossSums
 from sparc_hf.training.optimizer import UsaeAdamW, add_up_terms, optimizer_of
 from sparc_hf.training.random_numbers import seeded
 from sparc_hf.training.rare_latents import RareLatentPush
-from sparc_hf.training.rows import center_pre_biases, random_split, records_of
+from sparc_hf.training.rows import center_pre_biases, pair_shares_of, present_masks, random_split, records_of
 from sparc_hf.training.step_kernel import built_library, load_step_kernel
 from sparc_hf.training.stop_signals import StopSignals
 from sparc_hf.version import __version__
@@ -148,6 +150,12 @@ class SparcTrainer:
         self.model.max_preactivation_mb = args.max_preactivation_mb
         # In "evaluation mode" Accelerate moves the model and sets its precision, but leaves the gradients to us.
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        self._pair_shares = pair_shares_of(features, self.streams)
+        self._eval_pair_shares = None if held_out is None else pair_shares_of(held_out, self.streams)
+        self._alone = AloneDraws(self.streams, args.alone_share, args.alone_coef, args.seed)
+        if self._pair_shares or self._eval_pair_shares or args.alone_share:
+            self._check_imputes(features)
+            add_statistics(self.model, features, rank=self.rank, world_size=self.world_size)
         self.is_usae = args.objective == "usae"
         self._adam = optimizer_of(args, self.model)
         self._push = RareLatentPush(self._adam, self.model, args.rare_latent_push, args.rare_latent_share)
@@ -222,7 +230,10 @@ class SparcTrainer:
                     self._after_step(epoch)
                 self._report(self._evaluate(), epoch)
         if self.args.impute and self.model.objective.selects_together and len(self.streams) > 1 and self.rows > 1:
-            add_imputation(self.model.eval(), self.batches.features, rank=self.rank, world_size=self.world_size)
+            features = cast(FeatureDataset, self.batches.features)
+            if self.model.imputation is None:
+                add_statistics(self.model.eval(), features, rank=self.rank, world_size=self.world_size)
+            add_offsets(self.model.eval(), features)
         self._save_model(complete)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()  # after which processes cannot wait for each other
@@ -272,20 +283,50 @@ class SparcTrainer:
         pieces = min(self.args.gradient_accumulation_steps, rows_of_step // self.world_size)
         parts = {name: value.tensor_split(pieces) for name, value in share.items()}
         micro_batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        present = [self._present(rows, self._pair_shares) for rows in micro_batches]
         selected: list[Any] = [None] * pieces
         if pieces > 1 and self.model.objective.knows_dead_latents:
             with self.accelerator.autocast():
                 # Rows go to the device twice rather than stay there: less memory is what accumulation is for.
-                selected = self.model.begin_step(map(self._on_device, micro_batches))
+                selected = self.model.begin_step(map(self._on_device, micro_batches), present=present)
+        share_rows, longer = divmod(rows_of_step, self.world_size)
+        first = self.rank * share_rows + min(self.rank, longer)
         for number, rows in enumerate(micro_batches):
-            output = self.model(self._on_device(rows), new_step=number == 0, selected=selected.pop(0), **source)
-            weight = len(next(iter(rows.values()))) / rows_of_step
+            masks, count = present[number], len(next(iter(rows.values())))
+            alone = self._alone.of(self.step, rows_of_step, first, count, None if masks is None else masks.masks)
+            first += count
+            output = self.model(
+                self._on_device(rows),
+                new_step=number == 0,
+                selected=selected.pop(0),
+                present=masks,
+                alone=alone,
+                **source,
+            )
+            weight = count / rows_of_step
             self._sums.add(output.loss, output.losses, weight)
             self._push.add(output.codes)
             if number == pieces - 1:
                 self._check_signals(at_once=self.accelerator.device.type == "cpu")
             self.accelerator.backward(output.loss * weight)
         return pieces
+
+    def _present(
+        self, rows: Mapping[str, Tensor], pair_shares: Mapping[tuple[str, str], float] | None
+    ) -> PresentRows | None:
+        return None if pair_shares is None else PresentRows(present_masks(rows), pair_shares)
+
+    def _check_imputes(self, features: FeatureDataset) -> None:
+        """Raise ValueError where rows that lack streams, or streams given alone, cannot be trained on."""
+        lacking = len(features) - len(features.complete_rows(self.streams))
+        what = f"{lacking} of {len(features)} rows lack a stream" if lacking else "streams are missing"
+        if not self.model.objective.selects_together:
+            raise ValueError(
+                f"{what}, and `objective` {self.args.objective} imputes none; train on the rows that "
+                "`FeatureDataset.complete_rows` names, or with `objective` sparc"
+            )
+        if not self.args.impute:
+            raise ValueError(f"{what}, and a model that trains with imputed streams keeps them; leave out `no_impute`")
 
     def _on_device(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: rows.to(self.accelerator.device, non_blocking=True) for name, rows in features.items()}
@@ -407,7 +448,7 @@ class SparcTrainer:
         sums = LossSums(self.accelerator.device)
         for share in self.eval_batches:
             with self.accelerator.autocast():
-                output = self.model(self._on_device(share))
+                output = self.model(self._on_device(share), present=self._present(share, self._eval_pair_shares))
             rows = next(iter(share.values())).shape[0]
             sums.add(output.loss, output.losses, rows / len(self.eval_batches.features))
         sums.count_step()

@@ -1,0 +1,60 @@
+"""Training rows that lack some streams: which they have, and how much each counts where it is measured."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PresentRows:
+    """Which rows of a batch have which streams.
+
+    A term of the loss is a mean over the rows that have both its source and its target. For a step that several
+    processes and micro-batches share it is taken as the sum over the rows of each, divided by how many of them are to
+    be expected, so that the step's gradient does not depend on how it is split.
+
+    Args:
+        masks: stream -> bool [batch]; a stream that is not named is there in every row.
+        pair_shares: (stream, other stream) -> share of the training rows that have both, (stream, same stream) those
+            that have it; by default, of the batch itself.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], pair_shares: Mapping[tuple[str, str], float] | None = None):
+        self.masks, self.pair_shares = masks, pair_shares
+
+    def weights(self, sources: Iterable[str], target: str, like: Tensor) -> Tensor:
+        """Return [sources, batch] by which errors are multiplied before their mean over all rows is taken.
+
+        Args:
+            sources: streams whose codes are decoded.
+            target: the stream they are decoded to.
+            like: a tensor [..., batch] of the errors, for its size, type and device.
+        """
+        weights = []
+        for source in sources:
+            both = torch.ones(like.shape[-1], dtype=torch.bool)
+            for name in (source, target):
+                both = both & self.masks[name].cpu() if name in self.masks else both
+            share = float(both.float().mean()) if self.pair_shares is None else self.pair_shares[source, target]
+            weights.append(both.float() / share if share else both.float())
+        return torch.stack(weights).to(like.device, like.dtype, non_blocking=True)
+
+    def has(self, stream: str, rows: Tensor) -> Tensor:
+        """Return bool [len(rows)]: whether those rows of the batch have a stream; `rows` int64 on a CPU."""
+        mask = self.masks.get(stream)
+        return torch.ones(len(rows), dtype=torch.bool) if mask is None else mask.cpu()[rows]
+
+
+class AloneRows(NamedTuple):
+    """Rows of a batch of which one stream is given alone, in addition to the batch itself.
+
+    Attributes:
+        rows: stream -> int64 numbers of the rows in which it alone is given, on a CPU.
+        share: of all rows of the step those that are in `rows`.
+        weight: of the term in the loss.
+    """
+
+    rows: Mapping[str, Tensor]
+    share: float
+    weight: float
