@@ -21,6 +21,7 @@ from sparc_hf.codes.concepts import (
     vocabulary_evidence,
     vocabulary_words,
 )
+from sparc_hf.codes.incomplete import with_complete_rows
 from sparc_hf.codes.top_samples import top_samples
 from sparc_hf.encoders.inputs import open_image, size_of_file
 from sparc_hf.encoders.stream_encoder import StreamEncoder, check_encoders, load_encoders
@@ -168,6 +169,7 @@ def _checked_features(args: ConceptsArguments, model: SparcModel, words: Sequenc
     """Open the dataset; ValueError where it lacks a stream, or what latents are named by or maps are drawn on."""
     features = FeatureDataset.load(args.features or "", verify=not args.no_verify)
     check_streams(model, features)
+    features = with_complete_rows(features, model.config.stream_names, "finding concepts")
     if _names_latents(args, features, words):
         _check_named_model(args.model)
         check_nameable(features, words is not None)

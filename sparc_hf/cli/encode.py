@@ -16,7 +16,8 @@ class EncodeArguments:
         default="joint",
         metadata={
             "help": "joint: all streams of a sample choose latents together; single: each stream alone, the others "
-            "imputed where the model can; single_ignoring: each stream alone, without that.",
+            "imputed where the model can; single_ignoring: each stream alone, without that. Where a row lacks a "
+            "stream, joint gives the code of its imputed row (see `sparc impute`), and the others an empty one.",
             "choices": ["joint", "single", "single_ignoring"],
         },
     )
@@ -51,9 +52,10 @@ def run_encode(args: Any) -> dict[str, Any]:
     def write_top(codes: CodeTable, folder: Path) -> None:
         write_top_samples(top_samples(codes, args.top_samples), folder / TOP_SAMPLES_FILE)
 
+    features = FeatureDataset.load(args.features, verify=not args.no_verify)
     codes = encode_features(
         SparcModel.from_pretrained(args.model),
-        FeatureDataset.load(args.features, verify=not args.no_verify),
+        features,
         encoding=args.encoding,
         batch_size=args.batch_size,
         output=args.output,
@@ -61,6 +63,8 @@ def run_encode(args: Any) -> dict[str, Any]:
         complete=write_top if args.top_samples else None,
     )
     printed = {"codes": args.output, "rows": len(codes), "streams": codes.streams, "encoding": codes.encoding}
+    if lacking := {name: count for name, count in features.rows_without.items() if name in codes.streams}:
+        printed["rows_without"] = lacking
     if args.top_samples:
         printed["top_samples"] = str(Path(args.output) / TOP_SAMPLES_FILE)
     return printed

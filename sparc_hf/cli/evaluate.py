@@ -18,7 +18,12 @@ class EvaluateArguments:
     models: list[str] = field(
         metadata={"help": "Folders or Hub ids of the models; `sparc evaluate A B C` names them without the flag."}
     )
-    features: str = field(metadata={"help": "Folder of the feature dataset, rows the models were not trained on."})
+    features: str = field(
+        metadata={
+            "help": "Folder of the feature dataset, rows the models were not trained on; those that lack a stream are "
+            "left out and counted."
+        }
+    )
     output: str | None = field(
         default=None,
         metadata={"help": "Folder for results.json, report.html, model-index.yaml and a CSV of latents per model."},
@@ -103,6 +108,7 @@ def run_evaluate(args: Any) -> dict[str, Any]:
             for encoding in ENCODINGS
             if encoding in evaluation.results
         }
+        | {key: evaluation.results[key] for key in ("rows_left_out",) if key in evaluation.results}
         | {section: evaluation.results[section] for section in sections}
         for name, evaluation in evaluations.items()
     }
@@ -111,6 +117,7 @@ def run_evaluate(args: Any) -> dict[str, Any]:
 def _localizer(args: Any, models: Iterable[Any]) -> Callable[[Any], dict[str, Any]]:
     """Return what measures the maps of a model, after looking at what it and the models are given."""
     from sparc_hf.codes.code_table import check_streams, encode_features
+    from sparc_hf.codes.incomplete import with_complete_rows
     from sparc_hf.encoders.stream_encoder import check_encoders, load_encoders
     from sparc_hf.evaluation.localization import LocalizationSettings, check_labelled, latents_of_classes, localize
     from sparc_hf.features.dataset import FeatureDataset
@@ -129,6 +136,8 @@ def _localizer(args: Any, models: Iterable[Any]) -> Callable[[Any], dict[str, An
         check_labelled(rows)
         for model in models:
             check_streams(model, rows)
+        streams = dict.fromkeys(name for model in models for name in model.config.stream_names)
+        rows = with_complete_rows(rows, streams, "choosing the classes' latents")
     classes = sorted({name for classes_of_image in images.classes for name in classes_of_image})
 
     def measure(model: Any) -> dict[str, Any]:

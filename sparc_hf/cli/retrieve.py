@@ -67,10 +67,14 @@ def run_retrieve(args: RetrieveArguments) -> dict[str, Any]:
     check_streams(model, features)
     if args.row is not None and not 0 <= args.row < len(features):
         raise ValueError(f"the samples are numbered from 0 to {len(features) - 1}, and {args.row} is none of them")
+    source = args.source or streams[0] if record is None else record["name"]
+    if args.row is not None and not features.present(source, [args.row])[0]:
+        raise ValueError(
+            f"{features.row_name(args.row)} lacks the stream `{source}`; give another row, or another `source`"
+        )
     # The query first: encoding the dataset takes longest.
     encoded = None if record is None else _encoded(args, model, record)
     index = CodeSearch(encode_features(model, features, encoding="single", batch_size=args.batch_size))
-    source = args.source or streams[0] if record is None else record["name"]
     query = index.query(source, args.row or 0) if encoded is None else encoded
     names = concept_names(model)
     ids, texts = features.ids, features.text

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
+from sparc_hf.codes.incomplete import check_encodable, codes_of_incomplete, streams_lacked
 from sparc_hf.features.batches import FeatureBatches
 from sparc_hf.features.columns import fixed_size_lists
 from sparc_hf.features.dataset import FeatureDataset
@@ -63,7 +64,9 @@ class CodeTable:
 
     On disk it is a folder that `datasets.load_from_disk` opens (columns `<stream>_indices` int32 [k] and
     `<stream>_values` float32 [k]) plus `sparc_codes.json`. A loaded table is mapped into memory, not read. Make one
-    with `encode_features`, `load` or `from_arrays`.
+    with `encode_features`, `load` or `from_arrays`. Where rows of the dataset lacked a stream, a column
+    `<stream>_given` tells which had it: the codes of the others are of imputed rows under "joint" encoding, and else
+    empty, all values 0.
 
     Args:
         table: Arrow table with these columns.
@@ -142,6 +145,15 @@ class CodeTable:
         """Return float32 [rows, k]: their values, 0 where a selected pre-activation was negative."""
         return self._array(f"{stream}_values", stream)
 
+    def given(self, stream: str) -> np.ndarray:
+        """Return bool [rows]: which rows had the stream when they were encoded."""
+        if stream not in self.streams:
+            raise ValueError(f"the code table has no stream `{stream}`; it has {self.streams}")
+        column = f"{stream}_given"
+        if column not in self.table.column_names:
+            return np.ones(len(self), dtype=bool)
+        return self.table.column(column).to_numpy()
+
     def csr(self, stream: str) -> "csr_array":
         """Return the positive values of a stream as a scipy CSR array [rows, N] of its own memory.
 
@@ -198,7 +210,13 @@ def _check_columns(table: pa.Table, stream: str, folder: Path) -> None:
     if width < 1 or types != [pa.list_(kind, width) for kind in kinds.values()]:
         raise ValueError(f"`{folder}` has no codes of stream `{stream}`: its columns are {types}")
     chunks = [chunk for name in kinds for chunk in table.column(name).chunks]
-    if any(chunk.null_count or chunk.flatten().null_count for chunk in chunks):
+    given = f"{stream}_given"
+    if given in table.column_names:
+        if table.schema.field(given).type != pa.bool_():
+            raise ValueError(f"`{folder}` has a column `{given}` that does not hold true or false; make it again")
+        chunks += table.column(given).chunks
+    nulls = (chunk.null_count or getattr(chunk, "values", chunk).null_count for chunk in chunks)
+    if any(nulls):
         raise ValueError(f"`{folder}` lacks some of the codes of stream `{stream}`; make it again")
 
 
@@ -306,21 +324,29 @@ def encode_features(
         model: its streams must be in the dataset.
         features: the rows.
         encoding: "joint" gives the model all streams together; "single" gives each stream alone, the code it has
-            when nothing else is known of the sample; "single_ignoring" likewise, without imputing the others.
+            when nothing else is known of the sample; "single_ignoring" likewise, without imputing the others. Where
+            a row lacks a stream, "joint" encodes its imputed row, and alone its code is empty (all values 0).
         batch_size: rows at a time.
         output: folder the codes are streamed to as they are made; without it they are collected in memory.
         overwrite: replace a code table at `output`.
         complete: adds files to `output`, see `CodeTableWriter`.
 
     Raises:
-        ValueError: for another encoding, streams the dataset lacks, an `output` that may not be replaced, or one that
-            another process writes into.
+        ValueError: for another encoding, streams the dataset lacks, rows that lack streams where the model cannot
+            impute them, an `output` that may not be replaced, or one that another process writes into.
         OSError: saying what to do, if something cannot be written.
     """
     check_encoding(encoding)
     check_streams(model, features)
+    check_encodable(model, features, encoding)
     facts = {"num_latents": model.config.num_latents, "encoding": encoding}
-    tables = (code_columns(codes) for _, codes in code_batches(model, features, encoding, batch_size))
+    if lacking := streams_lacked(model, features):
+        tables = (
+            code_columns(codes, {name: given[name] for name in lacking})
+            for given, codes in codes_of_incomplete(model, features, encoding, batch_size)
+        )
+    else:
+        tables = (code_columns(codes) for _, codes in code_batches(model, features, encoding, batch_size))
     if output is None:
         return CodeTable(pa.concat_tables(tables).combine_chunks(), **facts)
     with CodeTableWriter(output, **facts, overwrite=overwrite, complete=complete) as writer:
@@ -334,7 +360,7 @@ def code_batches(
 ) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, SparseCodes]]]:
     """Yield stream -> feature rows [batch, hidden_size] and stream -> codes of consecutive rows, with a progress bar.
 
-    Arguments as for `encode_features`.
+    Arguments as for `encode_features`; every row has all streams.
     """
     for batch, codes in codes_for_targets(model, features, encoding, batch_size, []):
         yield batch, {name: own[name] for name, own in codes.items()}
@@ -400,11 +426,12 @@ def check_encoding(encoding: str) -> None:
         raise ValueError(f"`encoding` must be one of {list(ENCODINGS)}, but it is {encoding!r}")
 
 
-def code_columns(codes: Mapping[str, SparseCodes]) -> pa.Table:
-    """Return the columns of a code table for one batch, stream -> codes."""
+def code_columns(codes: Mapping[str, SparseCodes], given: Mapping[str, np.ndarray] | None = None) -> pa.Table:
+    """Return the columns of a code table for one batch, stream -> codes and stream -> bool [batch], who had it."""
     indices = {name: code.indices.to(torch.int32).cpu().numpy() for name, code in codes.items()}
     values = {name: code.values.float().cpu().numpy() for name, code in codes.items()}
-    return pa.table(_columns(indices, values))
+    marks = {f"{name}_given": pa.array(rows) for name, rows in (given or {}).items()}
+    return pa.table(_columns(indices, values) | marks)
 
 
 def _columns(indices: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:

@@ -283,7 +283,7 @@ def _strongest(names: list[str], lift: np.ndarray, counts: np.ndarray, z: np.nda
 def _sample_names(rows: np.ndarray, features: FeatureDataset) -> list[str]:
     # `row_name` is for messages; here the bare id, or the row's number.
     ids = features.ids
-    return [str(row if ids is None else ids[row]) for row in rows.tolist() if row >= 0]
+    return [str(features.number_of(row) if ids is None else ids[row]) for row in rows.tolist() if row >= 0]
 
 
 def save_concepts(concepts: Sequence[Concept], folder: str | os.PathLike, **facts: Any) -> Path:

@@ -55,6 +55,7 @@ class ModelResults(_Results, total=False):
     """The figures of one model, and the settings that tell it from others."""
 
     model: dict[str, Any]
+    rows_left_out: Count
     single_ignoring: Figures
 
 

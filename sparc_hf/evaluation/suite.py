@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sparc_hf.codes.code_table import CodeTable, check_streams, code_columns, codes_for_targets, encode_features
+from sparc_hf.codes.incomplete import with_complete_rows
 from sparc_hf.codes.universality import latent_universality
 from sparc_hf.evaluation.count_figures import CountFigures
 from sparc_hf.evaluation.intervals import Figure, mean_figure, plain_figure, random_groups, share_figure, unit_sums
@@ -113,14 +114,19 @@ class Evaluation:
 def evaluate_models(
     models: Mapping[str, SparcModel], features: FeatureDataset, settings: EvaluationSettings | None = None
 ) -> dict[str, Evaluation]:
-    """Return name -> evaluation of several models on the same rows; see `evaluate_model`.
+    """Return name -> evaluation of several models on the same rows, those that have all their streams.
+
+    See `evaluate_model`.
 
     With `probes`, the `results` of models that have others of their shape also hold "stability": other model ->
     stream -> mean cosine of matched atoms.
     """
     for model in models.values():  # before the first one takes its minutes
         check_streams(model, features)
-    evaluations = {name: evaluate_model(model, features, settings) for name, model in models.items()}
+    streams = dict.fromkeys(name for model in models.values() for name in model.config.stream_names)
+    complete = with_complete_rows(features, streams, "evaluation")
+    left_out = len(features) - len(complete)
+    evaluations = {name: _evaluation(model, complete, left_out, settings) for name, model in models.items()}
     if settings is None or settings.probes:
         for name, others in stability_figures(models).items():
             if others:
@@ -131,7 +137,7 @@ def evaluate_models(
 def evaluate_model(
     model: SparcModel, features: FeatureDataset, settings: EvaluationSettings | None = None
 ) -> Evaluation:
-    """Measure a model on a feature dataset; the model is left as it was.
+    """Measure a model on the rows of a feature dataset that have all its streams; the model is left as it was.
 
     Everything is measured twice: under joint encoding, in which every stream of a sample helps to choose the latents
     of the others (with global selection the counterpart is then partly given away), and under single-stream encoding,
@@ -140,8 +146,8 @@ def evaluate_model(
     what it would be without imputing is measured too, as "single_ignoring" with headline and reconstruction only.
 
     Returns:
-        An evaluation whose `results` hold "dataset", "rows", "model" (the settings that tell models apart), and for
-        each of "joint" and "single":
+        An evaluation whose `results` hold "dataset", "rows", "rows_left_out" (those that lack a stream, where there
+        are any), "model" (the settings that tell models apart), and for each of "joint" and "single":
         "headline": name -> {"value", "low", "high"} with 95 % intervals, see `intervals`;
         "reconstruction": nmse, fvu, r2, cosine -> target -> source -> number;
         "liveness": what `latent_liveness` returns, without the per-latent part;
@@ -152,10 +158,18 @@ def evaluate_model(
         "monosemanticity" (single-stream codes only) and "bridge_own_share" (where streams share an encoder): likewise.
 
     Raises:
-        ValueError: for streams the dataset lacks, unusable rows, or a class that is not in the dataset's taxonomy.
+        ValueError: for streams the dataset lacks, no row that has all of them, unusable rows, or a class that is not
+            in the dataset's taxonomy.
     """
-    settings = settings or EvaluationSettings()
     check_streams(model, features)
+    complete = with_complete_rows(features, model.config.stream_names, "evaluation")
+    return _evaluation(model, complete, len(features) - len(complete), settings)
+
+
+def _evaluation(
+    model: SparcModel, features: FeatureDataset, left_out: int, settings: EvaluationSettings | None
+) -> Evaluation:
+    settings = settings or EvaluationSettings()
     _check_labels(features, settings)
     config = model.config
     training = model.training
@@ -164,6 +178,7 @@ def evaluate_model(
     results: dict[str, Any] = {
         "dataset": settings.dataset,
         "rows": len(features),
+        **({"rows_left_out": left_out} if left_out else {}),
         "model": {name: getattr(config, name) for name in facts} | {"streams": config.stream_names},
     }
     evaluation = Evaluation(results)

@@ -67,6 +67,8 @@ class FeatureDataset:
 
     Attributes:
         rows_skipped: samples of the source that were left out when it was extracted; `skipped.jsonl` lists them.
+        row_numbers: int64 [rows], what to call the rows where they were chosen from others for being complete; else
+            None.
 
     Raises:
         ValueError: for streams without a column, rows of another width or with a null in place of a number, or a row
@@ -89,6 +91,7 @@ class FeatureDataset:
         self.taxonomy = taxonomy
         self.source = source
         self.rows_skipped = 0
+        self.row_numbers: np.ndarray | None = None
         self._rows = rows
         self._columns = {name: ColumnRows(self.table.column(name)) for name in self.stream_names}
         self._refuse_rows_without_streams()
@@ -287,9 +290,13 @@ class FeatureDataset:
             has_all &= self.present(name)
         return np.flatnonzero(has_all)
 
-    @cached_property
+    @property
     def rows_without(self) -> dict[str, int]:
         """Stream -> how many rows lack it; only streams that some row lacks."""
+        return self._rows_without
+
+    @cached_property
+    def _rows_without(self) -> dict[str, int]:
         lacking = [name for name, column in self._columns.items() if column.missing is not None]
         counts = {name: len(self) - int(self.present(name).sum()) for name in lacking}
         return {name: count for name, count in counts.items() if count}
@@ -368,7 +375,12 @@ class FeatureDataset:
 
     def row_name(self, row: int) -> str:
         """Return what an error message calls a row: its number and, where there is one, its id."""
-        return f"row {row}" + (f" (id {self.column('id', [row])[0]!r})" if "id" in self.column_names else "")
+        name = f"row {self.number_of(row)}"
+        return name + (f" (id {self.column('id', [row])[0]!r})" if "id" in self.column_names else "")
+
+    def number_of(self, row: int) -> int:
+        """Return the number that tells a row to a user, see `row_numbers`."""
+        return row if self.row_numbers is None else int(self.row_numbers[row])
 
     def save(self, path: str | os.PathLike, *, rows_per_shard: int = 4096, overwrite: bool = False) -> None:
         """Write the dataset as a folder, which appears under its name only when it is whole.

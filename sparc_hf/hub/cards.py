@@ -175,6 +175,11 @@ def write_dataset_card(
         home=HOME,
         streams=[UNKNOWN_ENCODER | {"normalize": "none"} | record for record in first.streams],
         splits={split: len(features) for split, features in splits.items()},
+        incomplete={
+            split: ", ".join(f"`{name}` {count:,}" for name, count in features.rows_without.items())
+            for split, features in splits.items()
+            if features.is_incomplete
+        },
         label_names=first.label_names,
         source=_source_text(first.source),
         license=license,

@@ -66,7 +66,7 @@ def latent_sheet(
             SheetCell(
                 images[row],
                 heats.get(row),
-                texts[row] if texts is not None else f"row {row}",
+                texts[row] if texts is not None else f"row {features.number_of(row)}",
                 f"{float(value):.3f}",
             )
             for row, value in zip(top_rows, top.values[latent], strict=False)

@@ -17,9 +17,11 @@ import numpy as np
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 
+from sparc_hf.codes.code_table import check_streams
 from sparc_hf.codes.concept_search import NUMBER, ConceptSearch, LatentMatch
 from sparc_hf.codes.concepts import Evidence, load_concepts
 from sparc_hf.codes.encoding import sample_code
+from sparc_hf.codes.incomplete import with_complete_rows
 from sparc_hf.codes.search import Match
 from sparc_hf.demo.run import DemoArguments, encoders_checksum, run_demo
 from sparc_hf.encoders.stream_encoder import StreamEncoder, load_encoders
@@ -180,7 +182,11 @@ class SpaceData:
 
     def sample_name(self, row: int) -> str:
         """Return an indexed sample's id, or its number."""
-        return str(self.features.column("id", [row])[0]) if "id" in self.features.column_names else str(row)
+        return (
+            str(self.features.column("id", [row])[0])
+            if "id" in self.features.column_names
+            else str(self.features.number_of(row))
+        )
 
     def code(self, stream: str, sample: Image.Image | str) -> np.ndarray:
         """Return the code a stream gives an image or a text on its own, float32 [N]; of patch tokens the largest.
@@ -290,6 +296,8 @@ def open_space(
             model_folder, address = _demo(folder)
         loaded = SparcModel.from_pretrained(model_folder).eval()
         features = FeatureDataset.load(address)
+        check_streams(loaded, features)
+        features = with_complete_rows(features, loaded.config.stream_names, "the Space")
         index = open_index(
             loaded,
             features,
