@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from sparc_hf.codes.incomplete import check_encodable, codes_of_incomplete, streams_lacked
+from sparc_hf.codes.incomplete import check_complete, check_encodable, codes_of_incomplete, streams_lacked
 from sparc_hf.features.batches import FeatureBatches
 from sparc_hf.features.columns import fixed_size_lists
 from sparc_hf.features.dataset import FeatureDataset
@@ -379,6 +379,7 @@ def codes_for_targets(
         targets: streams to decode to, besides the source itself.
     """
     streams = model.config.stream_names
+    check_complete(features, streams)
     missing = "ignore" if encoding == "single_ignoring" else None
     imputes = encoding == "single" and model.imputation is not None
     batches = FeatureBatches(features, batch_size=min(batch_size, len(features)), streams=streams, shuffle=False)
@@ -410,7 +411,8 @@ def decoded_rows(model: SparcModel, codes: CodeTable, source: str, target: str, 
 
 @torch.no_grad()
 def normalized_rows(model: SparcModel, features: FeatureDataset, stream: str) -> np.ndarray:
-    """Return float32 [rows, hidden_size]: a stream's rows as the model normalises them."""
+    """Return float32 [rows, hidden_size]: a stream's rows, all of which have it, as the model normalises them."""
+    check_complete(features, [stream])
     return model.normalize({stream: torch.from_numpy(features.array(stream))})[stream].float().cpu().numpy()
 
 

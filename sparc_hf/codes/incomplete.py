@@ -65,6 +65,15 @@ def streams_lacked(model: SparcModel, features: FeatureDataset) -> list[str]:
     return [name for name in model.config.stream_names if name in features.rows_without]
 
 
+def check_complete(features: FeatureDataset, streams: Iterable[str]) -> None:
+    """Raise ValueError where rows lack one of these streams and what is to be done needs them all."""
+    if lacking := [name for name in streams if name in features.rows_without]:
+        raise ValueError(
+            f"some rows lack the streams {lacking}; choose those that have all "
+            "(`features.select(features.complete_rows())`)"
+        )
+
+
 def codes_of_incomplete(
     model: SparcModel, features: FeatureDataset, encoding: str, batch_size: int
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, SparseCodes]]]:

@@ -179,6 +179,11 @@ def _write_shards(
         with processes.main_process_first() if processes else nullcontext():
             writer = open_writer()
         if writer.folder.finished and not repair:
+            if any(_is_unmade(entry, on_error) for entry in writer.folder.finished_shards):
+                raise ValueError(
+                    f"`{path}` was finished with another `on_error` than {on_error}; make it again with `repair`, or "
+                    "choose another path"
+                )
             logger.info("%s is finished already", path)
             return False
         _encode_shards(reader, encode, writer, on_error, processes)

@@ -91,6 +91,11 @@ class ShardFolder:
         """The stream records of the finished dataset that is being repaired; None for a new one."""
         return self._manifest.get("streams")
 
+    @property
+    def finished_shards(self) -> list[dict[str, Any]]:
+        """The manifest entries of the finished dataset; none for a new one."""
+        return self._manifest.get("shards", [])
+
     def entry(self, number: int) -> dict[str, Any] | None:
         """Return the manifest entry of a shard that is whole by its checksum; None where it has to be made."""
         entry = self._entry(number)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from sparc_hf.codes.code_table import CodeTable, encode_features
 from sparc_hf.codes.concepts import CONCEPTS_FILE, Concept, load_concepts, name_concepts, save_concepts
-from sparc_hf.codes.incomplete import streams_lacked
+from sparc_hf.codes.incomplete import check_complete
 from sparc_hf.codes.search import CodeSearch
 from sparc_hf.codes.top_samples import TopSamples, top_samples
 from sparc_hf.evaluation.suite import EvaluationSettings, LatentFigures, evaluate_model
@@ -122,8 +122,7 @@ def open_index(
     Raises:
         ValueError: as `evaluate_model`, and for rows that lack a stream of the model (`with_complete_rows`).
     """
-    if lacking := streams_lacked(model, features):
-        raise ValueError(f"some of the samples lack the streams {lacking}; show only those that have all")
+    check_complete(features, model.config.stream_names)
     name = index_name(model, features, names)
     if shipped is not None and (shipped / name / FACTS_FILE).is_file():
         return SpaceIndex(shipped / name)

@@ -9,11 +9,13 @@ import torch
 from conftest import planted_features, tiny_model
 
 from sparc_hf.cli import main
-from sparc_hf.codes.code_table import CodeTable, encode_features
+from sparc_hf.codes.code_table import CodeTable, code_batches, encode_features
 from sparc_hf.codes.incomplete import with_complete_rows
+from sparc_hf.evaluation.retrieval import model_ranks
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model, evaluate_models
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.hub.cards import write_dataset_card, write_model_card
+from sparc_hf.space.index import open_index
 from sparc_hf.training.imputation import add_imputation
 
 ROWS = 260
@@ -129,6 +131,17 @@ def test_what_cannot_be_encoded_is_refused(model, complete, incomplete, tmp_path
     add_imputation(two, complete)
     with pytest.raises(ValueError, match=r"row 0 has none of the model's streams \['dino', 'clip_img'\]"):
         encode_features(two, pairs)
+
+
+def test_what_needs_every_stream_says_so(model, incomplete, tmp_path):
+    codes = encode_features(model, incomplete, encoding="single")
+    for call in (
+        lambda: next(code_batches(model, incomplete, "single", 50)),
+        lambda: model_ranks(model, incomplete, codes),
+        lambda: open_index(model, incomplete, tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"rows lack the streams \['dino'.*complete_rows"):
+            call()
 
 
 def test_figures_are_of_complete_rows(model, incomplete, caplog):

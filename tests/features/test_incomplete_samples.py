@@ -108,6 +108,21 @@ def test_unpaired_samples_are_kept(unpaired, encoders, tmp_path, dtype):
     ).rows_without
 
 
+def test_rows_that_come_one_by_one(unpaired, encoders, tmp_path):
+    extract_features(unpaired, encoders, tmp_path / "stored", **SETTINGS, on_error="keep")
+    made = extract_features(
+        unpaired.to_iterable_dataset(), encoders, tmp_path / "set", **{**SETTINGS, "workers": 2}, on_error="keep"
+    )
+    assert made.rows_without == {"dino": 10, "clip_img": 10, "clip_txt": 3}
+    for shard in (tmp_path / "stored").glob("data-*.arrow"):
+        assert (tmp_path / "set" / shard.name).read_bytes() == shard.read_bytes()
+    # A shard of which nothing can be made, and one that lacks a stream in all rows.
+    nothing = datasets.concatenate_datasets([unpaired.select(NOTHING * 6), unpaired.select(NO_IMAGE)])
+    made = extract_features(nothing, encoders, tmp_path / "empty", **SETTINGS, on_error="keep")
+    assert (len(made), made.rows_skipped) == (len(NO_IMAGE), 6)
+    assert np.isnan(made.array("dino")).all()
+
+
 def test_one_modality_alone(unpaired, encoders, tmp_path):
     """What no stream can be made of is left out."""
     images = {name: encoders[name] for name in ("dino", "clip_img")}
@@ -153,9 +168,14 @@ def test_repair(unpaired, encoders, tmp_path):
     assert files_of(made) == before
     # Of what was made otherwise, it makes what this command would have.
     shutil.copytree(made, tmp_path / "skipped")
+    with pytest.raises(ValueError, match="finished with another `on_error` than skip; make it again with `repair`"):
+        extract_features(unpaired, encoders, tmp_path / "skipped", **SETTINGS, on_error="skip")
+    extract_features(unpaired, encoders, tmp_path / "skipped", **SETTINGS)  # it has no rows at which to stop
     skipped = extract_features(unpaired, encoders, tmp_path / "skipped", **SETTINGS, on_error="skip", repair=True)
     assert not skipped.is_incomplete
     assert not (tmp_path / "skipped" / "incomplete.jsonl").exists()
+    with pytest.raises(ValueError, match="finished with another `on_error` than keep"):
+        extract_features(unpaired, encoders, tmp_path / "skipped", **SETTINGS, on_error="keep")
     extract_features(unpaired, encoders, tmp_path / "skipped", **SETTINGS, on_error="keep", repair=True)
     assert files_of(tmp_path / "skipped") == before
 
