@@ -52,7 +52,7 @@ class ConceptsArguments:
         default=None,
         metadata={
             "help": "Feature dataset with labels, captions, or both, to name latents by and to take top samples from; "
-            "without it, nothing is named anew."
+            "rows that lack a stream of the model are left out; without it, nothing is named anew."
         },
     )
     samples: int = field(default=20, metadata={"help": "Top samples of a latent in a stream that names come from."})
@@ -191,8 +191,10 @@ def _run_on_features(
     if _names_latents(args, features, words):
         vocabulary = None if words is None else _vocabulary(args, model, encoders, words)
         concepts = name_concepts(codes, features, samples=args.samples, vocabulary=vocabulary)
-        path = save_concepts(concepts, args.model, features=Path(args.features or "").name, rows=len(features))
-        facts = {"concepts": str(path), "latents_that_fire": len(concepts)}
+        left_out = {"rows_left_out": features.rows_left_out} if features.rows_left_out else {}
+        measured = {"features": Path(args.features or "").name, "rows": len(features), **left_out}
+        path = save_concepts(concepts, args.model, **measured)
+        facts = {"concepts": str(path), "latents_that_fire": len(concepts), **left_out}
         facts["named"] = sum(concept.name is not None for concept in concepts)
     else:
         concepts = concepts_of(model)

@@ -18,8 +18,8 @@ class SpaceArguments:
     features: str | None = field(
         default=None,
         metadata={
-            "help": "Feature dataset the model is shown on, with images, texts and labels: folder or Hub id "
-            "(default: SPARC_DATASET, or the demo's held-out scenes)."
+            "help": "Feature dataset the model is shown on, with images, texts and labels: folder or Hub id; rows "
+            "that lack a stream of the model are left out (default: SPARC_DATASET, or the demo's held-out scenes)."
         },
     )
     cache: str | None = field(

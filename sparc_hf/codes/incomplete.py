@@ -36,7 +36,8 @@ def with_complete_rows(features: FeatureDataset, streams: Iterable[str], purpose
         )
     logger.warning("%s: on the %d of %d rows that have every stream", purpose, len(complete), len(features))
     chosen = features.select(complete)
-    chosen.row_numbers = complete
+    chosen.rows_left_out = features.rows_left_out + len(features) - len(complete)
+    chosen.row_numbers = complete if features.row_numbers is None else features.row_numbers[complete]
     return chosen
 
 

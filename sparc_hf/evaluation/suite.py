@@ -125,8 +125,7 @@ def evaluate_models(
         check_streams(model, features)
     streams = dict.fromkeys(name for model in models.values() for name in model.config.stream_names)
     complete = with_complete_rows(features, streams, "evaluation")
-    left_out = len(features) - len(complete)
-    evaluations = {name: _evaluation(model, complete, left_out, settings) for name, model in models.items()}
+    evaluations = {name: evaluate_model(model, complete, settings) for name, model in models.items()}
     if settings is None or settings.probes:
         for name, others in stability_figures(models).items():
             if others:
@@ -161,15 +160,9 @@ def evaluate_model(
         ValueError: for streams the dataset lacks, no row that has all of them, unusable rows, or a class that is not
             in the dataset's taxonomy.
     """
-    check_streams(model, features)
-    complete = with_complete_rows(features, model.config.stream_names, "evaluation")
-    return _evaluation(model, complete, len(features) - len(complete), settings)
-
-
-def _evaluation(
-    model: SparcModel, features: FeatureDataset, left_out: int, settings: EvaluationSettings | None
-) -> Evaluation:
     settings = settings or EvaluationSettings()
+    check_streams(model, features)
+    features = with_complete_rows(features, model.config.stream_names, "evaluation")
     _check_labels(features, settings)
     config = model.config
     training = model.training
@@ -178,7 +171,7 @@ def _evaluation(
     results: dict[str, Any] = {
         "dataset": settings.dataset,
         "rows": len(features),
-        **({"rows_left_out": left_out} if left_out else {}),
+        **({"rows_left_out": features.rows_left_out} if features.rows_left_out else {}),
         "model": {name: getattr(config, name) for name in facts} | {"streams": config.stream_names},
     }
     evaluation = Evaluation(results)

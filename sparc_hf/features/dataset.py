@@ -67,8 +67,8 @@ class FeatureDataset:
 
     Attributes:
         rows_skipped: samples of the source that were left out when it was extracted; `skipped.jsonl` lists them.
-        row_numbers: int64 [rows], what to call the rows where they were chosen from others for being complete; else
-            None.
+        rows_left_out: rows beside these ones that lack a stream, where these were chosen for lacking none.
+        row_numbers: int64 [rows], what to call the rows where they were so chosen; else None.
 
     Raises:
         ValueError: for streams without a column, rows of another width or with a null in place of a number, or a row
@@ -91,6 +91,7 @@ class FeatureDataset:
         self.taxonomy = taxonomy
         self.source = source
         self.rows_skipped = 0
+        self.rows_left_out = 0
         self.row_numbers: np.ndarray | None = None
         self._rows = rows
         self._columns = {name: ColumnRows(self.table.column(name)) for name in self.stream_names}
@@ -232,7 +233,8 @@ class FeatureDataset:
 
     def __repr__(self) -> str:
         widths = ", ".join(f"{record['name']} {record['hidden_size']}" for record in self.streams)
-        return f"FeatureDataset({len(self)} rows; {widths})"
+        lacking = "".join(f"; {count} lack {name}" for name, count in self.rows_without.items())
+        return f"FeatureDataset({len(self)} rows; {widths}{lacking})"
 
     @property
     def stream_names(self) -> list[str]:

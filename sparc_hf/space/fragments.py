@@ -262,8 +262,10 @@ def compare_page(data: SpaceData, encoding: str) -> str:
         {"": (columns[f"energy/{encoding}"], columns[f"cofires/{encoding}"])}, links=links
     )
     histogram = entropy_histogram({"": columns[f"entropy/{encoding}"][firing]})
+    left_out = data.features.rows_left_out
+    measured = f"<p>On {len(data.features)} samples that have every stream; {left_out} more lack one.</p>"
     return (
-        "<div class=plots>"
+        f"{measured if left_out else ''}<div class=plots>"
         f"<section><h3>Where latents live</h3>{_patterns(results['liveness'], data.num_latents)}</section>"
         "<section><h3>Firing entropy</h3><p>0: fires in one stream only. 1: in all alike.</p>"
         f"{svg_text(histogram)}</section>"

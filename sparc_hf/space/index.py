@@ -158,6 +158,7 @@ def index_name(model: SparcModel, features: FeatureDataset, names: list[Concept]
     # Every setting counts, those of later versions too.
     settings = {name: getattr(model.config, name) for name in SparcConfig.__annotations__}
     facts = [features.streams, features.label_names, features.taxonomy, len(features)]
+    facts += [features.rows_left_out] if features.rows_left_out else []
     concepts = [asdict(concept) for concept in names or []]
     digest.update(json.dumps([FORMAT_VERSION, __version__, settings, facts, concepts], sort_keys=True).encode())
     for name, weights in sorted(model.state_dict().items()):

@@ -15,6 +15,8 @@ from sparc_hf.evaluation.retrieval import model_ranks
 from sparc_hf.evaluation.suite import EvaluationSettings, evaluate_model, evaluate_models
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.hub.cards import write_dataset_card, write_model_card
+from sparc_hf.space.data import open_space
+from sparc_hf.space.fragments import compare_page
 from sparc_hf.space.index import open_index
 from sparc_hf.training.imputation import add_imputation
 
@@ -199,7 +201,7 @@ def test_commands(incomplete, folders, tmp_path, capsys):
     assert main(["concepts", *common, model]) == 0
     capsys.readouterr()
     concepts = json.loads((folders / "model" / "concepts.json").read_text())
-    assert concepts["rows"] == ROWS - left_out
+    assert (concepts["rows"], concepts["rows_left_out"]) == (ROWS - left_out, left_out)
     ids = {sample for concept in concepts["concepts"].values() for sample in concept["samples"]["dino"]}
     assert ids <= {incomplete.ids[row] for row in incomplete.complete_rows()}
 
@@ -223,3 +225,18 @@ def test_rows_are_called_by_their_number_among_all(incomplete):
     assert first > 0
     assert rows.row_name(0) == f"row {first} (id 'sample-{first}')"
     assert with_complete_rows(rows, rows.stream_names, "a test") is rows
+    assert rows.rows_left_out == ROWS - len(rows)
+    # Chosen twice, first for some of the streams.
+    twice = with_complete_rows(with_complete_rows(incomplete, ["dino"], "a test"), incomplete.stream_names, "a test")
+    assert twice.row_numbers.tolist() == incomplete.complete_rows().tolist()
+    assert twice.rows_left_out == ROWS - len(twice)
+
+
+def test_the_space_shows_complete_rows(folders, incomplete, tmp_path):
+    data = open_space(str(folders / "model"), str(folders / "features"), cache=str(tmp_path))
+    left_out = ROWS - len(incomplete.complete_rows())
+    assert len(data.features) == ROWS - left_out == data.index.results["rows"]
+    assert data.index.results["rows_left_out"] == left_out
+    assert f"On {ROWS - left_out} samples that have every stream; {left_out} more lack one." in compare_page(
+        data, "joint"
+    )

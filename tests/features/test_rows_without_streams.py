@@ -108,6 +108,7 @@ def test_what_is_known_of_the_rows():
     mask = masks()
     assert features.rows_without == {"zeta": 3, "alpha": 7}
     assert features.is_incomplete
+    assert repr(features) == "FeatureDataset(25 rows; zeta 6, alpha 4; 3 lack zeta; 7 lack alpha)"
     np.testing.assert_array_equal(features.complete_rows(), np.flatnonzero(mask["zeta"] & mask["alpha"]))
     np.testing.assert_array_equal(features.complete_rows(["alpha"]), np.flatnonzero(mask["alpha"]))
     assert features.complete_rows([]).tolist() == list(range(ROWS))
