@@ -52,7 +52,7 @@ CCA_RIDGE = 0.1
 def trained(settings: dict[str, Any], rows: FeatureDataset, folder: Path) -> SparcModel:
     if not (folder / "model.safetensors").exists():
         arguments = SparcTrainingArguments(
-            features="", output_dir=str(folder), checkpoint_every=0, cpu=True, impute=False, **settings
+            features="", output_dir=str(folder), checkpoint_every=0, cpu=True, **{"impute": False, **settings}
         )
         SparcTrainer(arguments, rows).train()
     return SparcModel.from_pretrained(folder).eval()
@@ -98,8 +98,9 @@ def lines_of_seed(
         if replaced is None:
             imputation.offsets.zero_()
         lines[name] = figures_of(model, test, "single")
-    aligned = trained(settings | aligned_settings(), train, folder.with_name(f"{folder.name}-aligned"))
-    add_imputation(aligned, train)
+    aligned = trained(
+        settings | aligned_settings() | {"impute": True}, train, folder.with_name(f"{folder.name}-aligned")
+    )
     lines["preset aligned: all streams together"] = figures_of(aligned, test, "joint")
     return lines | {"preset aligned: alone": figures_of(aligned, test, "single")}
 

@@ -14,6 +14,16 @@ class ImputeArguments:
     features: str = field(metadata={"help": "Folder of the feature dataset it was trained on; it is read once."})
     output: str = field(metadata={"help": "Folder for the model that has them; it may be that of the model itself."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is in the output folder."})
+    ridge: float | None = field(
+        default=None, metadata={"help": "Ridge of the guess, in mean variances (docs/alignment.md says of all four)."}
+    )
+    shared: float | None = field(
+        default=None, metadata={"help": "How far the selection moves given rows towards what others know, 0 to 1."}
+    )
+    own_weight: float | None = field(
+        default=None, metadata={"help": "Weight of a code's own stream where its values are fitted."}
+    )
+    fit_steps: float | None = field(default=None, metadata={"help": "Steps by which values are fitted; 0 for none."})
     no_verify: bool = field(default=False, metadata={"help": "Do not compare features with their checksums."})
 
 
@@ -21,6 +31,7 @@ def run_impute(args: Any) -> dict[str, Any]:
     from sparc_hf.features.dataset import FeatureDataset
     from sparc_hf.files.output_folder import check_output_folder
     from sparc_hf.hub.cards import write_model_card
+    from sparc_hf.model.configuration_sparc import IMPUTATION_DEFAULTS
     from sparc_hf.model.modeling_sparc import SparcModel
     from sparc_hf.model_folder import KEPT_WITH_SAME_CODES, holds_model, read_settings, save_model
     from sparc_hf.training.imputation import add_imputation
@@ -30,7 +41,9 @@ def run_impute(args: Any) -> dict[str, Any]:
     if holds_model(output) and not args.overwrite:
         raise ValueError(f"{output} already holds a model; replace it with --overwrite, or choose another --output")
     model = SparcModel.from_pretrained(args.model).eval()
-    imputation = add_imputation(model, FeatureDataset.load(args.features, verify=not args.no_verify))
+    given = {name: getattr(args, name) for name in IMPUTATION_DEFAULTS}
+    settings = {name: value for name, value in given.items() if value is not None}
+    imputation = add_imputation(model, FeatureDataset.load(args.features, verify=not args.no_verify), **settings)
 
     def complete(folder: Path) -> None:
         for name in KEPT_WITH_SAME_CODES:

@@ -13,7 +13,7 @@ FORMAT_VERSION = 2
 IMPUTATION_VERSION = 2
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # How a stream that stands alone is encoded, chosen on validation rows: docs/alignment.md has the figures.
-IMPUTATION_DEFAULTS = {"ridge": 0.003, "shared": 0.6, "own_weight": 2.0, "fit_steps": 1}
+IMPUTATION_DEFAULTS = {"ridge": 0.003, "shared": 0.6, "own_weight": 2.0, "fit_steps": 0.75}
 # What transformers would let a config.json change of how a model is loaded, and no SparcModel has.
 FOREIGN_KEYS = (
     "attn_implementation",
@@ -193,9 +193,9 @@ def _check_imputation(settings: dict, objective: str) -> None:
     most = {"shared": 1, "fit_steps": 100}
     for field, value in settings.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 <= value <= most.get(field, LARGEST_FLOAT) or (field == "fit_steps" and value % 1):
+        if not is_number or not 0 <= value <= most.get(field, LARGEST_FLOAT):
             raise ValueError(
-                f"`{field}` of `imputation` must be {'an integer' if field == 'fit_steps' else 'a number'} from 0 to "
+                f"`{field}` of `imputation` must be a number from 0 to "
                 f"{most.get(field, LARGEST_FLOAT):g}, but it is {value!r}"
             )
 

@@ -1,6 +1,7 @@
 """Streams that are missing, guessed from those that are given by the conditional mean of a Gaussian."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -232,11 +233,14 @@ class ValueFit:
     ):
         self._start, self._centered, self._atoms, self._selection = start, centered, atoms, selection
 
-    def values_of(self, stream: str, own_weight: float, steps: int) -> Tensor:
-        """Return values [batch, k], never negative, with w_t `own_weight` for a stream and 1 for all others."""
+    def values_of(self, stream: str, own_weight: float, steps: float) -> Tensor:
+        """Return values [batch, k], never negative, with w_t `own_weight` for a stream and 1 for all others.
+
+        Of a broken number of steps the last goes only that part of its way.
+        """
         weights = {name: own_weight if name == stream else 1.0 for name in self._centered}
         values, ridge = self._start, FIT_RIDGE * sum(weights.values())
-        for step in range(int(steps)):
+        for step in range(math.ceil(steps)):
             products = self._products(values) if step else self._products_at_start
             downhill = sum(weight * products[name] for name, weight in weights.items()) - ridge * values
             curvature = ridge * downhill.square().sum(dim=1)
@@ -245,7 +249,7 @@ class ValueFit:
                     sparse_decode(downhill, self._atoms[name], self._selection)
                 )
             length = downhill.square().sum(dim=1) / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
-            values = values + length.unsqueeze(1) * downhill
+            values = values + min(1.0, steps - step) * length.unsqueeze(1) * downhill
         return values.relu()
 
     @cached_property

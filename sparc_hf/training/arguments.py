@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
-from sparc_hf.model.configuration_sparc import SparcConfig
+from sparc_hf.model.configuration_sparc import IMPUTATION_DEFAULTS, SparcConfig
 
 MODEL_FIELDS = (
     "num_latents",
@@ -40,6 +40,8 @@ TRAJECTORY_FIELDS = (
     "center",
     "reinitialize_every",
     "impute",
+    "impute_shared",
+    "impute_fit_steps",
     "seed",
 )
 CHOICES = {
@@ -147,6 +149,16 @@ class SparcTrainingArguments:
         "them (objective sparc).",
         True,
     )
+    impute_shared: float = flag(
+        "How far the selection moves a stream that is given towards what others know of it, where others are missing, "
+        "from 0 to 1 (docs/alignment.md).",
+        IMPUTATION_DEFAULTS["shared"],
+    )
+    impute_fit_steps: float = flag(
+        "Steps by which values are then fitted to the rows of all streams; of a broken number the last goes only that "
+        "part of its way.",
+        IMPUTATION_DEFAULTS["fit_steps"],
+    )
     seed: int = flag("Seed of the initial weights, the row order and the re-initialisations.", 0)
 
     checkpoint_every: int = flag("Steps between checkpoints; 0 saves one only when the run is stopped.", 1000)
@@ -185,6 +197,8 @@ class SparcTrainingArguments:
                 "`alone_share` must be from 0 to 1 and `alone_coef` not negative, but they are "
                 f"{self.alone_share} and {self.alone_coef}"
             )
+        if self.objective != "usae":
+            SparcConfig.from_dict({**self.model_settings(), "imputation": self.imputation_settings()})
         if self.alone_share and self.selection == "local":
             raise ValueError("`alone_share` is of streams that select together; leave it off with `selection` local")
         if self.schedule_after_update and self.lr_schedule != "cosine":
@@ -218,6 +232,10 @@ class SparcTrainingArguments:
     def model_settings(self) -> dict[str, Any]:
         """Return the fields that SparcConfig has too."""
         return {name: getattr(self, name) for name in MODEL_FIELDS}
+
+    def imputation_settings(self) -> dict[str, float]:
+        """Return what `SparcConfig.imputation` is to say."""
+        return {"shared": self.impute_shared, "fit_steps": self.impute_fit_steps}
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """Return "field: saved -> now" for each setting that would change the course of a resumed run."""

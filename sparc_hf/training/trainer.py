@@ -155,7 +155,7 @@ class SparcTrainer:
         self._alone = AloneDraws(self.streams, args.alone_share, args.alone_coef, args.seed)
         if self._pair_shares or self._eval_pair_shares or args.alone_share:
             self._check_imputes(features)
-            add_statistics(self.model, features, rank=self.rank, world_size=self.world_size)
+            self._add_statistics(features)
         self.is_usae = args.objective == "usae"
         self._adam = optimizer_of(args, self.model)
         self._push = RareLatentPush(self._adam, self.model, args.rare_latent_push, args.rare_latent_share)
@@ -232,7 +232,7 @@ class SparcTrainer:
         if self.args.impute and self.model.objective.selects_together and len(self.streams) > 1 and self.rows > 1:
             features = cast(FeatureDataset, self.batches.features)
             if self.model.imputation is None:
-                add_statistics(self.model.eval(), features, rank=self.rank, world_size=self.world_size)
+                self._add_statistics(features)
             add_offsets(self.model.eval(), features)
         self._save_model(complete)
         self.accelerator.wait_for_everyone()
@@ -315,6 +315,10 @@ class SparcTrainer:
         self, rows: Mapping[str, Tensor], pair_shares: Mapping[tuple[str, str], float] | None
     ) -> PresentRows | None:
         return None if pair_shares is None else PresentRows(present_masks(rows), pair_shares)
+
+    def _add_statistics(self, features: FeatureDataset) -> None:
+        settings = self.args.imputation_settings()
+        add_statistics(self.model, features, rank=self.rank, world_size=self.world_size, **settings)
 
     def _check_imputes(self, features: FeatureDataset) -> None:
         """Raise ValueError where rows that lack streams, or streams given alone, cannot be trained on."""

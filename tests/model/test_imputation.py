@@ -126,6 +126,8 @@ def test_values_are_fitted_by_one_step_of_steepest_descent():
         downhill = right - matrix @ start[row]
         expected = start[row] + downhill * (downhill @ downhill) / (downhill @ matrix @ downhill)
         torch.testing.assert_close(fit.values_of("b", 3.0, 1)[row], expected.relu())
+        halfway = (start[row] + expected) / 2
+        torch.testing.assert_close(fit.values_of("b", 3.0, 0.5)[row], halfway.relu())
         best = torch.linalg.solve(matrix, right)
         if (best > 0).all():
             torch.testing.assert_close(fit.values_of("b", 3.0, 200)[row], best, rtol=1e-3, atol=1e-3)
@@ -250,7 +252,7 @@ def test_what_cannot_be_imputed_is_said():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"ridge": -1}, {"shared": 1.5}, {"ridge": float("nan")}, {"fit_steps": 1.5}, {"shared": "all"}, {"rigde": 1}],
+    [{"ridge": -1}, {"shared": 1.5}, {"ridge": float("nan")}, {"fit_steps": 101}, {"shared": "all"}, {"rigde": 1}],
 )
 def test_settings_that_cannot_be_used_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
