@@ -47,11 +47,12 @@ def check_encodable(model: SparcModel, features: FeatureDataset, encoding: str) 
     if not lacking or encoding != "joint":
         return
     if model.imputation is None:
+        counts = ", ".join(f"`{name}`: {features.rows_without[name]}" for name in lacking)
+        can_impute = model.config.objective == "sparc"
         raise ValueError(
-            f"some rows lack streams ({', '.join(f'`{name}`: {features.rows_without[name]}' for name in lacking)}), "
-            "and this model has no statistics of its streams to impute them by; make them with `sparc impute`, keep "
-            "the rows that have all (`features.select(features.complete_rows())`), or encode each stream alone "
-            "(`--encoding single`)"
+            f"some rows lack streams ({counts}), and this model has no statistics of its streams to impute them by; "
+            f"{'make them with `sparc impute`, ' if can_impute else ''}keep the rows that have all "
+            "(`features.select(features.complete_rows())`), or encode each stream alone (`--encoding single`)"
         )
     has_any = np.logical_or.reduce([features.present(name) for name in model.config.stream_names])
     if not has_any.all():

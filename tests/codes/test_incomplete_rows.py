@@ -122,7 +122,9 @@ def test_what_cannot_be_encoded_is_refused(model, complete, incomplete, tmp_path
     with pytest.raises(ValueError, match=r"`dino`: .*`sparc impute`.*complete_rows.*--encoding single"):
         encode_features(tiny_model(3), incomplete, output=tmp_path / "codes")
     assert not (tmp_path / "codes").exists()
-    # A model of streams that every row has needs no statistics.
+    with pytest.raises(ValueError, match=r"impute them by; keep the rows that have all"):
+        encode_features(tiny_model(3, objective="usae", selection="local"), incomplete)
+    # Rows that have every stream need no statistics.
     rows = encode_features(tiny_model(3), incomplete.select(incomplete.complete_rows()))
     assert rows.given("dino").all()
     two = tiny_model(2)

@@ -260,6 +260,7 @@ def test_the_writer_goes_on_where_it_was(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_pushed_and_opened_and_streamed(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("sparc_hf.features.parquet.ROWS_PER_GROUP", 5)
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     write_parquet_split(incomplete(dtype), tmp_path / "pushed", "train", file_bytes=1)
     assert len(list((tmp_path / "pushed" / "data").glob("*.parquet"))) == 5
     assert_expected(FeatureDataset.load(tmp_path / "pushed"), dtype=dtype)
