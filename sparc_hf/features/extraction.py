@@ -295,11 +295,7 @@ def _encoded(
                 f"encoder `{name}` gives a NaN or infinite number in {dtype}; look at that sample, or try another "
                 "`dtype` or no `autocast`"
             )
-            if place not in faults:
-                sample_id = batch.columns["id"][place] if "id" in batch.columns else None
-                faults[place] = failure(batch.numbers[place], sample_id, reason)
-            elif keep:
-                faults[place]["reason"] += f"; {reason}"
+            _add_fault(faults, batch, place, reason, keep)
         has[name] &= is_finite
     combine = np.logical_or if keep else np.logical_and
     is_usable: np.ndarray = combine.reduce(list(has.values())) if has else np.zeros(0, dtype=bool)
@@ -313,6 +309,15 @@ def _encoded(
     usable = np.flatnonzero(is_usable)
     present = {name: mask[usable].repeat(tokens or 1) for name, mask in has.items()}
     return Encoded(_columns_of(batch, arrays, usable, tokens) if len(usable) else None, present, failed, incomplete)
+
+
+def _add_fault(faults: dict[int, dict[str, Any]], batch: Batch, place: int, reason: str, keep: bool) -> None:
+    """Note why something of a sample cannot be made; with `keep` beside other such reasons, else only the first."""
+    if place not in faults:
+        sample_id = batch.columns["id"][place] if "id" in batch.columns else None
+        faults[place] = failure(batch.numbers[place], sample_id, reason)
+    elif keep:
+        faults[place]["reason"] += f"; {reason}"
 
 
 def _stream_arrays(
