@@ -52,9 +52,10 @@ def run_encode(args: Any) -> dict[str, Any]:
     def write_top(codes: CodeTable, folder: Path) -> None:
         write_top_samples(top_samples(codes, args.top_samples), folder / TOP_SAMPLES_FILE)
 
+    model = SparcModel.from_pretrained(args.model)
     features = FeatureDataset.load(args.features, verify=not args.no_verify)
     codes = encode_features(
-        SparcModel.from_pretrained(args.model),
+        model,
         features,
         encoding=args.encoding,
         batch_size=args.batch_size,
