@@ -18,12 +18,7 @@ from .normalization import FeatureStatistics, normalized_rows, normalized_stream
 from .outputs import SparcOutput, SparseCodes
 from .present_rows import AloneRows, PresentRows
 from .sparc_objective import SelectedStreams, SparcObjective
-from .sparse_ops import (
-    GradientTerm,
-    Selection,
-    sparse_decode,
-    unit_norm,
-)
+from .sparse_ops import GradientTerm, Selection, sparse_decode, unit_norm
 from .step_counters import StepCounters
 from .usae_objective import UsaeObjective
 from .weights import (
@@ -234,21 +229,17 @@ class SparcModel(PreTrainedModel):
         """
         if self.training or present is not None or alone is not None:
             reject_missing_streams(features, self.config.stream_names)
-        if present is None and alone is None:
-            rows = normalized_rows(self, features, reject_zero_rows=self.objective.rejects_zero_rows)
-            return self.objective.losses(rows, selection, new_step, source, selected)
-        rows = self._filled_in(features, present)
-        return cast(SparcObjective, self.objective).losses(rows, selection, new_step, source, selected, present, alone)
+        if alone is not None:
+            self._imputation_of("impute")
+        rows = self._rows_of_loss(features, present)
+        return self.objective.losses(rows, selection, new_step, source, selected, present, alone)
 
-    def _filled_in(self, features: Mapping[str, Tensor], present: PresentRows | None) -> dict[str, Tensor]:
-        """Return the normalised rows of all streams, imputed in rows that lack them."""
-        imputation = cast(Imputation, self._imputation_of("impute"))
+    def _rows_of_loss(self, features: Mapping[str, Tensor], present: PresentRows | None) -> dict[str, Tensor]:
+        """Return normalised rows, of all streams where some rows lack some, which are imputed there."""
         if present is None:
-            return normalized_rows(self, features, reject_zero_rows=True)
-        if unknown := [name for name in present.masks if name not in self.config.stream_names]:
-            raise ValueError(f"`present` names {unknown}, but the model's streams are {self.config.stream_names}")
-        rows = normalized_rows(self, features, reject_zero_rows=True, masks=present.masks)
-        return imputation.fill_in(rows, present.masks)
+            return normalized_rows(self, features, self.objective.rejects_zero_rows)
+        imputation = cast(Imputation, self._imputation_of("impute"))
+        return imputation.fill_in(normalized_rows(self, features, True, present.masks), present.masks)
 
     @torch.no_grad()
     def begin_step(
@@ -276,27 +267,17 @@ class SparcModel(PreTrainedModel):
                 `forward`.
         """
         if not self.objective.knows_dead_latents:
-            raise ValueError(
-                f"`objective={self.config.objective!r}` has no auxiliary term of dead latents; call the model with "
-                "`new_step`"
-            )
-        masked = itertools.repeat(None) if present is None else present
-        pairs = [self._begin(features, selection, mask) for features, mask in zip(micro_batches, masked, strict=False)]
+            name = self.config.objective
+            raise ValueError(f"`objective={name!r}` has no auxiliary term of dead latents; call it with `new_step`")
+        objective, pairs = cast(SparcObjective, self.objective), []
+        for features, mask in zip(micro_batches, present or itertools.repeat(None), strict=False):
+            reject_missing_streams(features, self.config.stream_names)
+            pairs.append(objective.begin(self._rows_of_loss(features, mask), selection))
         if not pairs:
             raise ValueError("a training step needs at least one micro-batch, but there is none")
         if self.training:
             self.count_step([codes for _, codes in pairs], new_step=True)
         return [selected for selected, _ in pairs]
-
-    def _begin(
-        self, features: Mapping[str, Tensor], selection: str | None, present: PresentRows | None
-    ) -> tuple[list[SelectedStreams], dict[str, SparseCodes]]:
-        reject_missing_streams(features, self.config.stream_names)
-        if present is None:
-            rows = normalized_rows(self, features, reject_zero_rows=True)
-        else:
-            rows = self._filled_in(features, present)
-        return cast(SparcObjective, self.objective).begin(rows, selection)
 
     def encode(
         self,
@@ -331,7 +312,7 @@ class SparcModel(PreTrainedModel):
                 "impute", or `streams` that are not given, where the model has no statistics.
         """
         rows = normalized_rows(self, features)
-        names = list(rows) if streams is None else self._known_streams(streams)
+        names = list(rows) if streams is None else [self.config.stream(name)["name"] for name in streams]
         imputation = self._imputation_of(missing)
         if absent := [name for name in names if name not in rows]:
             if imputation is None:
@@ -381,9 +362,6 @@ class SparcModel(PreTrainedModel):
                 "this model has no statistics of its streams to impute one by; make them with `sparc impute`"
             )
         return None if missing == "ignore" else self.imputation
-
-    def _known_streams(self, names: Iterable[str]) -> list[str]:
-        return [self.config.stream(name)["name"] for name in names]
 
     def preactivations(self, stream: str, features: Tensor, latents: Tensor) -> Tensor:
         """Return pre-activations of chosen latents, [batch, len(latents)], differentiable in the features.
@@ -449,14 +427,11 @@ class SparcModel(PreTrainedModel):
         """
         counts = {}
         for name in self.config.stream_names:
-            dead = self.dead_latents(name)
-            counts[name] = dead.sum()
-            encoder, counter = self._encoder(name), getattr(self.steps_since_fired, name)
-            latents = dead.nonzero().squeeze(-1)
-            fresh = torch.randn(latents.numel(), encoder.weight.shape[1], generator=generator) * REINITIALIZED_STD
+            encoder, latents = self._encoder(name), self.dead_latents(name).nonzero().squeeze(-1)
+            fresh = torch.randn(len(latents), encoder.weight.shape[1], generator=generator) * REINITIALIZED_STD
             encoder.weight[latents] = fresh.to(encoder.weight)
-            encoder.bias[latents] = 0
-            counter[latents] = 0
+            encoder.bias[latents] = getattr(self.steps_since_fired, name)[latents] = 0
+            counts[name] = latents.new_tensor(len(latents))
         return counts
 
     @property

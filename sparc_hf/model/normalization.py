@@ -57,12 +57,13 @@ def normalized_rows(
         raise ValueError(f"`features` must map stream names to tensors, for at least one of the streams {names}")
     if unknown := [name for name in features if name not in names]:
         raise ValueError(f"unknown streams {unknown}; this model has the streams {names}")
+    masks = masks or {}
+    if unknown := [name for name in masks if name not in names]:
+        raise ValueError(f"`present` names {unknown}; this model has the streams {names}")
     rows = {}
     for name in names:
         if name in features:
-            rows[name] = normalized_stream(
-                model, name, features[name], reject_zero_rows, None if masks is None else masks.get(name)
-            )
+            rows[name] = normalized_stream(model, name, features[name], reject_zero_rows, masks.get(name))
     sizes = {name: value.shape[0] for name, value in rows.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"all streams must have the same rows, but their batch sizes are {sizes}")

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from .outputs import SparcOutput, SparseCodes
+from .present_rows import AloneRows, PresentRows
 from .sparse_ops import NORM_EPS, Selection, dots_with_atoms, row_dots, top_k, unit_norm
 from .usae_encoder import usae_encoder, usae_preactivations
 
@@ -49,9 +50,19 @@ class UsaeObjective:
         return codes
 
     def losses(
-        self, rows: Mapping[str, Tensor], selection: str | None, new_step: bool, source: str | None, selected: Any
+        self,
+        rows: Mapping[str, Tensor],
+        selection: str | None,
+        new_step: bool,
+        source: str | None,
+        selected: Any,
+        present: PresentRows | None = None,
+        alone: AloneRows | None = None,
     ) -> SparcOutput:
-        """Return losses and codes, and in evaluation mode reconstructions; streams select alone, in this pass."""
+        """Return losses and codes, and in evaluation mode reconstructions; streams select alone, in this pass.
+
+        A model without imputation takes no `present` and no `alone`.
+        """
         sources = list(rows) if source is None else [source]
         if unknown := [name for name in sources if name not in rows]:
             raise ValueError(f"`source` must be one of the given streams {list(rows)}, but it is {unknown[0]!r}")

@@ -1,6 +1,6 @@
 """The rows a run trains and validates on, and what it takes of them before its first step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,6 @@ def evenly_spread(rows: int, most: int) -> np.ndarray:
 def present_masks(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return stream -> bool [batch]: which rows [batch, hidden_size] of a feature dataset have it, and are not NaN."""
     return {name: ~x[:, 0].isnan() for name, x in rows.items()}
-
-
-def pair_shares_of(features: FeatureDataset, streams: Sequence[str]) -> dict[tuple[str, str], float] | None:
-    """Return (stream, stream) -> share of the rows that have both, or None where all rows have all streams."""
-    if len(features.complete_rows(streams)) == len(features):
-        return None
-    present = {name: features.present(name) for name in streams}
-    return {(one, other): float((present[one] & present[other]).mean()) for one in streams for other in streams}
 
 
 def records_of(features: FeatureDataset, streams: list[str]) -> list[dict[str, Any]]:

@@ -6,6 +6,18 @@ from types import TracebackType
 from typing import Any
 
 
+class TrainingInterrupted(RuntimeError):
+    """The run was told to stop (SIGTERM or Ctrl-C), saved a checkpoint and left.
+
+    Attributes:
+        signal_number: the signal that asked for it.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 class StopSignals:
     """Notes SIGTERM and Ctrl-C instead of dying of them, while its `with` block runs in the main thread.
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import tqdm
 from torch import Tensor
 
@@ -26,11 +23,10 @@ from sparc_hf.files.folder_lock import launched_rank, locked_folder
 from sparc_hf.files.output_folder import check_output_folder
 from sparc_hf.model.configuration_sparc import SparcConfig
 from sparc_hf.model.modeling_sparc import SparcModel
-from sparc_hf.model.present_rows import PresentRows
 from sparc_hf.model_folder import LOG_FILE, SETTINGS_FILE, claimed_run, cut_log, read_settings
-from sparc_hf.training.alone_rows import AloneDraws
 from sparc_hf.training.arguments import SparcTrainingArguments
 from sparc_hf.training.checkpoints import Checkpoints
+from sparc_hf.training.given_streams import AloneDraws, GivenStreams
 from sparc_hf.training.gradient_exchange import exchanged_bytes, gather_terms, sum_gradients
 from sparc_hf.training.imputation import add_offsets, add_statistics
 from sparc_hf.training.learning_rate import ScheduleAfterUpdate, schedule_of
@@ -38,9 +34,10 @@ from sparc_hf.training.loss_sums import LossSums
 from sparc_hf.training.optimizer import UsaeAdamW, add_up_terms, optimizer_of
 from sparc_hf.training.random_numbers import seeded
 from sparc_hf.training.rare_latents import RareLatentPush
-from sparc_hf.training.rows import center_pre_biases, pair_shares_of, present_masks, random_split, records_of
+from sparc_hf.training.rows import center_pre_biases, random_split, records_of
+from sparc_hf.training.run_accelerator import accelerator_of
 from sparc_hf.training.step_kernel import built_library, load_step_kernel
-from sparc_hf.training.stop_signals import StopSignals
+from sparc_hf.training.stop_signals import StopSignals, TrainingInterrupted
 from sparc_hf.version import __version__
 
 # Tells the draws of source streams apart from other draws of the same seed.
@@ -49,18 +46,6 @@ SOURCE_DRAWS = 0x5053
 WORTH_BUILDING = 2e10
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingInterrupted(RuntimeError):
-    """The run was told to stop (SIGTERM or Ctrl-C), saved a checkpoint and left.
-
-    Attributes:
-        signal_number: the signal that asked for it.
-    """
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 def train(args: SparcTrainingArguments, complete: Callable[[Path], Any] | None = None) -> SparcModel:
@@ -118,22 +103,7 @@ class SparcTrainer:
         _check_tracker(args.report_to)
         self.streams = args.streams or features.stream_names
         records = records_of(features, self.streams)
-        # The state is shared by the whole process, which refuses a second run in another precision otherwise.
-        precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-            AcceleratorState._reset_state()
-        self.accelerator = Accelerator(
-            cpu=args.cpu,
-            mixed_precision=precision,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=str(self.run.folder),
-        )
-        if precision != "no" and not self.accelerator.native_amp:
-            # Accelerate would train in float32 without a word.
-            raise ValueError(
-                f"`mixed_precision` {precision} needs a GPU, but this run is on {self.accelerator.device.type}; "
-                "choose bf16 or no"
-            )
+        self.accelerator = accelerator_of(args, self.run.folder)
         self.checkpoints = Checkpoints(self.run.folder, self.accelerator, args.checkpoints_kept)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         features.check_rows(streams=self.streams)
@@ -150,11 +120,11 @@ class SparcTrainer:
         self.model.max_preactivation_mb = args.max_preactivation_mb
         # In "evaluation mode" Accelerate moves the model and sets its precision, but leaves the gradients to us.
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        self._pair_shares = pair_shares_of(features, self.streams)
-        self._eval_pair_shares = None if held_out is None else pair_shares_of(held_out, self.streams)
-        self._alone = AloneDraws(self.streams, args.alone_share, args.alone_coef, args.seed)
-        if self._pair_shares or self._eval_pair_shares or args.alone_share:
-            self._check_imputes(features)
+        alone = AloneDraws(self.streams, args.alone_share, args.alone_coef, args.seed)
+        self._given = GivenStreams(features, self.streams, alone)
+        self._given_in_eval = GivenStreams(held_out or features, self.streams)
+        if self._given.any_missing or self._given_in_eval.any_missing or args.alone_share:
+            self._given.check(self.model, args.impute)
             self._add_statistics(features)
         self.is_usae = args.objective == "usae"
         self._adam = optimizer_of(args, self.model)
@@ -283,7 +253,7 @@ class SparcTrainer:
         pieces = min(self.args.gradient_accumulation_steps, rows_of_step // self.world_size)
         parts = {name: value.tensor_split(pieces) for name, value in share.items()}
         micro_batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
-        present = [self._present(rows, self._pair_shares) for rows in micro_batches]
+        present = [self._given.present(rows) for rows in micro_batches]
         selected: list[Any] = [None] * pieces
         if pieces > 1 and self.model.objective.knows_dead_latents:
             with self.accelerator.autocast():
@@ -292,17 +262,11 @@ class SparcTrainer:
         share_rows, longer = divmod(rows_of_step, self.world_size)
         first = self.rank * share_rows + min(self.rank, longer)
         for number, rows in enumerate(micro_batches):
-            masks, count = present[number], len(next(iter(rows.values())))
-            alone = self._alone.of(self.step, rows_of_step, first, count, None if masks is None else masks.masks)
+            count = len(next(iter(rows.values())))
+            alone = self._given.alone_in(self.step, rows_of_step, first, count, present[number])
             first += count
-            output = self.model(
-                self._on_device(rows),
-                new_step=number == 0,
-                selected=selected.pop(0),
-                present=masks,
-                alone=alone,
-                **source,
-            )
+            known = {"selected": selected.pop(0), "present": present[number], "alone": alone, **source}
+            output = self.model(self._on_device(rows), new_step=number == 0, **known)
             weight = count / rows_of_step
             self._sums.add(output.loss, output.losses, weight)
             self._push.add(output.codes)
@@ -311,26 +275,9 @@ class SparcTrainer:
             self.accelerator.backward(output.loss * weight)
         return pieces
 
-    def _present(
-        self, rows: Mapping[str, Tensor], pair_shares: Mapping[tuple[str, str], float] | None
-    ) -> PresentRows | None:
-        return None if pair_shares is None else PresentRows(present_masks(rows), pair_shares)
-
     def _add_statistics(self, features: FeatureDataset) -> None:
         settings = self.args.imputation_settings()
         add_statistics(self.model, features, rank=self.rank, world_size=self.world_size, **settings)
-
-    def _check_imputes(self, features: FeatureDataset) -> None:
-        """Raise ValueError where rows that lack streams, or streams given alone, cannot be trained on."""
-        lacking = len(features) - len(features.complete_rows(self.streams))
-        what = f"{lacking} of {len(features)} rows lack a stream" if lacking else "streams are missing"
-        if not self.model.objective.selects_together:
-            raise ValueError(
-                f"{what}, and `objective` {self.args.objective} imputes none; train on the rows that "
-                "`FeatureDataset.complete_rows` names, or with `objective` sparc"
-            )
-        if not self.args.impute:
-            raise ValueError(f"{what}, and a model that trains with imputed streams keeps them; leave out `no_impute`")
 
     def _on_device(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: rows.to(self.accelerator.device, non_blocking=True) for name, rows in features.items()}
@@ -452,7 +399,7 @@ class SparcTrainer:
         sums = LossSums(self.accelerator.device)
         for share in self.eval_batches:
             with self.accelerator.autocast():
-                output = self.model(self._on_device(share), present=self._present(share, self._eval_pair_shares))
+                output = self.model(self._on_device(share), present=self._given_in_eval.present(share))
             rows = next(iter(share.values())).shape[0]
             sums.add(output.loss, output.losses, rows / len(self.eval_batches.features))
         sums.count_step()
