@@ -5,7 +5,7 @@ A code has k of N latents active, so everything after the pre-activations works 
 weighted sum of rows per latent (`GradientTerm`). By default a backward pass adds them up to the dense array that torch
 optimizers want, writing each latent's row once; an optimizer that takes the terms themselves saves that array.
 
-Compiled operators (step_kernel.py) are used where they are loaded and fit: float32 on a CPU.
+Compiled operators (step_kernel.py) are used where they are loaded and fit: float32 on a CPU, Triton's on a GPU.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .top_k import largest
+
 NORM_EPS = 1e-8
 ROWS_IN_CACHE = 256
 STD_EPS = 1e-5
@@ -23,8 +25,16 @@ STD_EPS = 1e-5
 
 def compiled_ops(like: Tensor) -> Any:
     """Return the compiled operators where they are loaded and take a tensor such as this, else None."""
+    if gpu := gpu_ops(like):
+        return gpu
     fits = like.device.type == "cpu" and like.dtype in (torch.float32, torch.int64)
     return torch.ops.sparc_hf if fits and hasattr(torch.ops.sparc_hf, "residuals") else None
+
+
+def gpu_ops(like: Tensor) -> Any:
+    """Return the operators of Triton where they are loaded and take a tensor such as this, else None."""
+    fits = like.device.type == "cuda" and like.dtype != torch.float64
+    return torch.ops.sparc_hf_gpu if fits and hasattr(torch.ops.sparc_hf_gpu, "residuals") else None
 
 
 class Selection:
@@ -57,6 +67,8 @@ class Selection:
         """Return [N, d]: for each latent, the rows [P, batch, d] that chose it, weighted by values [P, batch, k]."""
         order, offsets = self.transposed
         codes, batch, k = values.shape
+        if gpu := gpu_ops(rows):
+            return gpu.sum_rows(rows, values, order, offsets)
         # A latent's entries are those of all codes, so that its row is written once.
         first_rows = torch.arange(0, codes * batch, batch, device=order.device)
         row_of_entry = ((order // k).unsqueeze(1) + first_rows).reshape(-1)
@@ -71,6 +83,8 @@ class Selection:
 
     def sum_values(self, values: Tensor) -> Tensor:
         """Return [N]: for each latent the sum of its values [batch, k]."""
+        if gpu := gpu_ops(values):
+            return gpu.sum_values(values, *self.transposed)
         flat = values.reshape(-1)
         return torch.zeros(self.num_latents, dtype=flat.dtype, device=flat.device).index_add_(
             0, self.indices.reshape(-1), flat
@@ -109,13 +123,15 @@ def _gradient(terms: list[GradientTerm] | None, term: GradientTerm) -> Tensor | 
 def top_k(preactivations: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Select the latents whose sum over several pre-activations [batch, N] is largest, largest first.
 
+    Among equal sums the lower latent comes first.
+
     Returns:
         int64 [batch, k], and each one's pre-activations there, [P, batch, k].
     """
     if ops := compiled_ops(preactivations[0]):
         indices = ops.top_k_of_sum([part.contiguous() for part in preactivations], k)
     else:
-        indices = sum_of(preactivations).topk(k, dim=-1).indices
+        indices = largest(sum_of(preactivations), k)
     return indices, torch.stack([part.gather(1, indices) for part in preactivations])
 
 

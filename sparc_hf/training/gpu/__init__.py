@@ -1,0 +1,1 @@
+"""Triton kernels of a training step, for GPUs; nothing here is imported before `load_gpu_kernels`."""
