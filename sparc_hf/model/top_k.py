@@ -16,7 +16,7 @@ def largest(values: Tensor, k: int) -> Tensor:
     if values.device.type == "cpu":
         return _on_cpu(values, k)
     if values.dtype == torch.float64:
-        return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return values.sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
     return _in_blocks(values, k)
 
 
@@ -27,9 +27,8 @@ def _on_cpu(values: Tensor, k: int) -> Tensor:
     best, indices = _of_groups(values, count) if grouped else values.topk(count, dim=1)
     # Largest first, so that NaN, which equals nothing, is at the front of its row.
     repeats = ((best[:, 1:] == best[:, :-1]) | best[:, :-1].isnan()).any(dim=1).nonzero().squeeze(1)
-    indices = indices[:, :k]
+    indices = indices[:, :k].contiguous()
     if len(repeats):
-        indices = indices.clone()
         for rows in repeats.split(max(1, 2**22 // values.shape[1])):
             indices[rows] = _stable(values[rows], k)
     return indices
@@ -74,7 +73,7 @@ def _in_blocks(values: Tensor, k: int) -> Tensor:
 
     Numbers are compared by their place: their order as floats, then the lower index. No two places are equal.
     """
-    batch, latents = values.shape
+    latents = values.shape[1]
     block = 1
     while block * block * k < latents:
         block *= 2

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparc_hf.model.modeling_sparc import SparcModel
-from sparc_hf.model.sparse_ops import GradientTerm, compiled_ops, unit_norm_
+from sparc_hf.model.sparse_ops import GradientTerm, compiled_ops, gpu_ops, unit_norm_
 from sparc_hf.training.arguments import SparcTrainingArguments
 
 
@@ -50,21 +50,34 @@ class SparcAdam(torch.optim.Adam):
 
     def _step_from_terms(self, name: str, terms: list[GradientTerm]) -> None:
         parameter, group = self.model.get_parameter(name), self.param_groups[0]
+        on_gpu = gpu_ops(parameter)
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            device = parameter.device if on_gpu else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
-        beta1, beta2 = group["betas"]
-        steps = state["step"].item()
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        coefficients = [term.coefficients.contiguous() for term in terms]
+        rows = [term.rows.contiguous() for term in terms]
         orders, offsets = zip(*(term.selection.transposed for term in terms), strict=True)
+        beta1, beta2 = group["betas"]
         biases = _biases_of(self.model, name)
+        if on_gpu:
+            if biases:
+                biases[1].grad -= biases[0].grad @ parameter
+            # The device counts the steps, so that nothing waits for it.
+            factors = beta1, beta2, float(group["lr"]), group["eps"]
+            on_gpu.adam_step(
+                parameter, *moments, coefficients, rows, orders, offsets, state["step"], not biases, *factors
+            )
+            return
+        steps = state["step"].item()
         sums = compiled_ops(parameter).adam_step(
             parameter,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            [term.coefficients.contiguous() for term in terms],
-            [term.rows.contiguous() for term in terms],
+            *moments,
+            coefficients,
+            rows,
             orders,
             offsets,
             [term.dots.contiguous() for term in terms if term.dots is not None],

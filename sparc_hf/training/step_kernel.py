@@ -1,7 +1,8 @@
-"""The optional compiled form of a training step's memory-bound parts (`step_cpu.cpp`), for CPUs.
+"""The optional compiled forms of a training step's memory-bound parts: `step_cpu.cpp` for CPUs, `gpu/` for GPUs.
 
-Nothing needs it: without it the same numbers come from torch's own operators, in more passes over memory. It takes a
-C++ compiler and `ninja` (`pip install "sparc-hf[kernel]"`), and some 15 seconds once per machine and torch version.
+Nothing needs them: without them the same numbers come from torch's own operators, in more passes over memory. On a CPU
+it takes a C++ compiler and `ninja` (`pip install "sparc-hf[kernel]"`), and some 15 seconds once per machine and torch
+version; on a GPU Triton (`pip install "sparc-hf[gpu]"`), which torch for CUDA brings along on Linux.
 """
 
 import hashlib
@@ -40,6 +41,27 @@ def load_step_kernel() -> bool:
     except (RuntimeError, OSError) as error:
         logger.warning("training goes on without the compiled step, which would be about twice as fast: %s", error)
     return is_loaded()
+
+
+def load_gpu_kernels(device: torch.device | str) -> bool:
+    """Load Triton's kernels, once they gave what torch's operators give on a small example on this device.
+
+    Returns:
+        Whether they are in use; False, with a warning that says why, where Triton is not installed, cannot compile
+        them, or a result differs.
+    """
+    if hasattr(torch.ops.sparc_hf_gpu, "residuals"):
+        return True
+    try:
+        from sparc_hf.training.gpu import check, operators
+
+        if differing := check.kernels_that_differ(device):
+            raise RuntimeError(f"{differing} differ from torch's operators on this GPU")
+    except Exception as error:  # Triton's own errors have no common class
+        logger.warning("training goes on with torch's operators, without `sparc-hf[gpu]`'s kernels: %s", error)
+        return False
+    operators.register()
+    return True
 
 
 def built_library() -> Path:

@@ -36,7 +36,7 @@ from sparc_hf.training.random_numbers import seeded
 from sparc_hf.training.rare_latents import RareLatentPush
 from sparc_hf.training.rows import center_pre_biases, random_split, records_of
 from sparc_hf.training.run_accelerator import accelerator_of
-from sparc_hf.training.step_kernel import built_library, load_step_kernel
+from sparc_hf.training.step_kernel import built_library, load_gpu_kernels, load_step_kernel
 from sparc_hf.training.stop_signals import StopSignals, TrainingInterrupted
 from sparc_hf.version import __version__
 
@@ -148,6 +148,8 @@ class SparcTrainer:
             if self.args.step_kernel == "on" or work >= WORTH_BUILDING or built_library().is_file():
                 with self.accelerator.local_main_process_first():
                     compiled = load_step_kernel()
+        elif self.accelerator.device.type == "cuda" and self.args.step_kernel != "off":
+            compiled = load_gpu_kernels(self.accelerator.device)
         if self.world_size > 1:
             as_terms, dense = exchanged_bytes(self.config, self.batches.batch_size)
             return as_terms < dense

@@ -1,5 +1,8 @@
 """Adam from gradient terms: a latent's rows are added up, projected and used in the program that moves its row."""
 
+# No type tells what Triton makes of a function.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 import math
 
 import torch
@@ -123,7 +126,7 @@ def adam_step(
     """
     latents, width = parameter.shape
     if width > MOST_COLUMNS:
-        raise ValueError(f"the kernel takes rows of at most {MOST_COLUMNS} numbers, not {width}; use `step_kernel` off")
+        raise ValueError(f"expected rows of at most {MOST_COLUMNS} numbers, got {width}; use `step_kernel` off")
     dense = None
     for at in range(TERMS, len(rows)):
         # As its sums are only parts of a gradient, they stay in float32.
@@ -148,8 +151,8 @@ def adam_step(
         beta2,
         1 - beta1,
         1 - beta2,
-        math.log(beta1),
-        math.log(beta2),
+        _log(beta1),
+        _log(beta2),
         rate,
         eps,
         NORM_EPS,
@@ -161,3 +164,7 @@ def adam_step(
         columns,
         num_warps=4 if columns <= 2048 else 8,
     )
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf

@@ -1,5 +1,9 @@
 """The kernels as operators, `torch.ops.sparc_hf_gpu`, where `sparc_hf/model` finds them without importing Triton."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,8 +33,26 @@ OPERATORS = {
     "Tensor[] orders, Tensor[] offsets, Tensor step, bool unit_norm, float beta1, float beta2, float rate, "
     "float eps) -> ()": adam_step,
 }
-LIBRARY = torch.library.Library("sparc_hf_gpu", "DEF")
-for schema, function in OPERATORS.items():
-    LIBRARY.define(schema)
-    # On every device, because the interpreter runs the kernels on a CPU's tensors.
-    LIBRARY.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
+LIBRARIES: list[torch.library.Library] = []
+
+
+def register() -> None:
+    """Make the operators of this process, once."""
+    if LIBRARIES:
+        return
+    LIBRARIES.append(torch.library.Library("sparc_hf_gpu", "DEF"))
+    for schema, function in OPERATORS.items():
+        LIBRARIES[0].define(schema)
+        # On every device, because the interpreter runs the kernels on a CPU's tensors.
+        LIBRARIES[0].impl(schema.partition("(")[0], _on_its_device(function), "CompositeExplicitAutograd")
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let kernels start on the GPU where their first argument is, which need not be the current one."""
+
+    @functools.wraps(function)
+    def started(first: Any, *others: Any) -> Any:
+        with torch.cuda.device_of(first[0] if isinstance(first, list) else first):
+            return function(first, *others)
+
+    return started

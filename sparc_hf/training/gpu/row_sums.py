@@ -1,5 +1,8 @@
 """Sums per latent over the rows that chose it, found by the inverse index: no atomics, the same bits every time."""
 
+# No type tells what Triton makes of a function.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

@@ -4,6 +4,9 @@ Numbers are compared as integers: the number's place among all floats, then the 
 equal, so k blocks are enough whatever values repeat, and the result does not depend on how the work is divided.
 """
 
+# No type tells what Triton makes of a function.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +20,7 @@ LOWEST_PLACE = tl.constexpr(-(2**63))
 # What a program holds in registers: 32 places of 64 bits in each of 256 threads.
 MOST_PLACES = 8192
 MOST_K = 512
+NUMBERS_AT_ONCE = 4096
 WARPS = 8
 
 
@@ -90,21 +94,34 @@ def block_size(latents: int, k: int) -> int:
 def top_k_of_sum(parts: list[Tensor], k: int) -> Tensor:
     """Return int64 [batch, k]: the k largest of the sum of several [batch, N], the lower index first among equals."""
     values = sum_of(parts).contiguous()
+    latents = values.shape[1]
+    if k > MOST_K or values.dtype == torch.float64:
+        return largest(values, k)
+    if latents <= MOST_PLACES:
+        return of_rows(values, k)
+    block = block_size(latents, k)
+    fits = max(triton.cdiv(latents, block), triton.next_power_of_2(k) * block) <= 2 * MOST_PLACES
+    return of_blocks(values, k, block) if fits else largest(values, k)
+
+
+def of_rows(values: Tensor, k: int) -> Tensor:
+    """Return the k largest of rows [batch, N] that a program holds whole."""
     batch, latents = values.shape
     out = torch.empty(batch, k, dtype=torch.int64, device=values.device)
-    if latents <= MOST_PLACES and k <= MOST_K:
-        places = triton.next_power_of_2(latents)
-        largest_latents[(batch,)](values, out, out, latents, k, 1, places, False, num_warps=WARPS)
-        return out
-    block = block_size(latents, k)
+    places = triton.next_power_of_2(latents)
+    largest_latents[(batch,)](values, out, out, latents, k, 1, places, False, num_warps=WARPS)
+    return out
+
+
+def of_blocks(values: Tensor, k: int, block: int) -> Tensor:
+    """Return the k largest of rows [batch, N] by the maxima of at least k blocks."""
+    batch, latents = values.shape
     blocks = triton.cdiv(latents, block)
-    places = triton.next_power_of_2(k) * block
-    if k > MOST_K or max(blocks, places) > 2 * MOST_PLACES or values.dtype == torch.float64:
-        return largest(values, k)
-    maxima = torch.empty(batch, blocks, dtype=torch.int32, device=values.device)
-    at_once = max(1, 4096 // block)
+    out = torch.empty(batch, k, dtype=torch.int64, device=values.device)
+    maxima, chosen = torch.empty(batch, blocks, dtype=torch.int32, device=values.device), torch.empty_like(out)
+    at_once = max(1, NUMBERS_AT_ONCE // block)
     block_maxima[(batch, triton.cdiv(blocks, at_once))](values, maxima, latents, blocks, block, at_once)
-    chosen = torch.empty_like(out)
     largest_blocks[(batch,)](maxima, chosen, blocks, k, triton.next_power_of_2(blocks), num_warps=WARPS)
+    places = triton.next_power_of_2(k) * block
     largest_latents[(batch,)](values, chosen, out, latents, k, block, places, True, num_warps=WARPS)
     return out
