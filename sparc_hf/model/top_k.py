@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-GROUP = 16
 # Below, torch's own selection is as fast (docs/performance.md).
 WORTH_GROUPING = 16384
+WIDE = 65536
 
 
 def largest(values: Tensor, k: int) -> Tensor:
@@ -23,8 +23,9 @@ def largest(values: Tensor, k: int) -> Tensor:
 def _on_cpu(values: Tensor, k: int) -> Tensor:
     """Take torch's selection where no two of the k + 1 largest are equal, and sort what is large in the other rows."""
     count = min(k + 1, values.shape[1])
-    grouped = values.shape[1] >= WORTH_GROUPING and count <= values.shape[1] // (2 * GROUP)
-    best, indices = _of_groups(values, count) if grouped else values.topk(count, dim=1)
+    size = 16 if values.shape[1] >= WIDE else 8
+    grouped = values.shape[1] >= WORTH_GROUPING and 2 * size * count <= values.shape[1]
+    best, indices = _of_groups(values, count, size) if grouped else values.topk(count, dim=1)
     # Largest first, so that NaN, which equals nothing, is at the front of its row.
     repeats = ((best[:, 1:] == best[:, :-1]) | best[:, :-1].isnan()).any(dim=1).nonzero().squeeze(1)
     indices = indices[:, :k].contiguous()
@@ -34,17 +35,17 @@ def _on_cpu(values: Tensor, k: int) -> Tensor:
     return indices
 
 
-def _of_groups(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _of_groups(values: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest values and their indices: they lie in the groups of the `count` largest maxima.
 
-    A group is every (N / 16)-th number, so that its maximum is taken over contiguous rows.
+    A group is every (N / size)-th number, so that the maxima of neighbouring groups are taken together.
     """
     batch, latents = values.shape
-    groups = latents // GROUP
-    maxima = values[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(dim=1)
+    groups = latents // size
+    maxima = values[:, : groups * size].unflatten(1, (size, groups)).amax(dim=1)
     of_best = maxima.topk(count, dim=1, sorted=False).indices.unsqueeze(1)
-    inside = (of_best + torch.arange(0, groups * GROUP, groups).view(1, -1, 1)).flatten(1)
-    left_over = torch.arange(groups * GROUP, latents).expand(batch, -1)
+    inside = (of_best + torch.arange(0, groups * size, groups).view(1, -1, 1)).flatten(1)
+    left_over = torch.arange(groups * size, latents).expand(batch, -1)
     candidates = torch.cat([inside, left_over], dim=1)
     best, at = values.gather(1, candidates).topk(count, dim=1)
     return best, candidates.gather(1, at)

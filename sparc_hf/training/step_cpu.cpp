@@ -144,11 +144,14 @@ std::tuple<Tensor, Tensor, Tensor> residuals(
 
 // ---- Selection -----------------------------------------------------------------------------------------------------
 
-// Integers in the order of the floats, NaN above everything, so that sorting stays defined whatever a row holds.
+// Integers in the order of the floats, NaN of either sign above everything, so that sorting stays defined whatever a row
+// holds, and both zeros equal.
 inline int32_t order_key(float value) {
   int32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  return bits ^ ((bits >> 31) & 0x7fffffff);
+  const int32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return 0x7fffffff;
+  return magnitude == 0 ? 0 : bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
 // The k largest latents of the sum of several [batch, N], largest first, the lower number first among equals.

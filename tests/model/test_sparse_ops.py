@@ -156,6 +156,11 @@ def test_top_k_survives_nan_and_infinity(step_kernel):
     assert 8 not in indices[2]
 
 
+def test_top_k_orders_equal_numbers_by_latent(step_kernel):
+    rows = torch.tensor([[0.0, -0.0, 1.0, 1.0, 0.0, -1.0], [-0.0, torch.nan, 2.0, -torch.nan, torch.inf, 2.0]])
+    assert top_k([rows], 6)[0].tolist() == [[2, 3, 0, 1, 4, 5], [1, 3, 4, 2, 5, 0]]
+
+
 def test_transpose_lists_every_entry_under_its_latent(step_kernel):
     selection = Selection(torch.tensor([[2, 0], [2, 3]]), num_latents=5)
     order, offsets = selection.transposed

@@ -52,7 +52,7 @@ def test_the_largest_are_those_of_a_stable_sort(form, kind, batch, latents, dtyp
     assert found.is_contiguous()
 
 
-@pytest.mark.parametrize("latents", [top_k.WORTH_GROUPING - 1, top_k.WORTH_GROUPING, 3 * top_k.WORTH_GROUPING + 5])
+@pytest.mark.parametrize("latents", [top_k.WORTH_GROUPING - 1, top_k.WORTH_GROUPING, top_k.WIDE + 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_wide_rows(latents, dtype):
     values = torch.randn(3, latents, generator=torch.Generator().manual_seed(0)).to(dtype)
