@@ -35,6 +35,7 @@ KERNELS: list[tuple[Any, dict[str, Any], dict[str, str], int]] = [
     (top_k.largest_latents, {"BLOCK": 1, "PLACES": 8192, "IN_BLOCKS": False}, SELECTING, top_k.WARPS),
     (decode.residuals_of_row, DECODED, {}, decode.WARPS),
     (decode.residuals_of_row, DECODED, HALF, decode.WARPS),
+    (decode.residuals_of_row, DECODED | {"width": 37}, {}, decode.WARPS),
     (
         row_sums.rows_per_latent,
         {"CODES": 3, "ENTRIES": row_sums.ENTRIES_AT_ONCE, "COLUMN_TILE": row_sums.COLUMNS, "ADD": False},
@@ -53,9 +54,11 @@ def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], warp
         name: "constexpr" if name in constants else {"out": "*fp32", **TYPES, **types}.get(name, "*fp32")
         for name in kernel.arg_names
     }
-    # As torch gives them: arrays start at multiples of 16 bytes.
+    # Arrays start at multiples of 16 bytes, and the sizes of a usual step are multiples of 16.
     aligned = {
-        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
+        (place,): [["tt.divisibility", 16]]
+        for place, kind in enumerate(signature.values())
+        if kind.startswith("*") or kind == "i32"
     }
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options={"num_warps": warps}).asm["cubin"]

@@ -127,6 +127,8 @@ def adam_step(
     latents, width = parameter.shape
     if width > MOST_COLUMNS:
         raise ValueError(f"expected rows of at most {MOST_COLUMNS} numbers, got {width}; use `step_kernel` off")
+    if not parameter.is_contiguous():
+        raise ValueError("expected a contiguous parameter, since its rows are updated in place; use `step_kernel` off")
     dense = None
     for at in range(TERMS, len(rows)):
         # As its sums are only parts of a gradient, they stay in float32.
