@@ -165,6 +165,18 @@ def test_decode_of_bfloat16_adds_up_in_float32():
     torch.testing.assert_close(dots, gradient, **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("latents", "width", "k"), [(1, 1, 1), (90, 300, 70)])
+def test_dots_with_atoms(latents, width, k, dtype):
+    indices = drawn(3, latents).topk(k, dim=1).indices
+    rows, atoms = drawn(3, width, seed=1, dtype=dtype), drawn(latents, width, seed=2, dtype=dtype)
+    found = torch.ops.sparc_hf_gpu.dots(rows, atoms, indices)
+    expected = (atoms.double()[indices] * rows.double().unsqueeze(1)).sum(dim=2)
+    assert found.dtype == dtype
+    close = CLOSE if dtype == torch.float32 else CLOSE_IN_BFLOAT16
+    torch.testing.assert_close(found.double(), expected, rtol=close["rtol"], atol=1e-4)
+
+
 def chosen(batch: int, latents: int, k: int) -> Selection:
     """Latent 1 in every row, many latents in none."""
     indices = torch.stack([torch.randperm(latents // 2, generator=torch.Generator().manual_seed(row))[:k] + 2

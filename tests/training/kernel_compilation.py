@@ -36,6 +36,7 @@ KERNELS: list[tuple[Any, dict[str, Any], dict[str, str], int]] = [
     (decode.residuals_of_row, DECODED, {}, decode.WARPS),
     (decode.residuals_of_row, DECODED, HALF, decode.WARPS),
     (decode.residuals_of_row, DECODED | {"width": 37}, {}, decode.WARPS),
+    (decode.dots_of_row, {"ENTRIES": decode.DOTS_AT_ONCE, "COLUMNS": 128}, {}, decode.WARPS),
     (
         row_sums.rows_per_latent,
         {"CODES": 3, "ENTRIES": row_sums.ENTRIES_AT_ONCE, "COLUMN_TILE": row_sums.COLUMNS, "ADD": False},

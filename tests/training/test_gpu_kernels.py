@@ -44,7 +44,7 @@ def triton():
 def test_the_kernels_give_what_torch_gives_through_the_interpreter(triton):
     report = run(["-m", "pytest", str(CHECKS), "-q", "-p", "no:cacheprovider"], TRITON_INTERPRET="1")
     assert "skipped" not in report
-    assert int(report.splitlines()[-1].split()[0]) >= 40  # 42 passed in ...
+    assert int(report.splitlines()[-1].split()[0]) >= 40  # 47 passed in ...
 
 
 @pytest.mark.gpu
@@ -69,7 +69,7 @@ def test_a_run_on_a_gpu_takes_the_kernels_and_repeats_to_the_bit(triton, tmp_pat
 def test_the_kernels_compile_for_a_gpu_and_spill_no_registers(triton, tmp_path):
     """What the interpreter does not tell. An example of every kernel, as a step of three streams starts it."""
     report = run([str(Path(__file__).with_name("kernel_compilation.py"))], TRITON_CACHE_DIR=str(tmp_path))
-    assert report.splitlines()[-1] == "11 compiled"
+    assert report.splitlines()[-1] == "12 compiled"
 
 
 def test_without_triton_training_goes_on(monkeypatch, caplog):

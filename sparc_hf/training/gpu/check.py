@@ -5,8 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparc_hf.model.sparse_ops import GradientTerm, Selection, decode_errors, top_k, unit_norm_
-from sparc_hf.training.gpu.operators import adam_step, decode_residuals, sum_rows, sum_values, top_k_of_sum, transpose
+from sparc_hf.model.sparse_ops import GradientTerm, Selection, decode_errors, dots_with_atoms, top_k, unit_norm_
+from sparc_hf.training.gpu.operators import (
+    adam_step,
+    decode_residuals,
+    dots,
+    sum_rows,
+    sum_values,
+    top_k_of_sum,
+    transpose,
+)
 
 # Of what is compared; the sums are of a few hundred numbers of about 1, in float32.
 TOLERANCE = 1e-4
@@ -33,6 +41,9 @@ def kernels_that_differ(device: torch.device | str) -> list[str]:
         "top-k": lambda: torch.equal(top_k_of_sum([preactivations], K), top_k([preactivations], K)[0]),
         "inverse index": lambda: all(map(torch.equal, inverse, selection.transposed)),
         "residuals": lambda: _residuals_agree(values, atoms, rows[0], selection),
+        "dots": lambda: _are_close(
+            dots(rows[0], atoms, selection.indices), dots_with_atoms(selection.indices, atoms, rows[0])
+        ),
         "row sums": lambda: _are_close(sum_rows(rows, values, *inverse), selection.sum_rows(rows, values)),
         "value sums": lambda: _are_close(sum_values(values[0], *inverse), selection.sum_values(values[0])),
         "Adam": lambda: _adam_agrees(atoms, GradientTerm(selection, values, rows)),

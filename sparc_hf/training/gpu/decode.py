@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparc_hf.model.sparse_ops import dots_with_atoms, row_energy
+from sparc_hf.model.sparse_ops import row_energy
 
 # Numbers of atoms that a program of 128 threads holds in registers: 32 in each thread. Twice as many do not fit where
 # the width is no multiple of 16.
 ATOM_NUMBERS = 4096
 MOST_K = 1024
+DOTS_AT_ONCE = 32
 WARPS = 4
 
 
@@ -67,6 +68,44 @@ def residuals_of_row(
     tl.store(dots + code_rows[:, None] * k + entry[None, :], products, mask=is_code[:, None] & is_entry[None, :])
 
 
+@triton.jit
+def dots_of_row(rows, atoms, indices, out, k, width, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
+    """The products of a row with ENTRIES of its atoms, in float32."""
+    row = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
+    is_entry = entry < k
+    latent = tl.load(indices + row * k + entry, mask=is_entry, other=0).to(tl.int64)
+    product = tl.zeros([ENTRIES], tl.float32)
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = column < width
+        atom = tl.load(
+            atoms + latent[:, None] * width + column[None, :], mask=is_entry[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)
+        part = tl.load(rows + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        product += tl.sum(atom * part[None, :], axis=1)
+    tl.store(out + row * k + entry, product, mask=is_entry)
+
+
+def dots(rows: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
+    """Return [batch, k]: the products of each row [batch, d] with its atoms, those of [N, d] at indices [batch, k]."""
+    (batch, k), width = indices.shape, atoms.shape[1]
+    out = torch.empty(batch, k, dtype=atoms.dtype, device=atoms.device)
+    columns = min(triton.next_power_of_2(width), ATOM_NUMBERS // DOTS_AT_ONCE)
+    dots_of_row[(batch, triton.cdiv(k, DOTS_AT_ONCE))](
+        rows.contiguous(),
+        atoms.contiguous(),
+        indices.contiguous(),
+        out,
+        k,
+        width,
+        DOTS_AT_ONCE,
+        columns,
+        num_warps=WARPS,
+    )
+    return out
+
+
 def decode_residuals(values: Tensor, atoms: Tensor, indices: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return residuals [P, batch, d], their squares' sums [P, batch], and their products with the atoms [P, batch, k].
 
@@ -83,7 +122,7 @@ def decode_residuals(values: Tensor, atoms: Tensor, indices: Tensor, targets: Te
         return _with_torch(values, atoms, indices, targets)
     residuals = torch.empty(codes, batch, width, dtype=atoms.dtype, device=atoms.device)
     errors = torch.empty(codes, batch, dtype=torch.float32, device=atoms.device)
-    dots = torch.empty(codes, batch, k, dtype=torch.float32, device=atoms.device)
+    products = torch.empty(codes, batch, k, dtype=torch.float32, device=atoms.device)
     entries = triton.next_power_of_2(k)
     columns = min(triton.next_power_of_2(width), max(8, ATOM_NUMBERS // entries))
     residuals_of_row[(batch,)](
@@ -93,7 +132,7 @@ def decode_residuals(values: Tensor, atoms: Tensor, indices: Tensor, targets: Te
         targets.contiguous(),
         residuals,
         errors,
-        dots,
+        products,
         batch,
         k,
         width,
@@ -103,11 +142,11 @@ def decode_residuals(values: Tensor, atoms: Tensor, indices: Tensor, targets: Te
         columns,
         num_warps=WARPS,
     )
-    return residuals, errors, dots
+    return residuals, errors, products
 
 
 def _with_torch(values: Tensor, atoms: Tensor, indices: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     decoded = [F.embedding_bag(indices, atoms, mode="sum", per_sample_weights=code) for code in values.to(atoms.dtype)]
     residuals = torch.stack(decoded) - targets
-    dots = torch.stack([dots_with_atoms(indices, atoms, code) for code in residuals])
-    return residuals, row_energy(residuals.float()), dots.float()
+    products = torch.stack([dots(code, atoms, indices) for code in residuals])
+    return residuals, row_energy(residuals.float()), products.float()

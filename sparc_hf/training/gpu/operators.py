@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparc_hf.training.gpu.adam import adam_step
-from sparc_hf.training.gpu.decode import decode_residuals
+from sparc_hf.training.gpu.decode import decode_residuals, dots
 from sparc_hf.training.gpu.row_sums import sum_rows, sum_values
 from sparc_hf.training.gpu.top_k import top_k_of_sum
 
@@ -26,6 +26,7 @@ OPERATORS = {
     "residuals(Tensor values, Tensor atoms, Tensor indices, Tensor targets) -> (Tensor, Tensor, Tensor)": (
         decode_residuals
     ),
+    "dots(Tensor rows, Tensor atoms, Tensor indices) -> Tensor": dots,
     "transpose(Tensor indices, int latents) -> (Tensor, Tensor)": transpose,
     "sum_rows(Tensor rows, Tensor values, Tensor order, Tensor offsets) -> Tensor": sum_rows,
     "sum_values(Tensor values, Tensor order, Tensor offsets) -> Tensor": sum_values,
