@@ -8,7 +8,7 @@ optimizers want, writing each latent's row once; an optimizer that takes the ter
 Compiled operators (step_kernel.py) are used where they are loaded and fit: float32 on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GATHERED_NUMBERS = 2**20  # of atoms that are copied side by side at a time on a CPU, 4 MiB
 NORM_EPS = 1e-8
 ROWS_IN_CACHE = 256
 STD_EPS = 1e-5
@@ -25,6 +26,12 @@ def compiled_ops(like: Tensor) -> Any:
     """Return the compiled operators where they are loaded and take a tensor such as this, else None."""
     fits = like.device.type == "cpu" and like.dtype in (torch.float32, torch.int64)
     return torch.ops.sparc_hf if fits and hasattr(torch.ops.sparc_hf, "residuals") else None
+
+
+def product_precision(rows: Tensor) -> torch.dtype:
+    """Return the number format of products: autocast's where it is on."""
+    device = rows.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
 class Selection:
@@ -112,11 +119,15 @@ def top_k(preactivations: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [batch, k], and each one's pre-activations there, [P, batch, k].
     """
-    if ops := compiled_ops(preactivations[0]):
-        indices = ops.top_k_of_sum([part.contiguous() for part in preactivations], k)
-    else:
-        indices = sum_of(preactivations).topk(k, dim=-1).indices
+    indices = top_latents(preactivations, k)
     return indices, torch.stack([part.gather(1, indices) for part in preactivations])
+
+
+def top_latents(preactivations: Sequence[Tensor], k: int) -> Tensor:
+    """Return the latents whose sum over several pre-activations [batch, N] is largest, largest first, [batch, k]."""
+    if ops := compiled_ops(preactivations[0]):
+        return ops.top_k_of_sum([part.contiguous() for part in preactivations], k)
+    return sum_of(preactivations).topk(k, dim=-1).indices
 
 
 def sum_of(preactivations: Sequence[Tensor]) -> Tensor:
@@ -217,11 +228,8 @@ class _DecodeErrors(torch.autograd.Function):
                 values.contiguous(), atoms, selection.indices.contiguous(), centered.contiguous()
             )
         else:
-            residuals = torch.stack([_bag(selection.indices, atoms, part) for part in values]).sub_(centered)
+            residuals, dots = _residuals(values, atoms, selection.indices, centered, any(ctx.needs_input_grad))
             errors = row_energy(residuals)
-            dots = values
-            if any(ctx.needs_input_grad):
-                dots = torch.stack([dots_with_atoms(selection.indices, atoms, part) for part in residuals])
         ctx.save_for_backward(values, residuals, dots)
         ctx.selection, ctx.terms = selection, terms
         ctx.mark_non_differentiable(residuals)
@@ -293,15 +301,54 @@ def _bag(indices: Tensor, table: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights.to(table.dtype))
 
 
-def dots_with_atoms(indices: Tensor, table: Tensor, grad: Tensor) -> Tensor:
-    """Return [batch, k]: the product of each row's gradient [batch, d] with each of its atoms."""
-    batch, k = indices.shape
+def _gathered(indices: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of [batch, k] and their atoms, [rows, k, d], one after the other in the same memory."""
+    (batch, k), width = indices.shape, table.shape[1]
+    at_once = max(1, min(batch, GATHERED_NUMBERS // max(1, k * width)))
+    memory = table.new_empty(at_once * k, width)
+    for start in range(0, batch, at_once):
+        chosen = indices[start : start + at_once].reshape(-1)
+        atoms = torch.index_select(table, 0, chosen, out=memory[: len(chosen)])
+        yield slice(start, start + at_once), atoms.view(-1, k, width)
+
+
+@torch.no_grad()
+def _residuals(
+    values: Tensor, atoms: Tensor, indices: Tensor, centered: Tensor, wants_dots: bool
+) -> tuple[Tensor, Tensor]:
+    """Return D^T z + b - x of P codes, [P, batch, d], and where asked for its products with the atoms, [P, batch, k]."""
+    if not wants_dots or atoms.device.type != "cpu":
+        residuals = torch.stack([_bag(indices, atoms, part) for part in values]).sub_(centered)
+        dots = [dots_with_atoms(indices, atoms, part) for part in residuals] if wants_dots else list(values)
+        return residuals, torch.stack(dots)
+    (codes, batch, k), width = values.shape, atoms.shape[1]
+    by_row = values.transpose(0, 1).contiguous()
+    residuals, dots = atoms.new_empty(batch, codes, width), atoms.new_empty(batch, codes, k)
+    # Atoms are copied once for all codes, decoded and multiplied again. Autocast leaves products into `out` alone.
+    for rows, chosen in _gathered(indices, atoms):
+        torch.baddbmm(centered[rows].unsqueeze(1), by_row[rows], chosen, beta=-1, out=residuals[rows])
+        torch.bmm(residuals[rows], chosen.mT, out=dots[rows])
+    return residuals.transpose(0, 1).contiguous(), dots.transpose(0, 1)
+
+
+@torch.no_grad()
+def dots_with_atoms(indices: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+    """Return [batch, k]: the product of each row [batch, d] with each of its atoms in a table [N, d]."""
+    if ops := compiled_ops(table):
+        return ops.dots(rows.to(table.dtype).contiguous(), table, indices.contiguous())
+    (batch, k), rows = indices.shape, rows.to(table.dtype)
+    if table.device.type == "cpu":
+        # The same bits wherever the table lies in memory, which the operator below does not give on a CPU.
+        dots = table.new_empty(batch, 1, k)
+        for block, chosen in _gathered(indices, table):
+            torch.bmm(rows[block].unsqueeze(1), chosen.mT, out=dots[block])
+        return dots.squeeze(1)
     flat = indices.reshape(-1)
     row_of_entry = torch.arange(batch, device=flat.device).repeat_interleave(k)
     offsets = torch.arange(0, batch * k, k, device=flat.device)
     # The operator behind embedding_bag's own backward; it never makes the [batch, k, d] array of gathered atoms.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad, table, flat, offsets, row_of_entry, 0, -1
+        rows, table, flat, offsets, row_of_entry, 0, -1
     ).view(batch, k)
 
 
