@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sparc_hf import SparcConfig, SparcModel
 from sparc_hf.model import sparse_ops
+from sparc_hf.training import optimizer
 from sparc_hf.training.optimizer import SparcAdam
 from sparc_hf.training.step_kernel import load_step_kernel
 
@@ -54,8 +55,11 @@ class Steps:
         self._step(self.model, self.optimizer)
 
     def sparse(self) -> None:
-        self.model.gradient_terms = None
-        with mock.patch.object(sparse_ops, "compiled_ops", return_value=None):
+        self.model.gradient_terms = {}
+        with (
+            mock.patch.object(sparse_ops, "compiled_ops", return_value=None),
+            mock.patch.object(optimizer, "compiled_ops", return_value=None),
+        ):
             self._step(self.model, self.optimizer)
 
     def plain(self) -> None:

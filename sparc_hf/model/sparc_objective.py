@@ -12,20 +12,18 @@ from .outputs import SparcOutput, SparseCodes
 from .sparse_ops import (
     GradientTerm,
     Selection,
-    compiled_ops,
     decode_errors,
     dots_with_atoms,
     gather_preactivations,
     product_precision,
     row_energy,
+    sum_alone_is_faster,
     sum_of,
+    sum_of_products,
     top_k,
     top_latents,
     unit_norm_,
 )
-
-
-LATENTS_PER_SELECTED = {"compiled": 128, "torch": 512}  # N / k from which the sum alone is the faster on a CPU
 
 
 class StreamRows(NamedTuple):
@@ -187,10 +185,13 @@ class SparcObjective:
         The pre-activations, the one dense product of a step, are made outside the graph, for as many rows at a time
         as `max_preactivation_mb` holds. A selection concerns one row, so blocks of rows change nothing.
         """
-        selection = selection or self.model.config.selection
+        config = self.model.config
+        selection = selection or config.selection
         if selection not in ("global", "local"):
             raise ValueError(f'`selection` must be "global" or "local", but it is {selection!r}')
-        if selection == "global" and self._sums_in_one_array(len(rows)):
+        if selection == "global" and sum_alone_is_faster(
+            next(iter(rows.values())).centered, len(rows), config.num_latents, config.k
+        ):
             return [self._selected_by_sum(rows, offsets)]
         groups = [list(rows)] if selection == "global" else [[name] for name in rows]
         at_once = self.model.rows_at_once(len(rows) + 1)  # and their sum
@@ -203,31 +204,21 @@ class SparcObjective:
             selected.append(SelectedStreams(names, shared, torch.cat([values for _, values in of_group], dim=1)))
         return selected
 
-    def _sums_in_one_array(self, streams: int) -> bool:
-        """Return whether a selection of several streams makes their sum alone, and no pre-activations of each.
-
-        A CPU pays for the sum alone with a second look at selected rows of the encoder, which gains from some N on.
-        """
-        if self.model.device.type != "cpu":
-            return streams > 1
-        form = "torch" if compiled_ops(self.model.encoders[self.model.config.stream_names[0]].weight) is None else "compiled"
-        return streams > 1 and self.model.config.num_latents >= LATENTS_PER_SELECTED[form] * self.model.config.k
-
     @torch.no_grad()
     def _selected_by_sum(self, rows: Mapping[str, StreamRows], offsets: Tensor | None) -> SelectedStreams:
         """Select by the sum of all streams' pre-activations, and make each stream's own where selected only."""
-        at_once = self.model.rows_at_once(1)
-        precision = product_precision(next(iter(rows.values())).centered)
-        # Under autocast the weights are rounded once for all blocks.
+        centered = [value.centered for value in rows.values()]
+        precision = product_precision(centered[0])
+        # Under autocast they are rounded once for all blocks.
         weights = [self.model.encoders[name].weight.to(precision) for name in rows]
-        bias = sum_of([self.model.encoders[name].bias for name in rows] + ([] if offsets is None else [offsets]))
-        blocks = zip(*(value.centered.to(precision).split(at_once) for value in rows.values()), strict=True)
-        total = weights[0].new_empty(min(at_once, len(next(iter(rows.values())).centered)), len(bias))
-        selected = [
-            top_latents([_sum_of_products(bias.to(precision), block, weights, total)], self.model.config.k)
-            for block in blocks
-        ]
-        shared = self._joined(selected)
+        biases = [self.model.encoders[name].bias for name in rows] + ([] if offsets is None else [offsets])
+        bias = sum_of(biases).to(precision)
+        at_once = self.model.rows_at_once(1)
+        total = bias.new_empty(min(at_once, len(centered[0])), len(bias))
+        blocks = zip(*(value.to(precision).split(at_once) for value in centered), strict=True)
+        shared = self._joined(
+            [top_latents([sum_of_products(bias, block, weights, total)], self.model.config.k) for block in blocks]
+        )
         gathered = [self._preactivations_at(name, value.centered, shared.indices) for name, value in rows.items()]
         return SelectedStreams(list(rows), shared, torch.stack(gathered))
 
@@ -378,15 +369,6 @@ class SparcObjective:
             ]
             selection, any_dead = self._joined([best for best, _ in selected]), dead.any()
         return selection, torch.cat([values[0] for _, values in selected]), any_dead
-
-
-def _sum_of_products(bias: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor], scratch: Tensor) -> Tensor:
-    """Return bias + sum of rows [batch, d] times weights [N, d], made in one [batch, N], which autocast lets be."""
-    total = scratch[: len(rows[0])]
-    torch.addmm(bias, rows[0], weights[0].t(), out=total)
-    for row, weight in zip(rows[1:], weights[1:], strict=True):
-        total.addmm_(row, weight.t())
-    return total
 
 
 def sparc_losses(

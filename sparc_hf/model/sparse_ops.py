@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GATHERED_NUMBERS = 2**20  # of atoms that are copied side by side at a time on a CPU, 4 MiB
+# From which N / k on a CPU makes the sum of several streams' pre-activations faster than each stream's own.
+LATENTS_PER_SELECTED = {"compiled": 128, "torch": 512}
 NORM_EPS = 1e-8
 ROWS_IN_CACHE = 256
 STD_EPS = 1e-5
@@ -128,6 +130,29 @@ def top_latents(preactivations: Sequence[Tensor], k: int) -> Tensor:
     if ops := compiled_ops(preactivations[0]):
         return ops.top_k_of_sum([part.contiguous() for part in preactivations], k)
     return sum_of(preactivations).topk(k, dim=-1).indices
+
+
+def sum_alone_is_faster(like: Tensor, streams: int, num_latents: int, k: int) -> bool:
+    """Return whether to make the sum of streams' pre-activations alone, and each one's own where selected only.
+
+    It takes one array [batch, N] in place of one a stream, and a second look at selected rows of the encoder, which on
+    a CPU is worth it where few of many latents are selected.
+    """
+    if like.device.type != "cpu":
+        return streams > 1
+    least = LATENTS_PER_SELECTED["torch" if compiled_ops(like) is None else "compiled"]
+    return streams > 1 and num_latents >= least * k
+
+
+def sum_of_products(bias: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor], scratch: Tensor) -> Tensor:
+    """Return bias [N] + the sum of rows [batch, d] times weights [N, d], in the first rows of one array [.., N].
+
+    All have the number format of the product: autocast leaves products into a given array alone.
+    """
+    total = torch.addmm(bias, rows[0], weights[0].t(), out=scratch[: len(rows[0])])
+    for part, weight in zip(rows[1:], weights[1:], strict=True):
+        total.addmm_(part, weight.t())
+    return total
 
 
 def sum_of(preactivations: Sequence[Tensor]) -> Tensor:
@@ -316,7 +341,7 @@ def _gathered(indices: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def _residuals(
     values: Tensor, atoms: Tensor, indices: Tensor, centered: Tensor, wants_dots: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return D^T z + b - x of P codes, [P, batch, d], and where asked for its products with the atoms, [P, batch, k]."""
+    """Return D^T z + b - x of P codes, [P, batch, d], and where asked for its products with atoms, [P, batch, k]."""
     if not wants_dots or atoms.device.type != "cpu":
         residuals = torch.stack([_bag(indices, atoms, part) for part in values]).sub_(centered)
         dots = [dots_with_atoms(indices, atoms, part) for part in residuals] if wants_dots else list(values)

@@ -8,6 +8,8 @@
 #include <torch/library.h>
 #include <torch/types.h>
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,10 +21,9 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kAtoms = 4;                 // atoms that are read at a time
-constexpr int64_t kAhead = 2 * kAtoms;        // and how many later the ones that are fetched meanwhile are
+constexpr int64_t kAtoms = 4;           // atoms that are read at a time
+constexpr int64_t kAhead = 2 * kAtoms;  // and how many later the ones that are fetched meanwhile are
 constexpr int64_t kAdamBlock = 64;
-constexpr int64_t kTableFloats = 500 * 1024;  // what packed rows may take of a core's second-level cache
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
@@ -268,6 +269,12 @@ struct AdamStep {
   std::vector<float> scale, along;
   int64_t start = 0, columns = 0;  // the packed columns
 
+  // What packed rows may take of a core's second-level cache: most of it.
+  static int64_t table_floats() {
+    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return (bytes > 0 ? bytes : 1024 * 1024) / static_cast<int64_t>(sizeof(float)) * 4 / 5;
+  }
+
   template <typename Number>
   inline void update(Number gradient, Number& p, Number& m, Number& v, int64_t latent) const {
     if (unit_norm) {
@@ -326,7 +333,7 @@ struct AdamStep {
     int64_t rows = 1;
     for (const Term& term : terms) rows = std::max(rows, term.codes * term.batch);
     const int64_t blocks = width / kAdamBlock;
-    const int64_t most = std::max<int64_t>(1, kTableFloats / rows / kAdamBlock);  // blocks of a range of columns
+    const int64_t most = std::max<int64_t>(1, table_floats() / rows / kAdamBlock);  // blocks of a range of columns
     const int64_t ranges = (blocks + most - 1) / most;
     std::mutex adding;
     for (int64_t range = 0; range <= ranges; ++range) {

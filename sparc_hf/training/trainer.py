@@ -163,17 +163,16 @@ class SparcTrainer:
         self._signals = StopSignals()
 
     def _takes_terms(self) -> bool:
-        """Return whether gradients stay factored: to send less, or for the compiled step, which is loaded here."""
-        compiled = False
+        """Return whether gradients stay factored: to send less, and on a CPU; the compiled step is loaded here."""
         if self.accelerator.device.type == "cpu" and self.args.step_kernel != "off":
             work = self.total_steps * self.model.num_parameters()
             if self.args.step_kernel == "on" or work >= WORTH_BUILDING or built_library().is_file():
                 with self.accelerator.local_main_process_first():
-                    compiled = load_step_kernel()
+                    load_step_kernel()
         if self.world_size > 1:
             as_terms, dense = exchanged_bytes(self.config, self.batches.batch_size)
             return as_terms < dense
-        return compiled and not self._needs_dense_gradients
+        return self.accelerator.device.type == "cpu" and not self._needs_dense_gradients
 
     @property
     def _needs_dense_gradients(self) -> bool:
