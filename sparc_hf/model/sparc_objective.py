@@ -13,8 +13,8 @@ from .sparse_ops import (
     GradientTerm,
     Selection,
     decode_errors,
-    dots_with_atoms,
     gather_preactivations,
+    preactivations_at,
     product_precision,
     row_energy,
     sum_alone_is_faster,
@@ -207,11 +207,12 @@ class SparcObjective:
     @torch.no_grad()
     def _selected_by_sum(self, rows: Mapping[str, StreamRows], offsets: Tensor | None) -> SelectedStreams:
         """Select by the sum of all streams' pre-activations, and make each stream's own where selected only."""
+        encoders = [self.model.encoders[name] for name in rows]
         centered = [value.centered for value in rows.values()]
         precision = product_precision(centered[0])
         # Under autocast they are rounded once for all blocks.
-        weights = [self.model.encoders[name].weight.to(precision) for name in rows]
-        biases = [self.model.encoders[name].bias for name in rows] + ([] if offsets is None else [offsets])
+        weights = [encoder.weight.to(precision) for encoder in encoders]
+        biases = [encoder.bias for encoder in encoders] + ([] if offsets is None else [offsets])
         bias = sum_of(biases).to(precision)
         at_once = self.model.rows_at_once(1)
         total = bias.new_empty(min(at_once, len(centered[0])), len(bias))
@@ -219,12 +220,11 @@ class SparcObjective:
         shared = self._joined(
             [top_latents([sum_of_products(bias, block, weights, total)], self.model.config.k) for block in blocks]
         )
-        gathered = [self._preactivations_at(name, value.centered, shared.indices) for name, value in rows.items()]
+        gathered = [
+            preactivations_at(shared.indices, encoder.weight, encoder.bias, value)
+            for encoder, value in zip(encoders, centered, strict=True)
+        ]
         return SelectedStreams(list(rows), shared, torch.stack(gathered))
-
-    def _preactivations_at(self, name: str, centered: Tensor, indices: Tensor) -> Tensor:
-        encoder = self.model.encoders[name]
-        return dots_with_atoms(indices, encoder.weight, centered) + encoder.bias[indices]
 
     def _encoded(self, rows: Mapping[str, StreamRows], selected: Sequence[SelectedStreams]) -> list[EncodedStreams]:
         """Give what was selected of these rows its gradient, and bring it to codes.

@@ -106,6 +106,10 @@ class GradientTerm:
         """Return the term as [N, d]."""
         return self.selection.sum_rows(self.rows, self.coefficients)
 
+    def products(self) -> Tensor | None:
+        """Return the products of the term's rows with the parameter's, [N], where `dots` are known."""
+        return None if self.dots is None else self.selection.sum_values((self.coefficients * self.dots).sum(dim=0))
+
 
 def _gradient(terms: list[GradientTerm] | None, term: GradientTerm) -> Tensor | None:
     """Give a term to the list that asks for it, or return it as a dense gradient."""
@@ -359,15 +363,10 @@ def _residuals(
 @torch.no_grad()
 def dots_with_atoms(indices: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     """Return [batch, k]: the product of each row [batch, d] with each of its atoms in a table [N, d]."""
+    rows = rows.to(table.dtype)
     if ops := compiled_ops(table):
-        return ops.dots(rows.to(table.dtype).contiguous(), table, indices.contiguous())
-    (batch, k), rows = indices.shape, rows.to(table.dtype)
-    if table.device.type == "cpu":
-        # The same bits wherever the table lies in memory, which the operator below does not give on a CPU.
-        dots = table.new_empty(batch, 1, k)
-        for block, chosen in _gathered(indices, table):
-            torch.bmm(rows[block].unsqueeze(1), chosen.mT, out=dots[block])
-        return dots.squeeze(1)
+        return ops.dots(rows.contiguous(), table, indices.contiguous())
+    batch, k = indices.shape
     flat = indices.reshape(-1)
     row_of_entry = torch.arange(batch, device=flat.device).repeat_interleave(k)
     offsets = torch.arange(0, batch * k, k, device=flat.device)
@@ -375,6 +374,18 @@ def dots_with_atoms(indices: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows, table, flat, offsets, row_of_entry, 0, -1
     ).view(batch, k)
+
+
+@torch.no_grad()
+def preactivations_at(indices: Tensor, weight: Tensor, bias: Tensor, centered: Tensor) -> Tensor:
+    """Return the pre-activations W (x - b) + c of x - b [batch, d] at each row's latents, [batch, k]."""
+    if weight.device.type != "cpu" or compiled_ops(weight) is not None:
+        return dots_with_atoms(indices, weight, centered) + bias[indices]
+    # The same bits wherever the weights lie in memory, as the dense product gives, and torch's operator does not.
+    values = weight.new_empty(len(indices), 1, indices.shape[1])
+    for rows, chosen in _gathered(indices, weight):
+        torch.bmm(centered[rows].unsqueeze(1), chosen.mT, out=values[rows])
+    return values.squeeze(1) + bias[indices]
 
 
 def row_energy(rows: Tensor) -> Tensor:
@@ -393,18 +404,27 @@ def unit_norm(rows: Tensor) -> Tensor:
     return rows / (rows.norm(dim=-1, keepdim=True) + NORM_EPS)
 
 
-def unit_norm_(rows: Tensor, gradient: Tensor | None = None) -> None:
+def unit_norm_(rows: Tensor, gradient: Tensor | None = None, products: Tensor | None = None) -> None:
     """Bring the rows of [N, d] to unit norm in place, then take from each gradient row its part along the row.
 
     Works through blocks that stay in the processor's cache, so that memory is passed once.
+
+    Args:
+        rows: [N, d].
+        gradient: [N, d].
+        products: [N], those of gradient rows and rows as they come, where known.
     """
     block = ROWS_IN_CACHE if rows.device.type == "cpu" else rows.shape[0]
     for start in range(0, rows.shape[0], block):
         atoms = rows[start : start + block]
-        atoms.div_(atoms.norm(dim=-1, keepdim=True).add_(NORM_EPS))
+        norm = atoms.norm(dim=-1, keepdim=True).add_(NORM_EPS)
+        atoms.div_(norm)
         if gradient is not None:
             part = gradient[start : start + block]
-            along = torch.linalg.vecdot(part, atoms).unsqueeze(-1)
+            if products is None:
+                along = torch.linalg.vecdot(part, atoms).unsqueeze(-1)
+            else:
+                along = products[start : start + block].unsqueeze(-1) / norm
             part.addcmul_(atoms, along, value=-1)
 
 

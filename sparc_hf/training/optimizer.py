@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparc_hf.model.modeling_sparc import SparcModel
-from sparc_hf.model.sparse_ops import GradientTerm, compiled_ops, unit_norm_
+from sparc_hf.model.sparse_ops import GradientTerm, compiled_ops, sum_of, unit_norm_
 from sparc_hf.training.arguments import SparcTrainingArguments
 
 
@@ -52,9 +52,11 @@ class SparcAdam(torch.optim.Adam):
     def _step_from_sum(self, name: str, terms: list[GradientTerm]) -> None:
         """Step one parameter alone and drop its gradient, whose memory the next one's takes: fresh memory is slow."""
         parameter, group = self.model.get_parameter(name), self.param_groups[0]
+        products = [product for term in terms if (product := term.products()) is not None]
+        known = parameter.grad is None and len(products) == len(terms)
         _add_up(self.model, name, terms)
         if name.startswith("atoms."):
-            unit_norm_(parameter, parameter.grad)
+            unit_norm_(parameter, parameter.grad, sum_of(products) if known else None)
         everything, group["params"] = group["params"], [parameter]
         try:
             super().step()
