@@ -1,5 +1,6 @@
 """A global selection from one array of summed pre-activations, beside an array a stream."""
 
+import gc
 from unittest import mock
 
 import pytest
@@ -111,13 +112,15 @@ def test_arrays_that_live_during_a_selection(rule, expected):
     features = random_features(model, rows=64)
     with arrays(rule), torch.no_grad(), mock.patch.object(sparse_ops, "compiled_ops", return_value=None):
         model.encode(features)
+        gc.collect()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             model.encode(features)
     level = peak = 0
     for event in profiler.profiler.kineto_results.events():
-        level += event.nbytes() if event.name() == "[memory]" else 0
+        # What else is given back meanwhile is smaller.
+        level += event.nbytes() if event.name() == "[memory]" and abs(event.nbytes()) >= 2**20 else 0
         peak = max(peak, level)
-    assert expected <= peak / 2**20 < expected + 0.9
+    assert peak == expected * 2**20
 
 
 @pytest.mark.parametrize("k", [1, 4, 7])
