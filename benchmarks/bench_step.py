@@ -86,7 +86,7 @@ class Steps:
         self._step(self.model, self.optimizer)
 
     def sparse(self) -> None:
-        self.model.gradient_terms = None
+        self.model.gradient_terms = {} if self.device == "cpu" else None
         with (
             mock.patch.object(sparse_ops, "compiled_ops", return_value=None),
             mock.patch.object(sparse_ops, "gpu_ops", return_value=None),

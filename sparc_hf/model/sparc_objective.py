@@ -10,14 +10,20 @@ from torch import Tensor
 from .imputation import Imputation, ValueFit
 from .outputs import SparcOutput, SparseCodes
 from .present_rows import AloneRows, PresentRows
+from .sparc_losses import sparc_losses
 from .sparse_ops import (
     GradientTerm,
     Selection,
     decode_errors,
     gather_preactivations,
+    preactivations_at,
+    product_precision,
     row_energy,
+    sum_alone_is_faster,
     sum_of,
+    sum_of_products,
     top_k,
+    top_latents,
     unit_norm_,
 )
 
@@ -189,9 +195,14 @@ class SparcObjective:
         The pre-activations, the one dense product of a step, are made outside the graph, for as many rows at a time
         as `max_preactivation_mb` holds. A selection concerns one row, so blocks of rows change nothing.
         """
-        selection = selection or self.model.config.selection
+        config = self.model.config
+        selection = selection or config.selection
         if selection not in ("global", "local"):
             raise ValueError(f'`selection` must be "global" or "local", but it is {selection!r}')
+        if selection == "global" and sum_alone_is_faster(
+            next(iter(rows.values())).centered, len(rows), config.num_latents, config.k
+        ):
+            return [self._selected_by_sum(rows, offsets)]
         groups = [list(rows)] if selection == "global" else [[name] for name in rows]
         at_once = self.model.rows_at_once(len(rows) + 1)  # and their sum
         blocks = zip(*(value.centered.split(at_once) for value in rows.values()), strict=True)
@@ -202,6 +213,28 @@ class SparcObjective:
             shared = self._joined([indices for indices, _ in of_group])
             selected.append(SelectedStreams(names, shared, torch.cat([values for _, values in of_group], dim=1)))
         return selected
+
+    @torch.no_grad()
+    def _selected_by_sum(self, rows: Mapping[str, StreamRows], offsets: Tensor | None) -> SelectedStreams:
+        """Select by the sum of all streams' pre-activations, and make each stream's own where selected only."""
+        encoders = [self.model.encoders[name] for name in rows]
+        centered = [value.centered for value in rows.values()]
+        precision = product_precision(centered[0])
+        # Under autocast they are rounded once for all blocks.
+        weights = [encoder.weight.to(precision) for encoder in encoders]
+        biases = [encoder.bias for encoder in encoders] + ([] if offsets is None else [offsets])
+        bias = sum_of(biases).to(precision)
+        at_once = self.model.rows_at_once(1)
+        total = bias.new_empty(min(at_once, len(centered[0])), len(bias))
+        blocks = zip(*(value.to(precision).split(at_once) for value in centered), strict=True)
+        shared = self._joined(
+            [top_latents([sum_of_products(bias, block, weights, total)], self.model.config.k) for block in blocks]
+        )
+        gathered = [
+            preactivations_at(shared.indices, encoder.weight, encoder.bias, value)
+            for encoder, value in zip(encoders, centered, strict=True)
+        ]
+        return SelectedStreams(list(rows), shared, torch.stack(gathered))
 
     def _encoded(self, rows: Mapping[str, StreamRows], selected: Sequence[SelectedStreams]) -> list[EncodedStreams]:
         """Give what was selected of these rows its gradient, and bring it to codes.
@@ -387,65 +420,3 @@ class SparcObjective:
             ]
             selection, any_dead = self._joined([best for best, _ in selected]), dead.any()
         return selection, torch.cat([values[0] for _, values in selected]), any_dead
-
-
-def sparc_losses(
-    energies: Mapping[str, Tensor],
-    errors: Mapping[str, Mapping[str, Tensor]],
-    auxiliary: Mapping[str, tuple[Tensor, Tensor]],
-    *,
-    cross_coef: float,
-    auxk_coef: float,
-    present: PresentRows | None = None,
-) -> dict[str, Tensor]:
-    """Return the terms of the SPARC loss, "loss" among them.
-
-    loss = mean_s nmse(x^(s<-s), x_s) + cross_coef * mean_{s != t} nmse(x^(t<-s), x_t)
-         + auxk_coef * mean_s nmse(aux_s, stop(x_s - x^(s<-s) + b_s))
-
-    where nmse(a, x) is the mean over rows of |a - x|^2 / |x|^2. A row that is reconstructed exactly has no residual
-    and adds 0 to the auxiliary term. Where rows lack streams, each mean is over the rows that have both its streams.
-
-    Args:
-        energies: stream -> |x|^2 of its normalised rows, [batch].
-        errors: target -> source -> |x^(t<-s) - x_t|^2, [batch].
-        auxiliary: stream -> squared errors of the decoded dead latents, and the squared norms of the residuals they
-            are compared with, both [batch]; a stream in which nothing is dead is left out, and its term is 0.
-        cross_coef: weight of the cross term.
-        auxk_coef: weight of the auxiliary term.
-        present: which rows have which streams; all have all by default.
-
-    Returns:
-        name -> scalar: "loss", "self", "cross", "auxk", "self/<stream>", "cross/<target><-<source>" and
-        "auxk/<stream>".
-    """
-    zero = next(iter(energies.values())).new_zeros(())
-    terms: dict[str, Tensor] = {}
-    for target, sources in errors.items():
-        # All sources of a target at once: one division and one mean for them.
-        ratios = torch.stack(list(sources.values())) / energies[target]
-        if present is not None:
-            ratios = ratios * present.weights(sources, target, like=ratios)
-        for source, term in zip(sources, ratios.mean(dim=-1).unbind(), strict=True):
-            terms[f"self/{target}" if source == target else f"cross/{target}<-{source}"] = term
-    for name in energies:
-        terms[f"auxk/{name}"] = zero
-        if name in auxiliary:
-            ratios = _residual_nmse(*auxiliary[name])
-            weights = 1 if present is None else present.weights([name], name, like=ratios)[0]
-            terms[f"auxk/{name}"] = (ratios * weights).mean()
-    means = {kind: _mean_of(terms, f"{kind}/", zero) for kind in ("self", "cross", "auxk")}
-    loss = means["self"] + cross_coef * means["cross"] + auxk_coef * means["auxk"]
-    return {"loss": loss, **means, **terms}
-
-
-def _residual_nmse(errors: Tensor, energy: Tensor) -> Tensor:
-    """Return [batch], in which a row without any residual, reconstructed exactly, counts 0 instead of 0/0."""
-    explained = energy > 0
-    ratio = errors / torch.where(explained, energy, torch.ones_like(energy))
-    return torch.where(explained, ratio, torch.zeros_like(ratio))
-
-
-def _mean_of(terms: Mapping[str, Tensor], prefix: str, zero: Tensor) -> Tensor:
-    terms_of_kind = [value for key, value in terms.items() if key.startswith(prefix)]
-    return torch.stack(terms_of_kind).mean() if terms_of_kind else zero

@@ -8,7 +8,7 @@ optimizers want, writing each latent's row once; an optimizer that takes the ter
 Compiled operators (step_kernel.py) are used where they are loaded and fit: float32 on a CPU, Triton's on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from .top_k import largest
 
+GATHERED_NUMBERS = 2**20  # of atoms that are copied side by side at a time on a CPU, 4 MiB
+# From which N / k on a CPU makes the sum of several streams' pre-activations faster than each stream's own.
+LATENTS_PER_SELECTED = {"compiled": 128, "torch": 512}
 NORM_EPS = 1e-8
 ROWS_IN_CACHE = 256
 STD_EPS = 1e-5
@@ -35,6 +38,12 @@ def gpu_ops(like: Tensor) -> Any:
     """Return the operators of Triton where they are loaded and take a tensor such as this, else None."""
     fits = like.device.type == "cuda" and like.dtype != torch.float64
     return torch.ops.sparc_hf_gpu if fits and hasattr(torch.ops.sparc_hf_gpu, "residuals") else None
+
+
+def product_precision(rows: Tensor) -> torch.dtype:
+    """Return the number format of products: autocast's where it is on."""
+    device = rows.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
 class Selection:
@@ -111,6 +120,10 @@ class GradientTerm:
         """Return the term as [N, d]."""
         return self.selection.sum_rows(self.rows, self.coefficients)
 
+    def products(self) -> Tensor | None:
+        """Return the products of the term's rows with the parameter's, [N], where `dots` are known."""
+        return None if self.dots is None else self.selection.sum_values((self.coefficients * self.dots).sum(dim=0))
+
 
 def _gradient(terms: list[GradientTerm] | None, term: GradientTerm) -> Tensor | None:
     """Give a term to the list that asks for it, or return it as a dense gradient."""
@@ -128,11 +141,38 @@ def top_k(preactivations: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [batch, k], and each one's pre-activations there, [P, batch, k].
     """
-    if ops := compiled_ops(preactivations[0]):
-        indices = ops.top_k_of_sum([part.contiguous() for part in preactivations], k)
-    else:
-        indices = largest(sum_of(preactivations), k)
+    indices = top_latents(preactivations, k)
     return indices, torch.stack([part.gather(1, indices) for part in preactivations])
+
+
+def top_latents(preactivations: Sequence[Tensor], k: int) -> Tensor:
+    """Return the latents whose sum over several pre-activations [batch, N] is largest, largest first, [batch, k]."""
+    if ops := compiled_ops(preactivations[0]):
+        return ops.top_k_of_sum([part.contiguous() for part in preactivations], k)
+    return largest(sum_of(preactivations), k)
+
+
+def sum_alone_is_faster(like: Tensor, streams: int, num_latents: int, k: int) -> bool:
+    """Return whether to make the sum of streams' pre-activations alone, and each one's own where selected only.
+
+    It takes one array [batch, N] in place of one a stream, and a second look at selected rows of the encoder, which on
+    a CPU is worth it where few of many latents are selected.
+    """
+    if like.device.type != "cpu":
+        return streams > 1
+    least = LATENTS_PER_SELECTED["torch" if compiled_ops(like) is None else "compiled"]
+    return streams > 1 and num_latents >= least * k
+
+
+def sum_of_products(bias: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor], scratch: Tensor) -> Tensor:
+    """Return bias [N] + the sum of rows [batch, d] times weights [N, d], in the first rows of one array [.., N].
+
+    All have the number format of the product: autocast leaves products into a given array alone.
+    """
+    total = torch.addmm(bias, rows[0], weights[0].t(), out=scratch[: len(rows[0])])
+    for part, weight in zip(rows[1:], weights[1:], strict=True):
+        total.addmm_(part, weight.t())
+    return total
 
 
 def sum_of(preactivations: Sequence[Tensor]) -> Tensor:
@@ -233,11 +273,8 @@ class _DecodeErrors(torch.autograd.Function):
                 values.contiguous(), atoms, selection.indices.contiguous(), centered.contiguous()
             )
         else:
-            residuals = torch.stack([_bag(selection.indices, atoms, part) for part in values]).sub_(centered)
+            residuals, dots = _residuals(values, atoms, selection.indices, centered, any(ctx.needs_input_grad))
             errors = row_energy(residuals)
-            dots = values
-            if any(ctx.needs_input_grad):
-                dots = torch.stack([dots_with_atoms(selection.indices, atoms, part) for part in residuals])
         ctx.save_for_backward(values, residuals, dots)
         ctx.selection, ctx.terms = selection, terms
         ctx.mark_non_differentiable(residuals)
@@ -309,16 +346,62 @@ def _bag(indices: Tensor, table: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights.to(table.dtype))
 
 
-def dots_with_atoms(indices: Tensor, table: Tensor, grad: Tensor) -> Tensor:
-    """Return [batch, k]: the product of each row's gradient [batch, d] with each of its atoms."""
+def _gathered(indices: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of [batch, k] and their atoms, [rows, k, d], one after the other in the same memory."""
+    (batch, k), width = indices.shape, table.shape[1]
+    at_once = max(1, min(batch, GATHERED_NUMBERS // max(1, k * width)))
+    memory = table.new_empty(at_once * k, width)
+    for start in range(0, batch, at_once):
+        chosen = indices[start : start + at_once].reshape(-1)
+        atoms = torch.index_select(table, 0, chosen, out=memory[: len(chosen)])
+        yield slice(start, start + at_once), atoms.view(-1, k, width)
+
+
+@torch.no_grad()
+def _residuals(
+    values: Tensor, atoms: Tensor, indices: Tensor, centered: Tensor, wants_dots: bool
+) -> tuple[Tensor, Tensor]:
+    """Return D^T z + b - x of P codes, [P, batch, d], and where asked for its products with atoms, [P, batch, k]."""
+    if not wants_dots or atoms.device.type != "cpu":
+        residuals = torch.stack([_bag(indices, atoms, part) for part in values]).sub_(centered)
+        dots = [dots_with_atoms(indices, atoms, part) for part in residuals] if wants_dots else list(values)
+        return residuals, torch.stack(dots)
+    (codes, batch, k), width = values.shape, atoms.shape[1]
+    by_row = values.transpose(0, 1).contiguous()
+    residuals, dots = atoms.new_empty(batch, codes, width), atoms.new_empty(batch, codes, k)
+    # Atoms are copied once for all codes, decoded and multiplied again. Autocast leaves products into `out` alone.
+    for rows, chosen in _gathered(indices, atoms):
+        torch.baddbmm(centered[rows].unsqueeze(1), by_row[rows], chosen, beta=-1, out=residuals[rows])
+        torch.bmm(residuals[rows], chosen.mT, out=dots[rows])
+    return residuals.transpose(0, 1).contiguous(), dots.transpose(0, 1)
+
+
+@torch.no_grad()
+def dots_with_atoms(indices: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+    """Return [batch, k]: the product of each row [batch, d] with each of its atoms in a table [N, d]."""
+    rows = rows.to(table.dtype)
+    if ops := compiled_ops(table):
+        return ops.dots(rows.contiguous(), table, indices.contiguous())
     batch, k = indices.shape
     flat = indices.reshape(-1)
     row_of_entry = torch.arange(batch, device=flat.device).repeat_interleave(k)
     offsets = torch.arange(0, batch * k, k, device=flat.device)
     # The operator behind embedding_bag's own backward; it never makes the [batch, k, d] array of gathered atoms.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad, table, flat, offsets, row_of_entry, 0, -1
+        rows, table, flat, offsets, row_of_entry, 0, -1
     ).view(batch, k)
+
+
+@torch.no_grad()
+def preactivations_at(indices: Tensor, weight: Tensor, bias: Tensor, centered: Tensor) -> Tensor:
+    """Return the pre-activations W (x - b) + c of x - b [batch, d] at each row's latents, [batch, k]."""
+    if weight.device.type != "cpu" or compiled_ops(weight) is not None:
+        return dots_with_atoms(indices, weight, centered) + bias[indices]
+    # The same bits wherever the weights lie in memory, as the dense product gives, and torch's operator does not.
+    values = weight.new_empty(len(indices), 1, indices.shape[1])
+    for rows, chosen in _gathered(indices, weight):
+        torch.bmm(centered[rows].unsqueeze(1), chosen.mT, out=values[rows])
+    return values.squeeze(1) + bias[indices]
 
 
 def row_energy(rows: Tensor) -> Tensor:
@@ -337,18 +420,27 @@ def unit_norm(rows: Tensor) -> Tensor:
     return rows / (rows.norm(dim=-1, keepdim=True) + NORM_EPS)
 
 
-def unit_norm_(rows: Tensor, gradient: Tensor | None = None) -> None:
+def unit_norm_(rows: Tensor, gradient: Tensor | None = None, products: Tensor | None = None) -> None:
     """Bring the rows of [N, d] to unit norm in place, then take from each gradient row its part along the row.
 
     Works through blocks that stay in the processor's cache, so that memory is passed once.
+
+    Args:
+        rows: [N, d].
+        gradient: [N, d].
+        products: [N], those of gradient rows and rows as they come, where known.
     """
     block = ROWS_IN_CACHE if rows.device.type == "cpu" else rows.shape[0]
     for start in range(0, rows.shape[0], block):
         atoms = rows[start : start + block]
-        atoms.div_(atoms.norm(dim=-1, keepdim=True).add_(NORM_EPS))
+        norm = atoms.norm(dim=-1, keepdim=True).add_(NORM_EPS)
+        atoms.div_(norm)
         if gradient is not None:
             part = gradient[start : start + block]
-            along = torch.linalg.vecdot(part, atoms).unsqueeze(-1)
+            if products is None:
+                along = torch.linalg.vecdot(part, atoms).unsqueeze(-1)
+            else:
+                along = products[start : start + block].unsqueeze(-1) / norm
             part.addcmul_(atoms, along, value=-1)
 
 

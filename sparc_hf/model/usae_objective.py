@@ -10,7 +10,7 @@ from torch.nn.functional import embedding_bag
 
 from .outputs import SparcOutput, SparseCodes
 from .present_rows import AloneRows, PresentRows
-from .sparse_ops import NORM_EPS, Selection, dots_with_atoms, row_dots, top_k, unit_norm
+from .sparse_ops import NORM_EPS, Selection, dots_with_atoms, product_precision, row_dots, top_k, unit_norm
 from .usae_encoder import usae_encoder, usae_preactivations
 
 
@@ -227,7 +227,7 @@ class _Pass:
         # Derivatives are made `batch * narrowest` times too large, near 1, which half precision can hold.
         self.scale = 1 / (len(rows) * min(self.widths))
         self.columns = torch.cat([rows.new_full((width,), min(self.widths) / width) for width in self.widths])
-        self.precision = _product_precision(rows)
+        self.precision = product_precision(rows)
         self.low = [value.to(self.precision) for value in (weight, bias, self.unit)]
         self.scratch = [
             torch.empty(self.at_once, self.latents, dtype=self.precision, device=rows.device) for _ in range(2)
@@ -313,12 +313,6 @@ class _Pass:
             None if gradient is None else gradient.mul_(sign * self.scale)
             for sign, gradient in zip(signs, gradients, strict=True)
         ]
-
-
-def _product_precision(rows: Tensor) -> torch.dtype:
-    """Return the number format of products: autocast's where it is on."""
-    device = rows.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
 def _keep_largest_(positive: Tensor, count: int, scratch: Tensor) -> Tensor:

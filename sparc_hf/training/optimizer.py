@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparc_hf.model.modeling_sparc import SparcModel
-from sparc_hf.model.sparse_ops import GradientTerm, compiled_ops, gpu_ops, unit_norm_
+from sparc_hf.model.sparse_ops import GradientTerm, compiled_ops, gpu_ops, sum_of, unit_norm_
 from sparc_hf.training.arguments import SparcTrainingArguments
 
 
@@ -16,7 +16,8 @@ class SparcAdam(torch.optim.Adam):
 
     The atoms' gradients lose their part along the atom, as in the earlier code (`SparcModel.prepare_atoms_for_step`).
     Gradients that the model gave as terms (`SparcModel.gradient_terms`) are used up by a step: with the compiled
-    operators in one pass over parameter and moments, otherwise after adding them up. State and results are Adam's.
+    operators in one pass over parameter and moments, otherwise added up for one parameter after the other, so that
+    there is never more than one gradient [N, d]. State and results are Adam's.
 
     Args:
         model: the model.
@@ -37,16 +38,31 @@ class SparcAdam(torch.optim.Adam):
         """
         if closure is not None:
             raise ValueError("SparcAdam takes no closure; call it after `backward`")
-        if self.model.gradient_terms and compiled_ops(next(self.model.parameters())) is None:
-            add_up_terms(self.model)
         for name, terms in (self.model.gradient_terms or {}).items():
-            if terms:
+            if terms and compiled_ops(self.model.get_parameter(name)) is None:
+                self._step_from_sum(name, terms)
+            elif terms:
                 self._step_from_terms(name, terms)
-                terms.clear()
+            terms.clear()
         for atoms in self.model.atoms.values():
             if atoms.grad is not None:
                 unit_norm_(atoms, atoms.grad)
         super().step()
+
+    def _step_from_sum(self, name: str, terms: list[GradientTerm]) -> None:
+        """Step one parameter alone and drop its gradient, whose memory the next one's takes: fresh memory is slow."""
+        parameter, group = self.model.get_parameter(name), self.param_groups[0]
+        products = [product for term in terms if (product := term.products()) is not None]
+        known = parameter.grad is None and len(products) == len(terms)
+        _add_up(self.model, name, terms)
+        if name.startswith("atoms."):
+            unit_norm_(parameter, parameter.grad, sum_of(products) if known else None)
+        everything, group["params"] = group["params"], [parameter]
+        try:
+            super().step()
+        finally:
+            group["params"] = everything
+        parameter.grad = None
 
     def _step_from_terms(self, name: str, terms: list[GradientTerm]) -> None:
         parameter, group = self.model.get_parameter(name), self.param_groups[0]
@@ -141,13 +157,17 @@ def optimizer_of(args: SparcTrainingArguments, model: SparcModel) -> SparcAdam |
 def add_up_terms(model: SparcModel) -> None:
     """Turn the gradient terms of a model into dense gradients, in `.grad`."""
     for name, terms in (model.gradient_terms or {}).items():
-        parameter = model.get_parameter(name)
-        for term in terms:
-            dense = term.dense()
-            parameter.grad = dense if parameter.grad is None else parameter.grad.add_(dense)
-        if terms and (biases := _biases_of(model, name)):
-            biases[1].grad -= biases[0].grad @ parameter
+        _add_up(model, name, terms)
         terms.clear()
+
+
+def _add_up(model: SparcModel, name: str, terms: list[GradientTerm]) -> None:
+    parameter = model.get_parameter(name)
+    for term in terms:
+        dense = term.dense()
+        parameter.grad = dense if parameter.grad is None else parameter.grad.add_(dense)
+    if terms and (biases := _biases_of(model, name)):
+        biases[1].grad -= biases[0].grad @ parameter
 
 
 def _biases_of(model: SparcModel, parameter: str) -> Any:

@@ -8,6 +8,8 @@
 #include <torch/library.h>
 #include <torch/types.h>
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,9 +21,9 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kResidualBlock = 128;        // columns of up to three codes that are held in registers
+constexpr int64_t kAtoms = 4;           // atoms that are read at a time
+constexpr int64_t kAhead = 2 * kAtoms;  // and how many later the ones that are fetched meanwhile are
 constexpr int64_t kAdamBlock = 64;
-constexpr int64_t kTableFloats = 500 * 1024;  // what packed rows may take of a core's second-level cache
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
@@ -43,78 +45,98 @@ inline float root(float v) { return std::sqrt(v); }
 
 // ---- Reconstructions -----------------------------------------------------------------------------------------------
 
-struct Residuals {
-  const float *values, *atoms, *targets;  // [codes, batch, k], [N, width], [batch, width]
-  const int64_t* indices;                 // [batch, k]
-  float *residuals, *errors, *dots;       // [codes, batch, width], [codes, batch], [codes, batch, k]
-  int64_t batch, k, width;
+// Rows and the atoms they chose. Atoms are read whole, several at a time, the next ones on their way meanwhile.
+struct ChosenAtoms {
+  const float* atoms;      // [N, width]
+  const int64_t* indices;  // [entries]
+  int64_t entries, width;
 
-  // One row and one block of columns: decode, subtract, square, and multiply by every atom again, now in the cache.
-  template <int Codes>
-  void block(int64_t row, int64_t column) const {
-    constexpr int64_t vectors = kResidualBlock / kLanes, ahead = 4;
-    const int64_t* chosen = indices + row * k;
-    Vector sums[Codes][vectors] = {};
-    for (int64_t j = 0; j < k; ++j) {
-      const float* atom = atoms + chosen[j] * width + column;
-      if (j + ahead < k) {
-        const float* next = atoms + chosen[j + ahead] * width + column;
-        for (int64_t v = 0; v < vectors; ++v) __builtin_prefetch(next + v * kLanes);
-      }
-      for (int64_t v = 0; v < vectors; ++v) {
-        const Vector part = load(atom + v * kLanes);
-        for (int p = 0; p < Codes; ++p) sums[p][v] += part * values[(p * batch + row) * k + j];
-      }
-    }
-    const float* target = targets + row * width + column;
-    for (int p = 0; p < Codes; ++p) {
-      Vector squares = {};
-      for (int64_t v = 0; v < vectors; ++v) {
-        sums[p][v] -= load(target + v * kLanes);
-        store(residuals + (p * batch + row) * width + column + v * kLanes, sums[p][v]);
-        squares += sums[p][v] * sums[p][v];
-      }
-      errors[p * batch + row] += sum_of_lanes(squares);
-    }
-    for (int64_t j = 0; j < k; ++j) {
-      const float* atom = atoms + chosen[j] * width + column;
-      Vector products[Codes] = {};
-      for (int64_t v = 0; v < vectors; ++v) {
-        const Vector part = load(atom + v * kLanes);
-        for (int p = 0; p < Codes; ++p) products[p] += part * sums[p][v];
-      }
-      for (int p = 0; p < Codes; ++p) dots[(p * batch + row) * k + j] += sum_of_lanes(products[p]);
-    }
+  const float* operator[](int64_t entry) const { return atoms + indices[entry] * width; }
+
+  template <int Atoms>
+  void prefetch(int64_t entry, int64_t column) const {
+    for (int g = 0; g < Atoms; ++g)
+      if (entry + kAhead + g < entries) __builtin_prefetch((*this)[entry + kAhead + g] + column);
   }
 
-  // The columns after the last whole block.
-  void tail(int64_t codes, int64_t row, int64_t column) const {
-    for (int64_t p = 0; p < codes; ++p) {
-      const int64_t entry = (p * batch + row) * k;
-      float* residual = residuals + (p * batch + row) * width;
-      for (int64_t c = column; c < width; ++c) residual[c] = -targets[row * width + c];
-      for (int64_t j = 0; j < k; ++j) {
-        const float* atom = atoms + indices[row * k + j] * width;
-        for (int64_t c = column; c < width; ++c) residual[c] += values[entry + j] * atom[c];
-      }
-      for (int64_t c = column; c < width; ++c) errors[p * batch + row] += residual[c] * residual[c];
-      for (int64_t j = 0; j < k; ++j) {
-        const float* atom = atoms + indices[row * k + j] * width;
-        float product = 0;
-        for (int64_t c = column; c < width; ++c) product += residual[c] * atom[c];
-        dots[entry + j] += product;
+  // sums[p] [width] += the atoms of these entries, weighted by values[p * stride].
+  template <int Codes, int Atoms>
+  void add(int64_t entry, const float* values, int64_t stride, float* sums, int64_t distance) const {
+    const float* atom[Atoms];
+    for (int g = 0; g < Atoms; ++g) atom[g] = (*this)[entry + g];
+    int64_t column = 0;
+    for (; column + kLanes <= width; column += kLanes) {
+      prefetch<Atoms>(entry, column);
+      Vector part[Atoms];
+      for (int g = 0; g < Atoms; ++g) part[g] = load(atom[g] + column);
+      for (int p = 0; p < Codes; ++p) {
+        Vector sum = load(sums + p * distance + column);
+        for (int g = 0; g < Atoms; ++g) sum += part[g] * values[p * stride + g];
+        store(sums + p * distance + column, sum);
       }
     }
+    for (; column < width; ++column)
+      for (int p = 0; p < Codes; ++p)
+        for (int g = 0; g < Atoms; ++g) sums[p * distance + column] += atom[g][column] * values[p * stride + g];
+  }
+
+  // products[p * stride] = the products of rows[p] [width] with the atoms of these entries.
+  template <int Codes, int Atoms, bool Far>
+  void multiply(int64_t entry, const float* rows, int64_t distance, float* products, int64_t stride) const {
+    const float* atom[Atoms];
+    for (int g = 0; g < Atoms; ++g) atom[g] = (*this)[entry + g];
+    Vector sums[Codes][Atoms] = {};
+    int64_t column = 0;
+    for (; column + kLanes <= width; column += kLanes) {
+      if (Far) prefetch<Atoms>(entry, column);
+      Vector row[Codes];
+      for (int p = 0; p < Codes; ++p) row[p] = load(rows + p * distance + column);
+      for (int g = 0; g < Atoms; ++g) {
+        const Vector part = load(atom[g] + column);
+        for (int p = 0; p < Codes; ++p) sums[p][g] += part * row[p];
+      }
+    }
+    for (int p = 0; p < Codes; ++p) {
+      for (int g = 0; g < Atoms; ++g) {
+        float product = sum_of_lanes(sums[p][g]);
+        for (int64_t c = column; c < width; ++c) product += rows[p * distance + c] * atom[g][c];
+        products[p * stride + g] = product;
+      }
+    }
+  }
+};
+
+struct Residuals {
+  ChosenAtoms chosen;
+  const float *values, *targets;     // [codes, batch, k], [batch, width]
+  float *residuals, *errors, *dots;  // [codes, batch, width], [codes, batch], [codes, batch, k]
+  int64_t batch, k;
+
+  // Decode, subtract, square, and multiply by every atom again, now in the cache.
+  template <int Codes>
+  void row(int64_t row) const {
+    const int64_t width = chosen.width, first = row * k, distance = batch * width, stride = batch * k;
+    float* residual = residuals + row * width;
+    for (int p = 0; p < Codes; ++p)
+      for (int64_t c = 0; c < width; ++c) residual[p * distance + c] = -targets[row * width + c];
+    int64_t j = 0;
+    for (; j + kAtoms <= k; j += kAtoms)
+      chosen.add<Codes, kAtoms>(first + j, values + first + j, stride, residual, distance);
+    for (; j < k; ++j) chosen.add<Codes, 1>(first + j, values + first + j, stride, residual, distance);
+    for (int p = 0; p < Codes; ++p) {
+      float squares = 0;
+      for (int64_t c = 0; c < width; ++c) squares += residual[p * distance + c] * residual[p * distance + c];
+      errors[p * batch + row] = squares;
+    }
+    for (j = 0; j + kAtoms <= k; j += kAtoms)
+      chosen.multiply<Codes, kAtoms, false>(first + j, residual, distance, dots + first + j, stride);
+    for (; j < k; ++j) chosen.multiply<Codes, 1, false>(first + j, residual, distance, dots + first + j, stride);
   }
 
   template <int Codes>
   void run() const {
-    const int64_t whole = width / kResidualBlock * kResidualBlock;
     at::parallel_for(0, batch, 1, [&](int64_t first, int64_t last) {
-      for (int64_t column = 0; column < whole; column += kResidualBlock)
-        for (int64_t row = first; row < last; ++row) block<Codes>(row, column);
-      if (whole < width)
-        for (int64_t row = first; row < last; ++row) tail(Codes, row, whole);
+      for (int64_t at = first; at < last; ++at) row<Codes>(at);
     });
   }
 };
@@ -125,14 +147,14 @@ std::tuple<Tensor, Tensor, Tensor> residuals(
     const Tensor& values, const Tensor& atoms, const Tensor& indices, const Tensor& targets) {
   const int64_t codes = values.size(0), batch = values.size(1), k = values.size(2), width = atoms.size(1);
   Tensor out = at::empty({codes, batch, width}, values.options());
-  Tensor errors = at::zeros({codes, batch}, values.options());
-  Tensor dots = at::zeros({codes, batch, k}, values.options());
+  Tensor errors = at::empty({codes, batch}, values.options());
+  Tensor dots = at::empty({codes, batch, k}, values.options());
+  const ChosenAtoms chosen{atoms.const_data_ptr<float>(), indices.const_data_ptr<int64_t>(), batch * k, width};
   for (int64_t first = 0; first < codes; first += 3) {
     const Residuals work{
-        values.const_data_ptr<float>() + first * batch * k, atoms.const_data_ptr<float>(),
-        targets.const_data_ptr<float>(), indices.const_data_ptr<int64_t>(),
+        chosen, values.const_data_ptr<float>() + first * batch * k, targets.const_data_ptr<float>(),
         out.mutable_data_ptr<float>() + first * batch * width, errors.mutable_data_ptr<float>() + first * batch,
-        dots.mutable_data_ptr<float>() + first * batch * k, batch, k, width};
+        dots.mutable_data_ptr<float>() + first * batch * k, batch, k};
     switch (codes - first) {
       case 1: work.run<1>(); break;
       case 2: work.run<2>(); break;
@@ -140,6 +162,24 @@ std::tuple<Tensor, Tensor, Tensor> residuals(
     }
   }
   return {out, errors, dots};
+}
+
+// rows [batch, d], atoms [N, d], indices [batch, k] -> their products [batch, k].
+Tensor dots(const Tensor& rows, const Tensor& atoms, const Tensor& indices) {
+  const int64_t batch = indices.size(0), k = indices.size(1), width = atoms.size(1);
+  Tensor out = at::empty({batch, k}, rows.options());
+  const ChosenAtoms chosen{atoms.const_data_ptr<float>(), indices.const_data_ptr<int64_t>(), batch * k, width};
+  const float* from = rows.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, batch, 1, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      int64_t j = row * k;
+      for (; j + kAtoms <= (row + 1) * k; j += kAtoms)
+        chosen.multiply<1, kAtoms, true>(j, from + row * width, 0, to + j, 0);
+      for (; j < (row + 1) * k; ++j) chosen.multiply<1, 1, true>(j, from + row * width, 0, to + j, 0);
+    }
+  });
+  return out;
 }
 
 // ---- Selection -----------------------------------------------------------------------------------------------------
@@ -232,6 +272,12 @@ struct AdamStep {
   std::vector<float> scale, along;
   int64_t start = 0, columns = 0;  // the packed columns
 
+  // What packed rows may take of a core's second-level cache: most of it.
+  static int64_t table_floats() {
+    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return (bytes > 0 ? bytes : 1024 * 1024) / static_cast<int64_t>(sizeof(float)) * 4 / 5;
+  }
+
   template <typename Number>
   inline void update(Number gradient, Number& p, Number& m, Number& v, int64_t latent) const {
     if (unit_norm) {
@@ -290,7 +336,7 @@ struct AdamStep {
     int64_t rows = 1;
     for (const Term& term : terms) rows = std::max(rows, term.codes * term.batch);
     const int64_t blocks = width / kAdamBlock;
-    const int64_t most = std::max<int64_t>(1, kTableFloats / rows / kAdamBlock);  // blocks of a range of columns
+    const int64_t most = std::max<int64_t>(1, table_floats() / rows / kAdamBlock);  // blocks of a range of columns
     const int64_t ranges = (blocks + most - 1) / most;
     std::mutex adding;
     for (int64_t range = 0; range <= ranges; ++range) {
@@ -399,6 +445,7 @@ Tensor adam_step(
 
 TORCH_LIBRARY(sparc_hf, library) {
   library.def("residuals(Tensor values, Tensor atoms, Tensor indices, Tensor targets) -> (Tensor, Tensor, Tensor)", &residuals);
+  library.def("dots(Tensor rows, Tensor atoms, Tensor indices) -> Tensor", &dots);
   library.def("top_k_of_sum(Tensor[] parts, int k) -> Tensor", &top_k_of_sum);
   library.def("transpose(Tensor indices, int latents) -> (Tensor, Tensor)", &transpose);
   library.def(

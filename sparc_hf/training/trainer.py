@@ -141,19 +141,19 @@ class SparcTrainer:
         self._signals = StopSignals()
 
     def _takes_terms(self) -> bool:
-        """Return whether gradients stay factored: to send less, or for the compiled step, which is loaded here."""
-        compiled = False
-        if self.accelerator.device.type == "cpu" and self.args.step_kernel != "off":
+        """Return whether gradients stay factored: to send less, on a CPU, or for the kernels that are loaded here."""
+        takes_terms = self.accelerator.device.type == "cpu"
+        if takes_terms and self.args.step_kernel != "off":
             work = self.total_steps * self.model.num_parameters()
             if self.args.step_kernel == "on" or work >= WORTH_BUILDING or built_library().is_file():
                 with self.accelerator.local_main_process_first():
-                    compiled = load_step_kernel()
+                    load_step_kernel()
         elif self.accelerator.device.type == "cuda" and self.args.step_kernel != "off":
-            compiled = load_gpu_kernels(self.accelerator.device)
+            takes_terms = load_gpu_kernels(self.accelerator.device)
         if self.world_size > 1:
             as_terms, dense = exchanged_bytes(self.config, self.batches.batch_size)
             return as_terms < dense
-        return compiled and not self._needs_dense_gradients
+        return takes_terms and not self._needs_dense_gradients
 
     @property
     def _needs_dense_gradients(self) -> bool:
