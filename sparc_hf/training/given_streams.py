@@ -75,7 +75,7 @@ class GivenStreams:
     """
 
     def __init__(self, features: FeatureDataset, streams: Sequence[str], alone: AloneDraws | None = None):
-        self.any_missing = len(features.complete_rows(streams)) < len(features)
+        self.any_missing = not features.rows_without.keys().isdisjoint(streams)
         self.alone = alone
         self._pair_shares = _pair_shares(features, streams) if self.any_missing else None
 

@@ -15,7 +15,7 @@ from sparc_hf.model.imputation import Imputation
 from sparc_hf.model.modeling_sparc import SparcModel
 from sparc_hf.model.normalization import normalized_rows
 from sparc_hf.model.sparc_objective import SparcObjective
-from sparc_hf.training.rows import evenly_spread, present_masks, records_of
+from sparc_hf.training.rows import present_masks, records_of, spread_rows
 
 BLOCK_ROWS = 4096
 # Rows from which the selection offsets are made, where their pre-activations fit in memory.
@@ -63,7 +63,7 @@ def add_statistics(
 ) -> Imputation:
     """Do what `add_imputation` does, but for the selection offsets, which depend on the trained weights."""
     names = model.config.stream_names
-    if "ridge" not in settings and len(features.complete_rows(names)) < len(features):
+    if "ridge" not in settings and not features.rows_without.keys().isdisjoint(names):
         settings = {**settings, "ridge": _ridge_of(model, features)}
     mean, covariance = moments_of(model, features, rank=rank, world_size=world_size)
     return model.set_imputation(mean, covariance, **settings)
@@ -75,9 +75,8 @@ def add_offsets(model: SparcModel, features: FeatureDataset) -> Imputation:
     imputation = model.imputation
     if imputation is None:
         raise ValueError("the model has no statistics of its streams yet")
-    complete = features.complete_rows(model.config.stream_names)
-    if model.config.selection == "global" and len(model.config.stream_names) > 1 and len(complete):
-        for row, offsets in enumerate(selection_offsets(model, features, complete)):
+    if model.config.selection == "global" and len(model.config.stream_names) > 1:
+        for row, offsets in enumerate(selection_offsets(model, features)):
             imputation.offsets[row] = offsets
     return imputation
 
@@ -157,18 +156,25 @@ def moments_of(
     Raises:
         ValueError: for fewer than two rows of a stream.
     """
-    row_numbers = np.arange(len(features)) if row_numbers is None else row_numbers
     for name in model.config.stream_names:
-        if (count := int(features.present(name, row_numbers).sum())) < 2:
+        every = len(features) - features.rows_without.get(name, 0)
+        if (count := every if row_numbers is None else int(features.present(name, row_numbers).sum())) < 2:
             raise ValueError(
                 f"the covariance of streams needs two rows of each at least, but `{name}` has {count} of them"
             )
+
+    def block_at(start: int) -> Tensor:
+        stop = min(start + BLOCK_ROWS, total)
+        numbers = np.arange(start, stop) if row_numbers is None else row_numbers[start:stop]
+        return _side_by_side(model, features, numbers)
+
+    total = len(features) if row_numbers is None else len(row_numbers)
     # Taken from the mean of the first block, sums of squares keep their digits.
-    origin = _side_by_side(model, features, row_numbers[:BLOCK_ROWS]).nanmean(dim=0).nan_to_num(nan=0.0)
+    origin = block_at(0).nanmean(dim=0).nan_to_num(nan=0.0)
     sums = _Sums(list(model.config.hidden_sizes.values()))
-    starts = range(rank * BLOCK_ROWS, len(row_numbers), world_size * BLOCK_ROWS)
+    starts = range(rank * BLOCK_ROWS, total, world_size * BLOCK_ROWS)
     for start in tqdm(starts, desc="statistics of the streams", unit="block", leave=False, disable=len(starts) < 8):
-        sums.add(_side_by_side(model, features, row_numbers[start : start + BLOCK_ROWS]) - origin)
+        sums.add(block_at(start) - origin)
     if world_size > 1:
         sums.share(model.device)
     mean, covariance = sums.moments()
@@ -206,7 +212,7 @@ def _guess_error(imputation: Imputation, rows: dict[str, Tensor]) -> float:
     return float(np.mean(errors))
 
 
-def selection_offsets(model: SparcModel, features: FeatureDataset, row_numbers: np.ndarray) -> Iterator[Tensor]:
+def selection_offsets(model: SparcModel, features: FeatureDataset) -> Iterator[Tensor]:
     """Yield, for each stream, offsets [N] by which a latent is as often selected from that stream alone as jointly.
 
     A guessed row varies less than a given one, so latents of what a stream cannot say are hardly ever selected from it
@@ -217,14 +223,17 @@ def selection_offsets(model: SparcModel, features: FeatureDataset, row_numbers: 
 
     Args:
         model: with statistics of its streams.
-        features: training rows.
-        row_numbers: of those that have every stream; an evenly spread sample of them is used.
+        features: training rows; an evenly spread sample of those that have every stream is used. Without any such
+            row there are no offsets.
     """
     imputation, config = cast(Imputation, model.imputation), model.config
     objective = cast(SparcObjective, model.objective)
     # The summed pre-activations, those of one stream, and a copy for the top-k.
     count = min(OFFSET_ROWS, model.rows_at_once(3, per_product=OFFSET_ROWS))
-    rows = _normalized(model, features, row_numbers[evenly_spread(len(row_numbers), count)])
+    row_numbers = spread_rows(features, config.stream_names, count)
+    if not len(row_numbers):
+        return
+    rows = _normalized(model, features, row_numbers)
     joint = _rates(objective.summed_preactivations(rows), None, config.k)
     least = LEAST_RATE * config.k / config.num_latents
     wanted = joint.clamp(min=least)

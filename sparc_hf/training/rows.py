@@ -1,6 +1,7 @@
 """The rows a run trains and validates on, and what it takes of them before its first step."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.model.modeling_sparc import SparcModel
 
+logger = logging.getLogger(__name__)
+
 
 @torch.no_grad()
 def center_pre_biases(model: SparcModel, features: FeatureDataset, rows: int = 8192) -> None:
@@ -18,14 +21,34 @@ def center_pre_biases(model: SparcModel, features: FeatureDataset, rows: int = 8
     Encoders whose rows lie in a narrow cone would otherwise let the few latents along its axis win every selection.
     """
     for name in model.config.stream_names:
-        present = np.flatnonzero(features.present(name))
-        sample = {name: torch.from_numpy(features.array(name, present[evenly_spread(len(present), rows)]))}
+        sample = {name: torch.from_numpy(features.array(name, spread_rows(features, [name], rows)))}
         model.pre_bias[name].copy_(model.normalize(sample)[name].mean(dim=0))
 
 
-def evenly_spread(rows: int, most: int) -> np.ndarray:
-    """Return at most `most` row numbers, int64, evenly spaced from the first of `rows` to the last."""
-    return np.unique(np.linspace(0, rows - 1, min(most, rows)).astype(np.int64))
+def spread_rows(features: FeatureDataset, streams: Iterable[str], most: int) -> np.ndarray:
+    """Return at most `most` row numbers, int64, evenly spread among the rows that have all these streams."""
+    lacking = [name for name in streams if name in features.rows_without]
+    rows = features.complete_rows(lacking) if lacking else None
+    count = len(features) if rows is None else len(rows)
+    places = np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
+    return places if rows is None else rows[places]
+
+
+def rows_with_any(features: FeatureDataset, streams: Sequence[str]) -> FeatureDataset:
+    """Return the rows that have one of these streams at least, and log how many have none.
+
+    Raises:
+        ValueError: if no row has any.
+    """
+    if any(name not in features.rows_without for name in streams):
+        return features
+    row_numbers = np.flatnonzero(np.logical_or.reduce([features.present(name) for name in streams]))
+    if not len(row_numbers):
+        raise ValueError(f"none of the {len(features)} rows has any of the streams {list(streams)}; give other rows")
+    if len(row_numbers) == len(features):
+        return features
+    logger.warning("%d of %d rows have none of the streams", len(features) - len(row_numbers), len(features))
+    return features.select(row_numbers)
 
 
 def present_masks(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:

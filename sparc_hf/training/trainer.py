@@ -34,7 +34,7 @@ from sparc_hf.training.loss_sums import LossSums
 from sparc_hf.training.optimizer import UsaeAdamW, add_up_terms, optimizer_of
 from sparc_hf.training.random_numbers import seeded
 from sparc_hf.training.rare_latents import RareLatentPush
-from sparc_hf.training.rows import center_pre_biases, random_split, records_of
+from sparc_hf.training.rows import center_pre_biases, random_split, records_of, rows_with_any
 from sparc_hf.training.run_accelerator import accelerator_of
 from sparc_hf.training.step_kernel import built_library, load_gpu_kernels, load_step_kernel
 from sparc_hf.training.stop_signals import StopSignals, TrainingInterrupted
@@ -96,13 +96,15 @@ class SparcTrainer:
     """
 
     def __init__(self, args: SparcTrainingArguments, features: FeatureDataset, held_out: FeatureDataset | None = None):
-        self.args, self.rows = args, len(features)
+        self.args, self.streams = args, args.streams or features.stream_names
+        records = records_of(features, self.streams)
+        features = rows_with_any(features, self.streams)
+        held_out = None if held_out is None else rows_with_any(held_out, self.streams)
+        self.rows = len(features)
         self.run = claimed_run(args.output_dir, resume=args.resume, overwrite=args.overwrite)
         if self.run.is_finished and args.overwrite and self._changes(read_settings(self.run.folder)):
             self.run = claimed_run(args.output_dir, resume=False, overwrite=True)
         _check_tracker(args.report_to)
-        self.streams = args.streams or features.stream_names
-        records = records_of(features, self.streams)
         self.accelerator = accelerator_of(args, self.run.folder)
         self.checkpoints = Checkpoints(self.run.folder, self.accelerator, args.checkpoints_kept)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes

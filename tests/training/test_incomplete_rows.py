@@ -140,6 +140,17 @@ def test_training_learns_the_stream_that_most_rows_lack(tmp_path):
         assert after[term] < 0.8 * before[term], term
 
 
+def test_rows_with_none_of_the_streams_of_a_run_are_left_out(tmp_path, caplog):
+    trainer = SparcTrainer(arguments(tmp_path / "run", streams=["clip_txt"]), lacking(0.6))
+    assert trainer.rows == lacking(0.6).present("clip_txt").sum() < 600
+    assert f"{600 - trainer.rows} of 600 rows have none of the streams" in caplog.text
+    trainer.train()
+    pair = SparcTrainer(arguments(tmp_path / "pair", streams=["dino", "clip_txt"]), lacking(0.6))
+    assert pair.rows == 600
+    with pytest.raises(ValueError, match="none of the 50 rows has any of the streams"):
+        SparcTrainer(arguments(tmp_path / "none", streams=["clip_txt"]), lacking(1.0, rows=50))
+
+
 def test_runs_that_cannot_impute_are_refused_before_a_step(tmp_path):
     with pytest.raises(ValueError, match=r"rows lack a stream.*`objective` usae"):
         SparcTrainer(arguments(tmp_path / "a", objective="usae", selection="local"), lacking(0.6))
