@@ -150,7 +150,7 @@ class SparcTrainer:
             if self.args.step_kernel == "on" or work >= WORTH_BUILDING or built_library().is_file():
                 with self.accelerator.local_main_process_first():
                     load_step_kernel()
-        elif self.accelerator.device.type == "cuda" and self.args.step_kernel != "off":
+        elif self.accelerator.device.type == "cuda" and self.args.step_kernel == "on":
             takes_terms = load_gpu_kernels(self.accelerator.device)
         if self.world_size > 1:
             as_terms, dense = exchanged_bytes(self.config, self.batches.batch_size)
