@@ -125,8 +125,8 @@ class SparcTrainingArguments:
         "Memory for pre-activations in MiB; larger shares go in blocks of rows.", 1024.0
     )
     step_kernel: str = flag(
-        "Compiled step: auto (on a CPU, built for long runs, 15 s once), on (Triton's kernels on a GPU, which no GPU has "
-        "run so far), or off.",
+        "Compiled step: auto (on a CPU, built for long runs, 15 s once), on (on a GPU Triton's kernels, which "
+        "none has run so far), or off.",
         "auto",
     )
     center: bool = flag(
