@@ -29,6 +29,18 @@ class Guess(NamedTuple):
     shared: Tensor
 
 
+class SummedMap(NamedTuple):
+    """All streams' summed pre-activations as one affine map of x_M - m_M.
+
+    Attributes:
+        weight: [d_M, N].
+        bias: [N].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
 class Imputation(nn.Module):
     """Mean and covariance of all streams' normalised rows side by side, and what they say of a stream that is missing.
 
@@ -63,6 +75,7 @@ class Imputation(nn.Module):
         self.register_buffer("covariance", torch.empty(width, width))
         self.register_buffer("offsets", torch.empty(len(self.sizes), config.num_latents))
         self._guesses: dict[Any, Guess] = {}
+        self._summed_maps: dict[Any, SummedMap] = {}
 
     @classmethod
     def of(cls, config: SparcConfig, mean: Tensor, covariance: Tensor) -> "Imputation":
@@ -149,6 +162,49 @@ class Imputation(nn.Module):
             return None
         return self.offsets[list(self.sizes).index(next(iter(rows)))]
 
+    @torch.no_grad()
+    def summed_preactivations(
+        self, rows: Mapping[str, Tensor], encoders: Mapping[str, Any], pre_biases: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return all streams' summed pre-activations [batch, N], float32, given rows moved as by `shared_rows`.
+
+        Rows seen so are affine in those given, and pre-activations in them: all together are one product with the
+        given rows alone, whose weight is made once for each set of given streams.
+
+        Args:
+            rows: normalised rows of the given streams.
+            encoders: stream -> its encoder, of all streams.
+            pre_biases: stream -> its pre-bias [d].
+        """
+        made_of = [part for name in self.sizes for part in (*encoders[name].parameters(), pre_biases[name])]
+        # Weights are changed in ways that torch does not count (`.data`, kernels), so their numbers are looked at.
+        marks = torch.stack([_mark(part) for part in (self.mean, *made_of)]).tolist()
+        state = (self.mean.device, self.covariance._version, *self.settings.values(), *marks)
+        key = (tuple(self._given(rows)), state)
+        if key not in self._summed_maps:
+            self._summed_maps = {other: made for other, made in self._summed_maps.items() if other[1] == state}
+            self._summed_maps[key] = self._summed_map(rows, encoders, pre_biases)
+        weight, bias = self._summed_maps[key]
+        return self._linear(rows, weight).add_(bias)
+
+    def _summed_map(
+        self, rows: Mapping[str, Tensor], encoders: Mapping[str, Any], pre_biases: Mapping[str, Tensor]
+    ) -> SummedMap:
+        guess, given, share = self._guess(rows), self._given(rows), self.settings["shared"]
+        missing = [name for name in self.sizes if name not in rows]
+        maps = dict(zip(missing, guess.missing.split([self.sizes[name] for name in missing], dim=1), strict=True))
+        first = 0
+        for name, known in zip(given, guess.shared.split([self.sizes[name] for name in given], dim=1), strict=True):
+            maps[name] = share * known
+            maps[name][first : first + self.sizes[name]].diagonal().add_(1 - share)
+            first += self.sizes[name]
+        with torch.autocast(self.mean.device.type, enabled=False):
+            weights = {name: encoders[name].weight.float() for name in self.sizes}
+            away = {name: self._mean_of(name) - pre_biases[name].float() for name in self.sizes}
+            biases = [weights[name] @ away[name] + encoders[name].bias.float() for name in self.sizes]
+            products = [maps[name] @ weights[name].T for name in self.sizes]
+            return SummedMap(torch.stack(products).sum(dim=0), torch.stack(biases).sum(dim=0))
+
     def _given(self, rows: Mapping[str, Tensor]) -> list[str]:
         return [name for name in self.sizes if name in rows]
 
@@ -211,8 +267,15 @@ class Imputation(nn.Module):
         for name, buffer in self.named_buffers():
             moved = fn(buffer)
             setattr(self, name, moved if buffer.is_meta else buffer.to(moved.device))
-        self._guesses = {}
+        self._guesses, self._summed_maps = {}, {}
         return self
+
+
+def _mark(tensor: Tensor) -> Tensor:
+    """Return a float32 scalar that another tensor [n] or [n, d] is as good as certain not to have."""
+    for size in reversed(tensor.shape):
+        tensor = tensor.to(torch.float32) @ torch.linspace(1, 3, size, device=tensor.device).square()
+    return tensor
 
 
 class ValueFit:

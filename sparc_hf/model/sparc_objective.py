@@ -27,6 +27,10 @@ from .sparse_ops import (
     unit_norm_,
 )
 
+# Up to so many, the map that makes a stream alone cheap takes few megabytes and well under a second; beyond, it saves
+# little.
+LATENTS_OF_ONE_MAP = 8192
+
 
 class StreamRows(NamedTuple):
     """A stream's normalised rows x and, outside the graph, x - b: both [batch, d]."""
@@ -94,20 +98,43 @@ class SparcObjective:
         if (selection or self.model.config.selection) == "local":
             wanted = self._with_centered({name: complete[name] for name in names})
             return self._codes(self._encoded(wanted, self._selected(wanted, "local")))
-        seen = self._with_centered({**complete, **imputation.shared_rows(rows)})
-        together, latents, gathered = self._selected(seen, "global", imputation.offsets_of(rows))[0]
-        values = [self._with_gradient(name, seen[name], latents, gathered[at]) for at, name in enumerate(together)]
-        fit = ValueFit(
-            torch.stack(values).mean(dim=0).relu(),
-            {name: x - self.model.pre_bias[name] for name, x in complete.items()},
-            self.model.atoms,
-            latents,
-        )
+        latents, start = self._selected_incomplete(rows, complete, imputation)
+        centered = {name: x - self.model.pre_bias[name] for name, x in complete.items()}
+        fit = ValueFit(start.relu(), centered, self.model.atoms, latents)
         steps, weight = imputation.settings["fit_steps"], imputation.settings["own_weight"]
         return {
             name: SparseCodes(latents.indices, fit.values_of(name, weight, steps), latents.num_latents)
             for name in names
         }
+
+    def _selected_incomplete(
+        self, rows: Mapping[str, Tensor], complete: Mapping[str, Tensor], imputation: Imputation
+    ) -> tuple[Selection, Tensor]:
+        """Return the latents all streams select together, and their mean pre-activation there, [batch, k]."""
+        offsets, config = imputation.offsets_of(rows), self.model.config
+        if config.num_latents > LATENTS_OF_ONE_MAP or self.model.training:  # where weights change all the time
+            seen = self._with_centered({**complete, **imputation.shared_rows(rows)})
+            names, latents, gathered = self._selected(seen, "global", offsets)[0]
+        else:
+            names, of_blocks = list(complete), []
+            at_once = self.model.rows_at_once(2)
+            for block in zip(*(value.split(at_once) for value in rows.values()), strict=True):
+                given = dict(zip(rows, block, strict=True))
+                summed = imputation.summed_preactivations(given, self.model.encoders, self.model.pre_bias)
+                chosen = top_latents([summed if offsets is None else summed.add_(offsets)], config.k)
+                of_blocks.append((chosen, summed.gather(1, chosen)))
+            latents = self._joined([chosen for chosen, _ in of_blocks])
+            if not torch.is_grad_enabled():
+                total = torch.cat([values for _, values in of_blocks])
+                total = total if offsets is None else total - offsets[latents.indices]
+                return latents, (total / len(names)).to(next(iter(rows.values())).dtype)
+            seen = self._with_centered({**complete, **imputation.shared_rows(rows)})
+            gathered = [
+                preactivations_at(latents.indices, encoder.weight, encoder.bias, seen[name].centered)
+                for name, encoder in self.model.encoders.items()
+            ]
+        values = [self._with_gradient(name, seen[name], latents, gathered[at]) for at, name in enumerate(names)]
+        return latents, torch.stack(values).mean(dim=0)
 
     def begin(
         self, rows: Mapping[str, Tensor], selection: str | None

@@ -133,6 +133,60 @@ def test_values_are_fitted_by_one_step_of_steepest_descent():
     assert torch.equal(fit.values_of("b", 3.0, 0), start)
 
 
+@pytest.mark.parametrize("names", [["dino"], ["clip_txt"], ["dino", "clip_txt"]], ids=" ".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_map_of_given_rows_selects_as_all_streams_do(monkeypatch, names, dtype):
+    """With and without gradients; selection offsets and values come out as from every stream's own pre-activations."""
+    model = imputing_model().to(dtype).eval()
+    given = {name: planted_rows(64)[name] for name in names}
+    with_gradients = model.encode(given, streams=["clip_img", "dino"])
+    with torch.no_grad():
+        by_map = model.encode(given, streams=["clip_img", "dino"])
+        monkeypatch.setattr("sparc_hf.model.sparc_objective.LATENTS_OF_ONE_MAP", 0)
+        by_streams = model.encode(given, streams=["clip_img", "dino"])
+    exact = dtype == torch.float32
+    for codes in (by_map, with_gradients):
+        for name, code in codes.items():
+            theirs = by_streams[name].to_dense().float()
+            assert code.values.dtype == dtype
+            if exact:
+                torch.testing.assert_close(code.to_dense(), theirs, rtol=1e-4, atol=1e-4)
+            # Rounded to eight bits, nearly equal latents change places.
+            assert (code.to_dense().float() - theirs).abs().sum() < 0.05 * theirs.sum()
+    assert with_gradients["dino"].values.requires_grad
+
+
+@pytest.mark.parametrize("change", ["data", "swap", "bias", "pre_bias", "optimizer", "state_dict", "statistics"])
+def test_codes_follow_weights_however_they_are_changed(change):
+    rows = {"dino": planted_rows()["dino"]}
+    model = imputing_model().eval()
+    with torch.no_grad():
+        before = model.encode(rows)["dino"].to_dense()
+        weight = model.encoders["clip_img"].weight
+        if change == "data":
+            weight.data[5:20] *= 3
+        elif change == "swap":
+            weight.data[:32] = weight.data[:32].flip(0).clone()
+        elif change == "bias":
+            model.encoders["clip_img"].bias.data[3] += 5
+        elif change == "pre_bias":
+            model.pre_bias["clip_txt"].data += torch.linspace(-3, 3, len(model.pre_bias["clip_txt"]))
+        elif change == "statistics":
+            model.imputation.covariance.mul_(torch.linspace(0.5, 2, len(model.imputation.mean)))
+    if change == "optimizer":
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.3)
+        model(planted_rows()).loss.backward()
+        optimizer.step()
+    elif change == "state_dict":
+        model.load_state_dict({key: value * 1.5 + 0.1 for key, value in model.state_dict().items()})
+    fresh = imputing_model().eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        after = model.encode(rows)["dino"].to_dense()
+        torch.testing.assert_close(after, fresh.encode(rows)["dino"].to_dense())
+    assert not torch.equal(before, after)
+
+
 def test_gradients_reach_the_rows_that_are_given():
     model = imputing_model().double()
     rows = planted_rows(4)["dino"].double().requires_grad_()
