@@ -70,7 +70,7 @@ def main() -> None:
             if share:
                 ways["complete rows"] = rows.select(rows.complete_rows())
             for way, chosen in ways.items():
-                folder = args.output / data / f"{share:g}-{way.split()[0]}"
+                folder = args.output / data / f"seed{args.seed}" / f"{share:g}-{way.split()[0]}"
                 model = trained(settings, chosen, folder)
                 figures = {encoding: figures_of(model, test, encoding) for encoding in ("joint", "single")}
                 results[f"{data}/{share:g}/{way}"] = figures

@@ -11,7 +11,11 @@ class ImputeArguments:
     """Flags of `sparc impute`."""
 
     model: str = field(metadata={"help": "Folder or Hub id of the model."})
-    features: str = field(metadata={"help": "Folder of the feature dataset it was trained on; it is read once."})
+    features: str = field(
+        metadata={
+            "help": "Folder of the feature dataset it was trained on; it is read once, twice where rows lack streams."
+        }
+    )
     output: str = field(metadata={"help": "Folder for the model that has them; it may be that of the model itself."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is in the output folder."})
     ridge: float | None = field(
@@ -42,7 +46,9 @@ def run_impute(args: Any) -> dict[str, Any]:
         raise ValueError(f"{output} already holds a model; replace it with --overwrite, or choose another --output")
     model = SparcModel.from_pretrained(args.model).eval()
     given = {name: getattr(args, name) for name in IMPUTATION_DEFAULTS}
-    settings = {name: value for name, value in given.items() if value is not None}
+    # Statistics that are made again are used as the former ones were; their ridge is that of the rows they are of.
+    former = {name: value for name, value in (model.config.imputation or {}).items() if name != "ridge"}
+    settings = former | {name: value for name, value in given.items() if value is not None}
     imputation = add_imputation(model, FeatureDataset.load(args.features, verify=not args.no_verify), **settings)
 
     def complete(folder: Path) -> None:

@@ -53,7 +53,7 @@ class SparcConfig(PreTrainedConfig):
             it does: `ridge` (of the regression, as a share of a stream's mean variance), `shared` (0 to 1: how far the
             selection moves a given row towards what the other streams know of it), `own_weight` and `fit_steps` (the
             weight of a code's own stream, those of all others being 1, where its values are fitted, and the steps of
-            that; 0 takes the mean of the streams' pre-activations). None, the default, has none.
+            that, the last of which may be broken; 0 takes the mean of the streams' pre-activations). None has none.
         format_version: version of the checkpoint format, 2 with `imputation` and 1 without; a newer one than this
             package knows is refused.
         weights_sha256: in a config.json, the SHA-256 of each weight file saved with it, which loading compares; empty

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,18 +15,6 @@ from .sparse_ops import Selection, dots_with_atoms, gather_preactivations, row_e
 
 # Of a fit of values, as a share of the weights: atoms of one code overlap, and what they share is split among them.
 FIT_RIDGE = 0.1
-
-
-class Guess(NamedTuple):
-    """What given streams M say of missing ones T, as linear maps of x_M - m_M.
-
-    Attributes:
-        missing: [d_M, d_T], to x^_T - m_T.
-        shared: [d_M, d_M], to the part of x_M - m_M that the other streams, given or guessed, know of too.
-    """
-
-    missing: Tensor
-    shared: Tensor
 
 
 class SummedMap(NamedTuple):
@@ -74,7 +62,7 @@ class Imputation(nn.Module):
         self.register_buffer("mean", torch.empty(width))
         self.register_buffer("covariance", torch.empty(width, width))
         self.register_buffer("offsets", torch.empty(len(self.sizes), config.num_latents))
-        self._guesses: dict[Any, Guess] = {}
+        self._maps: dict[Any, Tensor] = {}
         self._summed_maps: dict[Any, SummedMap] = {}
 
     @classmethod
@@ -105,7 +93,7 @@ class Imputation(nn.Module):
         missing = [name for name in self.sizes if name not in rows]
         if not missing:
             return {name: rows[name] for name in self.sizes}
-        guessed = self._linear(rows, self._guess(rows).missing).split([self.sizes[name] for name in missing], dim=1)
+        guessed = self._linear(rows, self._to_missing(rows)).split([self.sizes[name] for name in missing], dim=1)
         like = next(iter(rows.values()))
         filled = {
             name: (part + self._mean_of(name)).to(like.dtype) for name, part in zip(missing, guessed, strict=True)
@@ -150,7 +138,7 @@ class Imputation(nn.Module):
         """
         share = self.settings["shared"]
         widths = [self.sizes[name] for name in self._given(rows)]
-        known = self._linear(rows, self._guess(rows).shared).split(widths, dim=1)
+        known = self._linear(rows, self._to_shared(rows)).split(widths, dim=1)
         return {
             name: torch.lerp(rows[name].float(), part + self._mean_of(name), share).to(rows[name].dtype)
             for name, part in zip(self._given(rows), known, strict=True)
@@ -190,11 +178,15 @@ class Imputation(nn.Module):
     def _summed_map(
         self, rows: Mapping[str, Tensor], encoders: Mapping[str, Any], pre_biases: Mapping[str, Tensor]
     ) -> SummedMap:
-        guess, given, share = self._guess(rows), self._given(rows), self.settings["shared"]
+        given, share = self._given(rows), self.settings["shared"]
         missing = [name for name in self.sizes if name not in rows]
-        maps = dict(zip(missing, guess.missing.split([self.sizes[name] for name in missing], dim=1), strict=True))
+        maps = dict(
+            zip(missing, self._to_missing(rows).split([self.sizes[name] for name in missing], dim=1), strict=True)
+        )
         first = 0
-        for name, known in zip(given, guess.shared.split([self.sizes[name] for name in given], dim=1), strict=True):
+        for name, known in zip(
+            given, self._to_shared(rows).split([self.sizes[name] for name in given], dim=1), strict=True
+        ):
             maps[name] = share * known
             maps[name][first : first + self.sizes[name]].diagonal().add_(1 - share)
             first += self.sizes[name]
@@ -217,26 +209,33 @@ class Imputation(nn.Module):
             centered = [rows[name].float() - self._mean_of(name) for name in self._given(rows)]
             return torch.cat(centered, dim=1) @ weights
 
-    def _guess(self, rows: Mapping[str, Tensor]) -> Guess:
-        """Return the maps of a set of given streams, solved once for each."""
+    def _to_missing(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return [d_M, d_T], the map of x_M - m_M to x^_T - m_T."""
+        return self._solved(rows, "missing", self._regression)
+
+    def _to_shared(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return [d_M, d_M], to the part of x_M - m_M that the other streams, given or guessed, know of too."""
+        return self._solved(rows, "shared", self._round_trip)
+
+    def _solved(
+        self, rows: Mapping[str, Tensor], kind: str, solve: Callable[[Tensor, list[str], list[str]], Tensor]
+    ) -> Tensor:
+        """Return the map of a set of given streams, solved once for each."""
         given = self._given(rows)
         # In-place changes of a buffer, such as loading weights into it, count up its version.
-        key = (*given, self.mean.device, self.covariance._version)
-        if key not in self._guesses:
-            self._guesses = {other: guess for other, guess in self._guesses.items() if other[-2:] == key[-2:]}
+        state = (self.mean.device, self.covariance._version, self.settings["ridge"])
+        key = (kind, tuple(given), state)
+        if key not in self._maps:
+            self._maps = {other: made for other, made in self._maps.items() if other[-1] == state}
             # float64, which some accelerators lack.
             covariance = self.covariance.detach().cpu().double()
             missing = [name for name in self.sizes if name not in given]
-            to_missing = self._regression(covariance, given, missing)
-            device = self.mean.device
-            self._guesses[key] = Guess(
-                to_missing.to(device, torch.float32),
-                self._round_trip(covariance, given, missing, to_missing).to(device, torch.float32),
-            )
-        return self._guesses[key]
+            self._maps[key] = solve(covariance, given, missing).to(self.mean.device, torch.float32)
+        return self._maps[key]
 
-    def _round_trip(self, covariance: Tensor, given: list[str], missing: list[str], to_missing: Tensor) -> Tensor:
+    def _round_trip(self, covariance: Tensor, given: list[str], missing: list[str]) -> Tensor:
         """Return [d_M, d_M]: each given stream's row guessed from all other rows, the missing ones' guessed before."""
+        to_missing = self._regression(covariance, given, missing)
         complete = torch.cat([torch.eye(to_missing.shape[0], dtype=to_missing.dtype), to_missing], dim=1)
         names = [*given, *missing]
         parts = dict(zip(names, complete.split([self.sizes[name] for name in names], dim=1), strict=True))
@@ -267,7 +266,7 @@ class Imputation(nn.Module):
         for name, buffer in self.named_buffers():
             moved = fn(buffer)
             setattr(self, name, moved if buffer.is_meta else buffer.to(moved.device))
-        self._guesses, self._summed_maps = {}, {}
+        self._maps, self._summed_maps = {}, {}
         return self
 
 

@@ -263,16 +263,16 @@ class SparcModel(PreTrainedModel):
             For each, what `forward` takes as `selected`: latents and pre-activations, no rows.
 
         Raises:
-            ValueError: with `objective="usae"`, whose codes depend on the micro-batch; for no micro-batches; or as
-                `forward`.
+            ValueError: with `objective="usae"`, whose codes depend on the batch; without micro-batches; as `forward`.
         """
         if not self.objective.knows_dead_latents:
             name = self.config.objective
             raise ValueError(f"`objective={name!r}` has no auxiliary term of dead latents; call it with `new_step`")
         objective, pairs = cast(SparcObjective, self.objective), []
-        for features, mask in zip(micro_batches, present or itertools.repeat(None), strict=False):
+        for features, mask in zip(micro_batches, present or itertools.repeat(None), strict=present is not None):
             reject_missing_streams(features, self.config.stream_names)
-            pairs.append(objective.begin(self._rows_of_loss(features, mask), selection))
+            selected, codes = objective.begin(self._rows_of_loss(features, mask), selection)
+            pairs.append((selected, codes if mask is None else mask.measured(codes)))
         if not pairs:
             raise ValueError("a training step needs at least one micro-batch, but there is none")
         if self.training:
@@ -431,7 +431,7 @@ class SparcModel(PreTrainedModel):
             fresh = torch.randn(len(latents), encoder.weight.shape[1], generator=generator) * REINITIALIZED_STD
             encoder.weight[latents] = fresh.to(encoder.weight)
             encoder.bias[latents] = getattr(self.steps_since_fired, name)[latents] = 0
-            counts[name] = latents.new_tensor(len(latents))
+            counts[name] = torch.tensor(len(latents))
         return counts
 
     @property

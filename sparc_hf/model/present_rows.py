@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .outputs import SparseCodes
+
 
 class PresentRows:
     """Which rows of a batch have which streams.
@@ -40,6 +42,23 @@ class PresentRows:
             weights.append(both.float() / share if share else both.float())
         return torch.stack(weights).to(like.device, like.dtype, non_blocking=True)
 
+    def never_both(self, source: str, target: str) -> bool:
+        """Return whether no training row has both streams, by `pair_shares`."""
+        return self.pair_shares is not None and not self.pair_shares[source, target]
+
+    def measured(self, codes: Mapping[str, SparseCodes]) -> dict[str, SparseCodes]:
+        """Return codes whose values are 0 in rows that lack their stream, in which it does not fire."""
+        return {
+            name: SparseCodes(
+                code.indices,
+                code.values * self.masks[name].to(code.values, non_blocking=True).unsqueeze(1),
+                code.num_latents,
+            )
+            if name in self.masks
+            else code
+            for name, code in codes.items()
+        }
+
     def has(self, stream: str, rows: Tensor) -> Tensor:
         """Return bool [len(rows)]: whether those rows of the batch have a stream; `rows` int64 on a CPU."""
         mask = self.masks.get(stream)
@@ -51,7 +70,7 @@ class AloneRows(NamedTuple):
 
     Attributes:
         rows: stream -> int64 numbers of the rows in which it alone is given, on a CPU.
-        share: of all rows of the step those that are in `rows`.
+        share: of all rows of the step those that are given alone; infinity where `rows` are to have no weight.
         weight: of the term in the loss.
     """
 

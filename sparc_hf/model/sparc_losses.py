@@ -23,7 +23,8 @@ def sparc_losses(
          + auxk_coef * mean_s nmse(aux_s, stop(x_s - x^(s<-s) + b_s))
 
     where nmse(a, x) is the mean over rows of |a - x|^2 / |x|^2. A row that is reconstructed exactly has no residual
-    and adds 0 to the auxiliary term. Where rows lack streams, each mean is over the rows that have both its streams.
+    and adds 0 to the auxiliary term. Where rows lack streams, each mean is over the rows that have
+    both its streams, and a pair that no row has is left out.
 
     Args:
         energies: stream -> |x|^2 of its normalised rows, [batch].
@@ -40,7 +41,14 @@ def sparc_losses(
     """
     zero = next(iter(energies.values())).new_zeros(())
     terms: dict[str, Tensor] = {}
-    for target, sources in errors.items():
+    for target, all_sources in errors.items():
+        sources = {
+            source: squared
+            for source, squared in all_sources.items()
+            if present is None or not present.never_both(source, target)
+        }
+        if not sources:
+            continue
         # All sources of a target at once: one division and one mean for them.
         ratios = torch.stack(list(sources.values())) / energies[target]
         if present is not None:

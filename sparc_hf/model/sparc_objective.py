@@ -162,7 +162,7 @@ class SparcObjective:
         groups = self._encoded(streams, self._selected(streams, selection) if selected is None else selected)
         codes = self._codes(groups)
         if self.model.training and selected is None:
-            self.model.count_step([codes], new_step)
+            self.model.count_step([codes if present is None else present.measured(codes)], new_step)
         errors, residuals = self._errors(streams, groups)
         losses = sparc_losses(
             {name: row_energy(x) for name, x in rows.items()},
@@ -395,8 +395,11 @@ class SparcObjective:
 
     def _alone_weights(self, alone: AloneRows, present: PresentRows | None, row_numbers: Tensor) -> dict[str, Tensor]:
         """Return stream -> [rows], what its error counts in rows of which one stream is given."""
-        given = [name for name, numbers in alone.rows.items() for _ in range(len(numbers))]
-        own = {name: torch.tensor([name == stream for stream in given]) for name in self.model.config.stream_names}
+        counts = torch.tensor([len(numbers) for numbers in alone.rows.values()])
+        own = {
+            name: torch.tensor([name == given for given in alone.rows]).repeat_interleave(counts)
+            for name in self.model.config.stream_names
+        }
         there = {
             name: torch.ones_like(is_own) if present is None else present.has(name, row_numbers)
             for name, is_own in own.items()

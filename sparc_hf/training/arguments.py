@@ -143,11 +143,13 @@ class SparcTrainingArguments:
         "imputed; its code is to reconstruct all streams (sparc objective with global selection; 0 turns it off).",
         0.0,
     )
-    alone_coef: float = flag("Weight of the term of streams alone.", 1.0)
+    alone_coef: float = flag(
+        "Weight of the term of streams alone, which is in the training loss and not in that of validation.", 1.0
+    )
     reinitialize_every: int = flag("Steps between re-initialisations of dead latents; 0 turns them off.", 100)
     impute: bool = flag(
-        "Measure mean and covariance of the streams at the end, by which the model encodes rows that lack some of "
-        "them (objective sparc).",
+        "Measure mean and covariance of the streams, by which the model encodes rows that lack some of them "
+        "(objective sparc): at the end, or before the first step where training needs them.",
         True,
     )
     impute_shared: float = flag(
@@ -198,8 +200,11 @@ class SparcTrainingArguments:
                 "`alone_share` must be from 0 to 1 and `alone_coef` not negative, but they are "
                 f"{self.alone_share} and {self.alone_coef}"
             )
-        if self.objective != "usae":
-            SparcConfig.from_dict({**self.model_settings(), "imputation": self.imputation_settings()})
+        if not 0 <= self.impute_shared <= 1 or not 0 <= self.impute_fit_steps <= 100:
+            raise ValueError(
+                "`impute_shared` must be from 0 to 1 and `impute_fit_steps` from 0 to 100, but they are "
+                f"{self.impute_shared} and {self.impute_fit_steps}"
+            )
         if self.alone_share and self.selection == "local":
             raise ValueError("`alone_share` is of streams that select together; leave it off with `selection` local")
         if self.schedule_after_update and self.lr_schedule != "cosine":

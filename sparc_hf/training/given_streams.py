@@ -72,11 +72,13 @@ class GivenStreams:
 
     Attributes:
         any_missing: whether some row lacks a stream.
+        gives_alone: whether streams are given alone besides.
     """
 
     def __init__(self, features: FeatureDataset, streams: Sequence[str], alone: AloneDraws | None = None):
         self.any_missing = not features.rows_without.keys().isdisjoint(streams)
         self.alone = alone
+        self.gives_alone = alone is not None and alone.share > 0
         self._pair_shares = _pair_shares(features, streams) if self.any_missing else None
 
     def check(self, model: SparcModel, imputes: bool) -> None:
@@ -88,8 +90,8 @@ class GivenStreams:
             )
         if not imputes:
             raise ValueError(
-                "streams are missing or given alone in training, and a model that trains with imputed streams keeps "
-                "them; leave out `no_impute`"
+                "some training or validation rows lack a stream, or streams are given alone, and a model that imputes "
+                "them keeps what it does that by; leave out `no_impute`"
             )
 
     def present(self, rows: Mapping[str, Tensor]) -> PresentRows | None:

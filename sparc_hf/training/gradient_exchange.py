@@ -19,13 +19,15 @@ from sparc_hf.model.sparse_ops import GradientTerm, Selection
 LARGE = 2**18
 
 
-def exchanged_bytes(config: SparcConfig, rows_of_step: int) -> tuple[int, int]:
+def exchanged_bytes(config: SparcConfig, rows_of_step: int, alone: bool = False) -> tuple[int, int]:
     """Return the float32 bytes a process takes part in exchanging per step: as terms, and as dense gradients.
 
     Terms arrive once from everyone; a dense all-reduce passes every array about twice, there and back.
     """
     streams, widths = len(config.hidden_sizes), sum(config.hidden_sizes.values())
     per_row = 4 * ((streams + 1) * widths + config.k * streams * (2 * streams + 3))
+    # Streams given alone have one code for all, in as many rows, of which some have no weight.
+    per_row += alone * 4 * (2 * widths + config.k * streams * 5)
     return per_row * rows_of_step, 2 * 4 * 2 * config.num_latents * widths
 
 

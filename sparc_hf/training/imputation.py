@@ -35,8 +35,8 @@ def add_imputation(
     """Give a model statistics of its streams, by which it encodes rows that lack some of them.
 
     The rows are read once, block by block, and summed in float64; memory is D^2 with D the sum of the widths. A second
-    look at some thousand of them makes the selection offsets. Where rows lack streams, a part of them is read before,
-    on which the ridge is chosen unless it is given.
+    look at some thousand of them makes the selection offsets. Where rows lack streams and no ridge is given, all but
+    some are read once more, to choose one by how well it guesses those.
 
     Args:
         model: the model, with the streams of the features.
@@ -63,8 +63,9 @@ def add_statistics(
 ) -> Imputation:
     """Do what `add_imputation` does, but for the selection offsets, which depend on the trained weights."""
     names = model.config.stream_names
+    SparcConfig.from_dict({**model.config.to_dict(), "imputation": settings})  # refused before rows are read
     if "ridge" not in settings and not features.rows_without.keys().isdisjoint(names):
-        settings = {**settings, "ridge": _ridge_of(model, features)}
+        settings = {**settings, "ridge": _ridge_of(model, features, rank, world_size)}
     mean, covariance = moments_of(model, features, rank=rank, world_size=world_size)
     return model.set_imputation(mean, covariance, **settings)
 
@@ -181,17 +182,19 @@ def moments_of(
     return origin.cpu().double() + mean, covariance
 
 
-def _ridge_of(model: SparcModel, features: FeatureDataset) -> float:
+def _ridge_of(model: SparcModel, features: FeatureDataset, rank: int, world_size: int) -> float:
     """Return the ridge by which a stream alone guesses the others best, on rows that were kept out.
 
     Where few rows have two streams, what connects them is mostly chance, and a small ridge would believe it.
     """
     names = model.config.stream_names
     paired = np.flatnonzero(sum(features.present(name).astype(int) for name in names) > 1)
-    kept_out = paired[::RIDGE_EVERY][:BLOCK_ROWS]
+    most = min(BLOCK_ROWS, len(paired) // RIDGE_EVERY)
+    kept_out = paired[np.linspace(0, len(paired) - 1, most).astype(np.int64)]
     if len(kept_out) < 2 or len(features) - len(kept_out) < 2:
         return RIDGES[0]
-    mean, covariance = moments_of(model, features, row_numbers=np.setdiff1d(np.arange(len(features)), kept_out))
+    others = np.setdiff1d(np.arange(len(features)), kept_out)
+    mean, covariance = moments_of(model, features, row_numbers=others, rank=rank, world_size=world_size)
     rows = _normalized(model, features, kept_out)
     errors = {}
     for ridge in RIDGES:

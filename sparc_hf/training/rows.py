@@ -47,7 +47,8 @@ def rows_with_any(features: FeatureDataset, streams: Sequence[str]) -> FeatureDa
         raise ValueError(f"none of the {len(features)} rows has any of the streams {list(streams)}; give other rows")
     if len(row_numbers) == len(features):
         return features
-    logger.warning("%d of %d rows have none of the streams", len(features) - len(row_numbers), len(features))
+    left_out = len(features) - len(row_numbers)
+    logger.warning("%d of %d rows have none of the streams and are left out", left_out, len(features))
     return features.select(row_numbers)
 
 

@@ -122,10 +122,12 @@ class SparcTrainer:
         self.model.max_preactivation_mb = args.max_preactivation_mb
         # In "evaluation mode" Accelerate moves the model and sets its precision, but leaves the gradients to us.
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        alone = AloneDraws(self.streams, args.alone_share, args.alone_coef, args.seed)
+        # One stream has no others to be imputed.
+        alone_share = args.alone_share if len(self.streams) > 1 else 0.0
+        alone = AloneDraws(self.streams, alone_share, args.alone_coef, args.seed)
         self._given = GivenStreams(features, self.streams, alone)
         self._given_in_eval = GivenStreams(held_out or features, self.streams)
-        if self._given.any_missing or self._given_in_eval.any_missing or args.alone_share:
+        if self._given.any_missing or self._given_in_eval.any_missing or alone_share:
             self._given.check(self.model, args.impute)
             self._add_statistics(features)
         self.is_usae = args.objective == "usae"
@@ -153,7 +155,7 @@ class SparcTrainer:
         elif self.accelerator.device.type == "cuda" and self.args.step_kernel == "on":
             takes_terms = load_gpu_kernels(self.accelerator.device)
         if self.world_size > 1:
-            as_terms, dense = exchanged_bytes(self.config, self.batches.batch_size)
+            as_terms, dense = exchanged_bytes(self.config, self.batches.batch_size, self._given.gives_alone)
             return as_terms < dense
         return takes_terms and not self._needs_dense_gradients
 

@@ -153,6 +153,43 @@ def test_the_error_of_streams_alone_against_dense_arithmetic():
     assert output.loss.item() == pytest.approx(without_them.loss.item() + 0.25 * output.losses["alone"].item())
 
 
+def test_a_latent_fires_in_the_rows_that_have_its_stream():
+    rows, masks = planted_rows(), {"clip_txt": torch.arange(ROWS) == 0}
+    for begun in (False, True):
+        model = imputing_model().train()
+        for name in model.config.stream_names:
+            getattr(model.steps_since_fired, name).fill_(50)
+        if begun:
+            model.begin_step([rows], present=[PresentRows(masks)])
+        else:
+            model(rows, present=PresentRows(masks))
+        fired = {name: getattr(model.steps_since_fired, name) == 1 for name in model.config.stream_names}
+        codes = model.eval()(rows, present=PresentRows(masks)).codes
+        assert set(fired["clip_txt"].nonzero().flatten().tolist()) == set(
+            codes["clip_txt"].indices[0][codes["clip_txt"].values[0] > model.config.dead_threshold].tolist()
+        )
+        assert fired["dino"].sum() > fired["clip_txt"].sum()
+
+
+def test_a_pair_that_no_row_has_is_left_out():
+    model, rows = imputing_model().eval(), planted_rows()
+    is_first = torch.arange(ROWS) < 12
+    masks = {"dino": is_first, "clip_img": is_first, "clip_txt": ~is_first}
+    shares = {
+        (one, other): (masks[one] & masks[other]).float().mean().item() for one, other in itertools.product(rows, rows)
+    }
+    losses = model(rows, present=PresentRows(masks, shares)).losses
+    crosses = {name: term.item() for name, term in losses.items() if name.startswith("cross/")}
+    assert set(crosses) == {"cross/dino<-clip_img", "cross/clip_img<-dino"}
+    assert losses["cross"].item() == pytest.approx(sum(crosses.values()) / 2)
+
+
+def test_as_many_masks_as_micro_batches():
+    model, rows = imputing_model().train(), planted_rows()
+    with pytest.raises(ValueError, match="shorter"):
+        model.begin_step([rows, rows], present=[None])
+
+
 def test_rows_that_cannot_be_used_are_refused():
     model, rows, masks = imputing_model(), planted_rows(), drawn_masks()
     everywhere_but_5 = torch.arange(ROWS) != 5

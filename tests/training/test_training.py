@@ -175,7 +175,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, planted_folder):
         ("torchrun", 4, {"gradient_accumulation_steps": 2, "step_kernel": "on"}),
         # Too few latents for terms to be the shorter message, and clipping, which needs dense gradients.
         ("torchrun", 2, {"num_latents": 8, "batch_size": 300, "max_grad_norm": 1.0}),
-        ("torchrun", 2, {"adam_beta2": 0.95, "rare_latent_push": 0.02, "rare_latent_share": 1.0}),
+        ("torchrun", 2, {"adam_beta2": 0.95, "rare_latent_push": 0.02, "rare_latent_share": 1.0, "alone_share": 0.3}),
         ("torchrun", 2, {"rare_latent_push": 0.02, "rare_latent_share": 1.0, "selection": "local"}),
     ],
     ids=["terms", "terms-4", "dense", "live", "live-local"],

@@ -15,7 +15,8 @@ from sparc_hf.training.gpu.row_sums import sum_of_entries, sum_rows
 
 MOST_COLUMNS = 16384
 TILE_NUMBERS = 8192
-# Terms that the kernel adds up itself: a step has one, and one more where the auxiliary term is on.
+# Terms that the kernel adds up itself: a step has one, and one more where the auxiliary term is on. Those of streams
+# given alone would be the third, and are added up before.
 TERMS = 2
 
 

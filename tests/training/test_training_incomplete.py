@@ -71,6 +71,8 @@ def test_a_covariance_of_few_pairs_stays_one_and_guesses_better_than_the_mean(sh
     model, features = tiny_model(3), lacking(share)
     imputation = add_imputation(model, features)
     assert torch.linalg.eigvalsh(imputation.covariance.double()).min() > -1e-6
+    # Chosen on rows kept out: of 18 pairs a small one believes too much, of 300 it does not.
+    assert (imputation.settings["ridge"] > 0.003) == (share == 0.97)
     held_out = planted(600, 800)
     rows = model.normalize({name: torch.from_numpy(held_out.array(name)) for name in STREAMS})
     guess = imputation.complete({"dino": rows["dino"]})["clip_txt"]
@@ -138,6 +140,12 @@ def test_training_learns_the_stream_that_most_rows_lack(tmp_path):
     after = trainer._evaluate()
     for term in ("eval/self/clip_txt", "eval/cross/clip_txt<-dino", "eval/cross/dino<-clip_txt"):
         assert after[term] < 0.8 * before[term], term
+
+
+def test_one_stream_has_no_others_to_be_given_without(tmp_path):
+    trainer = SparcTrainer(arguments(tmp_path / "run", streams=["dino"], alone_share=0.5), planted(0, 100))
+    trainer.train()
+    assert "train/alone" not in (tmp_path / "run" / "training_log.jsonl").read_text()
 
 
 def test_rows_with_none_of_the_streams_of_a_run_are_left_out(tmp_path, caplog):
