@@ -54,6 +54,16 @@ def test_a_new_folder_has_the_same_joint_codes_and_others_alone(model_folder, pl
     assert "imput" in (tmp_path / "new" / "README.md").read_text()
 
 
+def test_statistics_made_again_are_used_as_before(model_folder, planted_folder, tmp_path, capsys):
+    assert impute(model_folder, planted_folder, tmp_path / "new", "--shared", "0.8", "--ridge", "0.5") == 0
+    assert impute(tmp_path / "new", planted_folder, tmp_path / "newer", "--fit_steps", "0.5") == 0
+    expected = {"ridge": 0.003, "shared": 0.8, "own_weight": 2.0, "fit_steps": 0.5}
+    assert SparcModel.from_pretrained(tmp_path / "newer").config.imputation == expected
+    assert impute(model_folder, planted_folder, tmp_path / "refused", "--shared", "1.5") == 2
+    assert "`shared` of `imputation`" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
 def test_in_place_only_when_told(model_folder, planted_folder, capsys):
     before = (model_folder / "model.safetensors").read_bytes()
     assert impute(model_folder, planted_folder, model_folder) == 2
