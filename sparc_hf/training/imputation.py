@@ -26,6 +26,7 @@ LEAST_RATE = 0.05
 # Ridges to choose from where rows lack streams, and one of how many rows is kept out to choose by.
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 RIDGE_EVERY = 10
+LEAST_KEPT_OUT = 20
 
 
 @torch.no_grad()
@@ -189,11 +190,11 @@ def _ridge_of(model: SparcModel, features: FeatureDataset, rank: int, world_size
     """
     names = model.config.stream_names
     paired = np.flatnonzero(sum(features.present(name).astype(int) for name in names) > 1)
-    most = min(BLOCK_ROWS, len(paired) // RIDGE_EVERY)
+    most = min(BLOCK_ROWS, max(len(paired) // RIDGE_EVERY, min(LEAST_KEPT_OUT, len(paired) // 2)))
     kept_out = paired[np.linspace(0, len(paired) - 1, most).astype(np.int64)]
-    if len(kept_out) < 2 or len(features) - len(kept_out) < 2:
-        return RIDGES[0]
     others = np.setdiff1d(np.arange(len(features)), kept_out)
+    if len(kept_out) < 2 or any(features.present(name, others).sum() < 2 for name in names):
+        return RIDGES[-1]  # hardly any pair to learn from: believe little of it
     mean, covariance = moments_of(model, features, row_numbers=others, rank=rank, world_size=world_size)
     rows = _normalized(model, features, kept_out)
     errors = {}

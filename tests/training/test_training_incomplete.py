@@ -81,6 +81,14 @@ def test_a_covariance_of_few_pairs_stays_one_and_guesses_better_than_the_mean(sh
     assert errors[0] < errors[1]
 
 
+def test_a_stream_that_two_rows_have_is_believed_little():
+    features = planted(0, 100)
+    present = np.arange(100) % 99 == 0
+    arrays = {name: features.array(name) for name in STREAMS}
+    few = FeatureDataset.from_arrays(arrays, streams=features.streams, present={"clip_txt": present})
+    assert add_imputation(tiny_model(3), few).settings["ridge"] == 1.0
+
+
 def test_streams_that_no_row_has_together_say_nothing_of_each_other():
     features = planted(0, 400)
     is_first = np.arange(400) < 200
