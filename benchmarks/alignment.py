@@ -11,6 +11,7 @@ on which settings are to be chosen; without, on the held-out rows.
 import argparse
 import itertools
 import json
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,17 @@ STEPS: dict[str, dict[str, float] | None] = {
 }
 # Of the covariance between two streams and of each, as a share of the mean variance.
 CCA_RIDGE = 0.1
+
+
+def data_sets(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], FeatureDataset, FeatureDataset]]:
+    """Yield name, recipe, training rows and held-out rows: of the embedded world, and the caption streams if given."""
+    recipes = yaml.safe_load((SETTINGS / "alignment.yaml").read_text(encoding="utf-8"))
+    readers = {"demo": demo_rows} | ({"caption_streams": caption_rows} if args.caption_streams else {})
+    for data, reader in readers.items():
+        recipe = recipes[data]
+        if args.epochs:
+            recipe["train"]["epochs"] = args.epochs
+        yield data, recipe, *reader(recipe, args)
 
 
 def trained(settings: dict[str, Any], rows: FeatureDataset, folder: Path) -> SparcModel:
@@ -164,19 +176,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="in place of the settings', to try the script out")
     parser.add_argument("--validation", action="store_true", help="measure on 15 %% of the training rows instead")
     args = parser.parse_args()
-    recipes = yaml.safe_load((SETTINGS / "alignment.yaml").read_text(encoding="utf-8"))
-    readers = {"demo": demo_rows} | ({"caption_streams": caption_rows} if args.caption_streams else {})
     text, results = [], {}
-    for data, reader in readers.items():
-        recipe = recipes[data]
-        train, test = reader(recipe, args)
+    for data, recipe, train, test in data_sets(args):
         if args.validation:
             train, test = random_split(train, 0.15, 16)
         seeds = []
         for seed in args.seeds:
             folder = args.output / ("validation" if args.validation else "held-out") / data / f"seed{seed}"
-            replaced = {"epochs": args.epochs} if args.epochs else {}
-            settings = {**recipe["train"], **replaced, "seed": seed}
+            settings = {**recipe["train"], "seed": seed}
             seeds.append(lines_of_seed(settings, train, test, folder))
             print(folder, json.dumps(seeds[-1]), flush=True)
         limits = linear_limits(trained(settings, train, folder), train, test)

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from alignment import figures_of, trained
-from results_table import SETTINGS, caption_rows, demo_rows
+from alignment import data_sets, figures_of, trained
 
 from sparc_hf.features.dataset import FeatureDataset
 from sparc_hf.files.atomic_files import write_json, write_text
@@ -49,14 +47,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="in place of the settings', to try the script out")
     args = parser.parse_args()
-    recipes = yaml.safe_load((SETTINGS / "alignment.yaml").read_text(encoding="utf-8"))
-    readers = {"demo": demo_rows} | ({"caption_streams": caption_rows} if args.caption_streams else {})
     text, results = [], {}
-    for data, reader in readers.items():
-        recipe = recipes[data]
-        train, test = reader(recipe, args)
-        replaced = {"epochs": args.epochs} if args.epochs else {}
-        settings: dict[str, Any] = {**recipe["train"], **replaced, "seed": args.seed, "impute": True}
+    for data, recipe, train, test in data_sets(args):
+        settings: dict[str, Any] = {**recipe["train"], "seed": args.seed, "impute": True}
         text += [
             "",
             f"### {recipe['title']}: rows that lack `{LACKED[data]}`",

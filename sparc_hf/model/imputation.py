@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -93,11 +93,9 @@ class Imputation(nn.Module):
         missing = [name for name in self.sizes if name not in rows]
         if not missing:
             return {name: rows[name] for name in self.sizes}
-        guessed = self._linear(rows, self._to_missing(rows)).split([self.sizes[name] for name in missing], dim=1)
+        guessed = self._by_stream(self._linear(rows, self._to_missing(rows)), missing)
         like = next(iter(rows.values()))
-        filled = {
-            name: (part + self._mean_of(name)).to(like.dtype) for name, part in zip(missing, guessed, strict=True)
-        }
+        filled = {name: (part + self._mean_of(name)).to(like.dtype) for name, part in guessed.items()}
         return {name: rows[name] if name in rows else filled[name] for name in self.sizes}
 
     def fill_in(self, rows: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,11 +135,10 @@ class Imputation(nn.Module):
         most of a selection that all streams are to share.
         """
         share = self.settings["shared"]
-        widths = [self.sizes[name] for name in self._given(rows)]
-        known = self._linear(rows, self._to_shared(rows)).split(widths, dim=1)
+        known = self._by_stream(self._linear(rows, self._to_shared(rows)), self._given(rows))
         return {
             name: torch.lerp(rows[name].float(), part + self._mean_of(name), share).to(rows[name].dtype)
-            for name, part in zip(self._given(rows), known, strict=True)
+            for name, part in known.items()
         }
 
     def offsets_of(self, rows: Mapping[str, Tensor]) -> Tensor | None:
@@ -152,9 +149,13 @@ class Imputation(nn.Module):
 
     @torch.no_grad()
     def summed_preactivations(
-        self, rows: Mapping[str, Tensor], encoders: Mapping[str, Any], pre_biases: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Return all streams' summed pre-activations [batch, N], float32, given rows moved as by `shared_rows`.
+        self,
+        rows: Mapping[str, Tensor],
+        encoders: Mapping[str, Any],
+        pre_biases: Mapping[str, Tensor],
+        at_once: int,
+    ) -> Iterator[Tensor]:
+        """Yield all streams' summed pre-activations [block, N], float32, given rows moved as by `shared_rows`.
 
         Rows seen so are affine in those given, and pre-activations in them: all together are one product with the
         given rows alone, whose weight is made once for each set of given streams.
@@ -163,6 +164,7 @@ class Imputation(nn.Module):
             rows: normalised rows of the given streams.
             encoders: stream -> its encoder, of all streams.
             pre_biases: stream -> its pre-bias [d].
+            at_once: rows of a block.
         """
         made_of = [part for name in self.sizes for part in (*encoders[name].parameters(), pre_biases[name])]
         # Weights are changed in ways that torch does not count (`.data`, kernels), so their numbers are looked at.
@@ -173,20 +175,16 @@ class Imputation(nn.Module):
             self._summed_maps = {other: made for other, made in self._summed_maps.items() if other[1] == state}
             self._summed_maps[key] = self._summed_map(rows, encoders, pre_biases)
         weight, bias = self._summed_maps[key]
-        return self._linear(rows, weight).add_(bias)
+        for block in zip(*(value.split(at_once) for value in rows.values()), strict=True):
+            yield self._linear(dict(zip(rows, block, strict=True)), weight).add_(bias)
 
     def _summed_map(
         self, rows: Mapping[str, Tensor], encoders: Mapping[str, Any], pre_biases: Mapping[str, Tensor]
     ) -> SummedMap:
         given, share = self._given(rows), self.settings["shared"]
-        missing = [name for name in self.sizes if name not in rows]
-        maps = dict(
-            zip(missing, self._to_missing(rows).split([self.sizes[name] for name in missing], dim=1), strict=True)
-        )
+        maps = self._by_stream(self._to_missing(rows), [name for name in self.sizes if name not in rows])
         first = 0
-        for name, known in zip(
-            given, self._to_shared(rows).split([self.sizes[name] for name in given], dim=1), strict=True
-        ):
+        for name, known in self._by_stream(self._to_shared(rows), given).items():
             maps[name] = share * known
             maps[name][first : first + self.sizes[name]].diagonal().add_(1 - share)
             first += self.sizes[name]
@@ -199,6 +197,10 @@ class Imputation(nn.Module):
 
     def _given(self, rows: Mapping[str, Tensor]) -> list[str]:
         return [name for name in self.sizes if name in rows]
+
+    def _by_stream(self, columns: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Return stream -> its columns, [.., d] each, of streams that lie side by side in this order."""
+        return dict(zip(names, columns.split([self.sizes[name] for name in names], dim=1), strict=True))
 
     def _mean_of(self, name: str) -> Tensor:
         return self.mean[self._columns[name]]
@@ -238,7 +240,7 @@ class Imputation(nn.Module):
         to_missing = self._regression(covariance, given, missing)
         complete = torch.cat([torch.eye(to_missing.shape[0], dtype=to_missing.dtype), to_missing], dim=1)
         names = [*given, *missing]
-        parts = dict(zip(names, complete.split([self.sizes[name] for name in names], dim=1), strict=True))
+        parts = self._by_stream(complete, names)
         columns = []
         for name in given:
             others = [other for other in names if other != name]

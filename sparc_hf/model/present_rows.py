@@ -33,11 +33,9 @@ class PresentRows:
             target: the stream they are decoded to.
             like: a tensor [..., batch] of the errors, for its size, type and device.
         """
-        weights = []
+        weights, everyone = [], torch.arange(like.shape[-1])
         for source in sources:
-            both = torch.ones(like.shape[-1], dtype=torch.bool)
-            for name in (source, target):
-                both = both & self.masks[name].cpu() if name in self.masks else both
+            both = self.has(source, everyone) & self.has(target, everyone)
             share = float(both.float().mean()) if self.pair_shares is None else self.pair_shares[source, target]
             weights.append(both.float() / share if share else both.float())
         return torch.stack(weights).to(like.device, like.dtype, non_blocking=True)

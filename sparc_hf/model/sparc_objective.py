@@ -117,10 +117,10 @@ class SparcObjective:
             names, latents, gathered = self._selected(seen, "global", offsets)[0]
         else:
             names, of_blocks = list(complete), []
-            at_once = self.model.rows_at_once(2)
-            for block in zip(*(value.split(at_once) for value in rows.values()), strict=True):
-                given = dict(zip(rows, block, strict=True))
-                summed = imputation.summed_preactivations(given, self.model.encoders, self.model.pre_bias)
+            model = self.model
+            for summed in imputation.summed_preactivations(
+                rows, model.encoders, model.pre_bias, at_once=model.rows_at_once(2)
+            ):
                 chosen = top_latents([summed if offsets is None else summed.add_(offsets)], config.k)
                 of_blocks.append((chosen, summed.gather(1, chosen)))
             latents = self._joined([chosen for chosen, _ in of_blocks])

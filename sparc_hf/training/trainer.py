@@ -126,7 +126,7 @@ class SparcTrainer:
         alone_share = args.alone_share if len(self.streams) > 1 else 0.0
         alone = AloneDraws(self.streams, alone_share, args.alone_coef, args.seed)
         self._given = GivenStreams(features, self.streams, alone)
-        self._given_in_eval = GivenStreams(held_out or features, self.streams)
+        self._given_in_eval = self._given if held_out is None else GivenStreams(held_out, self.streams)
         if self._given.any_missing or self._given_in_eval.any_missing or alone_share:
             self._given.check(self.model, args.impute)
             self._add_statistics(features)
